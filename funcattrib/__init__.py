@@ -1,0 +1,92 @@
+"""funcattrib: which training examples made a model behave as it does?
+
+Per-example gradients as pure functions on explicit state, composed with transforms, stored and queried.
+
+Importing the package imports no torch: each public name is looked up when it is first used.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from funcattrib.compose import Chain as Chain
+    from funcattrib.compose import Grads as Grads
+    from funcattrib.compose import Leaf as Leaf
+    from funcattrib.compose import Spec as Spec
+    from funcattrib.compose import Transform as Transform
+    from funcattrib.compose import compose as compose
+    from funcattrib.errors import ChainError as ChainError
+    from funcattrib.errors import DataError as DataError
+    from funcattrib.errors import FuncattribError as FuncattribError
+    from funcattrib.errors import StoreError as StoreError
+    from funcattrib.functional import functionalize as functionalize
+    from funcattrib.losses import causal_lm_loss as causal_lm_loss
+    from funcattrib.per_example import per_example_grad as per_example_grad
+    from funcattrib.query.attributor import Attributor as Attributor
+    from funcattrib.query.faiss_index import FaissConfig as FaissConfig
+    from funcattrib.recipes.collect import collect_gradients as collect_gradients
+    from funcattrib.store import open_store as open_store
+    from funcattrib.transforms import adafactor_norm as adafactor_norm
+    from funcattrib.transforms import cast as cast
+    from funcattrib.transforms import project as project
+    from funcattrib.transforms import select as select
+    from funcattrib.transforms import unit_norm as unit_norm
+
+# Public name -> the submodule that defines it. The block above says the same to type checkers; a test compares them.
+_EXPORTS = {
+    "Attributor": "query.attributor",
+    "Chain": "compose",
+    "ChainError": "errors",
+    "DataError": "errors",
+    "FaissConfig": "query.faiss_index",
+    "FuncattribError": "errors",
+    "Grads": "compose",
+    "Leaf": "compose",
+    "Spec": "compose",
+    "StoreError": "errors",
+    "Transform": "compose",
+    "adafactor_norm": "transforms",
+    "cast": "transforms",
+    "causal_lm_loss": "losses",
+    "collect_gradients": "recipes.collect",
+    "compose": "compose",
+    "functionalize": "functional",
+    "open_store": "store",
+    "per_example_grad": "per_example",
+    "project": "transforms",
+    "select": "transforms",
+    "unit_norm": "transforms",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401  (any public object)
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})
+
+
+class _Package(ModuleType):
+    """The package's own type: an exported name stays what is exported.
+
+    Importing the submodule `funcattrib.compose` would bind it as `funcattrib.compose`, over the function of that name.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _EXPORTS and isinstance(value, ModuleType):
+            return
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

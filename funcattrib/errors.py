@@ -1,0 +1,20 @@
+"""Errors meant for the reader: what was expected, what was found, what to do.
+
+The command line prints them without a traceback and ends with exit code 2; any other exception is a bug.
+"""
+
+
+class FuncattribError(Exception):
+    """An error for the reader: expected, found, what to do (one or two lines)."""
+
+
+class DataError(FuncattribError):
+    """The data set cannot be used as it is: a missing file or column, text that is not text, a row too long."""
+
+
+class StoreError(FuncattribError):
+    """The gradient store cannot be opened, written or continued."""
+
+
+class ChainError(FuncattribError):
+    """The stages of a chain do not fit each other, or the state does not fit the chain."""
