@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test lint format bench clean
 
-PYTHONS := $(PYTHON) python3 python3.13 python3.12 python3.11
+PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
@@ -39,19 +39,20 @@ clean:
 
 # Built again only when the dependencies may have changed. Choose the interpreter with `make PYTHON=python3.12 …`.
 $(INSTALLED): pyproject.toml constraints.txt
-	@set -e; \
+	@set -e; found=; \
 	if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 		for python in $(PYTHONS); do \
 			if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
 			then found=$$python; break; fi; \
 		done; \
 		if [ -z "$$found" ]; then \
-			echo "error: expected Python 3.11 or newer with venv; none of these is: $(PYTHONS)." >&2; \
+			echo "error: expected Python 3.11 or newer with venv; found none: $(PYTHONS)." >&2; \
 			echo "Install one, or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; \
 			exit 1; \
 		fi; \
 		echo "$$found -m venv .venv"; \
 		$$found -m venv --clear .venv; \
 	fi
+	@echo "Installing the pinned versions into .venv (once, a minute or two)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,dev]'
 	@touch $@

@@ -1,0 +1,66 @@
+"""From the words of a command line to a configuration dataclass."""
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+from funcattrib.cli.config_file import load_defaults
+from funcattrib.errors import FuncattribError
+
+Config = TypeVar("Config")
+
+_CONFIG_HELP = (
+    "--config FILE takes the settings of an earlier run (its config.yaml) as defaults; what is given here wins. "
+    "Words in a flag may be joined by hyphens or underscores."
+)
+
+
+def parse(config_type: type[Config], args: Sequence[str], *, command: str) -> Config:
+    """Read flags into a frozen dataclass; groups nested in it are flat on the command line.
+
+    Args:
+        config_type: The dataclass. A field without a default is required; `tyro.conf.Positional[...]` takes its place
+            by position; a field that is itself a dataclass is a group, whose flags carry no prefix.
+        args: The words after the command's name. `--config FILE` among them takes defaults from a file.
+        command: The command's name, for messages and to recognise its own config files.
+
+    Returns:
+        An instance of `config_type`.
+
+    Raises:
+        FuncattribError: `--config` names no file, or one that does not fit.
+        SystemExit: After `--help` (0), or for flags that do not parse (2); tyro has said why.
+    """
+    args, file = _take_config(args)
+    prog = f"funcattrib {command}"
+    description = "\n\n".join([_description(config_type), _CONFIG_HELP])
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.PositionalMetavarFromFieldName)
+    if file is None:
+        return tyro.cli(config_type, args=args, prog=prog, description=description, config=config)
+    defaults = load_defaults(config_type, file, command=command)
+    return tyro.cli(config_type, args=args, prog=prog, description=description, config=config, default=defaults)
+
+
+def _description(config_type: type) -> str:
+    """The docstring up to its Args, which tyro shows beside the flags."""
+    return (inspect.getdoc(config_type) or "").partition("\n\nArgs:")[0]
+
+
+def _take_config(args: Sequence[str]) -> tuple[list[str], Path | None]:
+    rest: list[str] = []
+    file: Path | None = None
+    words = iter(args)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag != "--config":
+            rest.append(word)
+            continue
+        path = value if equals else next(words, "")
+        if not path or file is not None:
+            found = "nothing" if not path else "two of them"
+            raise FuncattribError(f"expected one file after --config, found {found}; give RUN/config.yaml.")
+        file = Path(path)
+    return rest, file

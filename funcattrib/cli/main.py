@@ -1,0 +1,116 @@
+"""The `funcattrib` command: chooses the command, reads its flags into its configuration, runs it.
+
+A command is one module with a function `run(config: SomeConfig) -> int | None`. The type of that parameter, a frozen
+dataclass, is what the flags are read into, and its docstring is the help. This file imports neither torch nor a
+command's module until that command is asked for.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any, NamedTuple, get_type_hints
+
+from funcattrib.errors import FuncattribError
+
+
+class Command(NamedTuple):
+    """One row of the table of commands.
+
+    Args:
+        module: Where `run` is; imported when the command or its help is asked for.
+        summary: One line for `funcattrib --help`: the first line of the configuration's docstring.
+        resumable: Whether the same command, given again, continues what an interruption left.
+    """
+
+    module: str
+    summary: str
+    resumable: bool = False
+
+
+COMMANDS: dict[str, Command] = {
+    "build": Command(
+        "funcattrib.cli.build", "Compute every training example's gradient and store it in RUN.", resumable=True
+    ),
+    "query": Command("funcattrib.cli.query", "Find the training examples whose gradients align with a text's."),
+    "inspect": Command("funcattrib.cli.inspect", "Say what RUN holds, and whether it is whole."),
+    "check": Command("funcattrib.cli.check", "Check that a model's gradients do not depend on their batch."),
+    "quickstart": Command(
+        "funcattrib.cli.quickstart", "Train a tiny model on invented facts and ask where it has them from."
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = COMMANDS) -> int:
+    """Run one command line.
+
+    Args:
+        argv: The words after `funcattrib`; by default those of this process.
+        commands: Name -> command.
+
+    Returns:
+        The exit code: 0, or what the command returned; 2 for an error that is the reader's to mend (its message goes
+        to stderr); 130 after Ctrl-C. Any other exception is a bug, and keeps its traceback.
+
+    Raises:
+        SystemExit: After `--help` of a command (code 0) and for flags that do not parse (code 2).
+    """
+    name, *args = [*(sys.argv[1:] if argv is None else argv)] or [""]
+    if name in ("-h", "--help"):
+        print(_overview(commands))
+        return 0
+    if name == "--version":
+        from funcattrib import __version__
+
+        print(f"funcattrib {__version__}")
+        return 0
+    if name not in commands:
+        print(_not_a_command(name, commands), file=sys.stderr)
+        return 2
+    try:
+        return _run(name, commands[name], args)
+    except FuncattribError as error:
+        print(f"funcattrib {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        cure = " What is finished is kept: the same command continues it." if commands[name].resumable else ""
+        print(f"\nfuncattrib {name}: interrupted.{cure}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone, as in `funcattrib inspect RUN | head`: nothing is left to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(name: str, command: Command, args: list[str]) -> int:
+    run: Callable[[Any], int | None] = import_module(command.module).run
+    config_type = get_type_hints(run)["config"]
+    from funcattrib.cli.arguments import parse
+
+    code = run(parse(config_type, args, command=name)) or 0
+    sys.stdout.flush()  # here, where a closed pipe is still caught
+    return code
+
+
+def _overview(commands: Mapping[str, Command]) -> str:
+    width = max(map(len, commands))
+    return "\n".join(
+        [
+            "usage: funcattrib COMMAND …",
+            "",
+            "Which training examples made a model behave as it does? Ask their gradients.",
+            "",
+            *(f"  {name:{width}}  {command.summary}" for name, command in commands.items()),
+            "",
+            "`funcattrib COMMAND --help` says more; `--config RUN/config.yaml` repeats an earlier run.",
+        ]
+    )
+
+
+def _not_a_command(name: str, commands: Mapping[str, Command]) -> str:
+    if not name:
+        return _overview(commands)
+    near = difflib.get_close_matches(name, commands, n=1)
+    cure = f"did you mean `{near[0]}`?" if near else f"choose from {', '.join(commands)}."
+    return f"funcattrib: expected a command, found {name!r}; {cure}"
