@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple, get_type_hints
 
+from funcattrib import __version__
 from funcattrib.errors import FuncattribError
 
 
@@ -51,18 +52,28 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
 
     Returns:
         The exit code: 0, or what the command returned; 2 for an error that is the reader's to mend (its message goes
-        to stderr); 130 after Ctrl-C. Any other exception is a bug, and keeps its traceback.
+        to stderr); 130 after Ctrl-C; 141 when nobody reads the output. Any other exception is a bug, and keeps its
+        traceback.
 
     Raises:
         SystemExit: After `--help` of a command (code 0) and for flags that do not parse (code 2).
     """
-    name, *args = [*(sys.argv[1:] if argv is None else argv)] or [""]
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        code = _dispatch(*words, commands=commands)
+        sys.stdout.flush()  # here, where a closed pipe is still caught
+    except BrokenPipeError:
+        # The reader of our output has gone, as in `funcattrib inspect RUN | head`: nothing is left to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return code
+
+
+def _dispatch(name: str = "", *args: str, commands: Mapping[str, Command]) -> int:
     if name in ("-h", "--help"):
         print(_overview(commands))
         return 0
     if name == "--version":
-        from funcattrib import __version__
-
         print(f"funcattrib {__version__}")
         return 0
     if name not in commands:
@@ -77,20 +88,14 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
         cure = " What is finished is kept: the same command continues it." if commands[name].resumable else ""
         print(f"\nfuncattrib {name}: interrupted.{cure}", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of our output has gone, as in `funcattrib inspect RUN | head`: nothing is left to say.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
 
 
-def _run(name: str, command: Command, args: list[str]) -> int:
+def _run(name: str, command: Command, args: Sequence[str]) -> int:
     run: Callable[[Any], int | None] = import_module(command.module).run
     config_type = get_type_hints(run)["config"]
-    from funcattrib.cli.arguments import parse
+    from funcattrib.cli.arguments import parse  # tyro: not needed for `funcattrib --help`
 
-    code = run(parse(config_type, args, command=name)) or 0
-    sys.stdout.flush()  # here, where a closed pipe is still caught
-    return code
+    return run(parse(config_type, args, command=name)) or 0
 
 
 def _overview(commands: Mapping[str, Command]) -> str:
