@@ -1,0 +1,295 @@
+"""Chains: a source of per-example gradients followed by transforms.
+
+``compose(per_example_grad, project(16), adafactor_norm)`` is a chain. Its longest linear prefix is lowered into one
+linear map per parameter and read off the backward pass; the remaining stages are applied to the result. The
+plain form (every stage's ``apply`` on the full gradients) is kept and must agree to rounding.
+
+A transform sees what precedes it: its ``init`` receives the spec that the previous stage announces, and its
+statistics are fitted on the gradients that reach it, everything before it frozen.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from funcattrib.errors import ChainError
+from funcattrib.functional import Loss, Params
+from funcattrib.lift import Measured, TwoSided
+from funcattrib.lift.uses import single_use
+from funcattrib.per_example import Batch, Grads, Leaf, PerExample, Source, Spec
+from funcattrib.tree import map_tensors
+
+State = Any
+Lowered = dict[str, TwoSided]
+
+
+def stateless(spec: Spec) -> tuple[State, Spec]:
+    """The ``init`` of a transform without state that keeps every shape."""
+    return None, spec
+
+
+def observe_nothing(state: State, grads: Grads) -> State:
+    """The ``observe`` of a transform that is not fitted."""
+    return state
+
+
+def finalize_nothing(state: State) -> State:
+    """The ``finalize`` of a transform that is not fitted."""
+    return state
+
+
+class Transform(NamedTuple):
+    """A transform of per-example gradients: a small tuple of pure functions.
+
+    Attributes:
+        name: as in the manifest and in error messages.
+        init: spec → (state, spec of the result); shapes and random draws, no data; raises ChainError on a spec
+            that does not fit.
+        observe: folds one batch of incoming gradients (or of what ``measure`` makes of them) into the state.
+        finalize: what is done once after the pass, e.g. an eigendecomposition.
+        apply: pure, row by row.
+        lower: the same as a linear map per parameter, where it is one. Parameters left out are dropped.
+        measure: leaf by leaf, gradients (B, *shape) → the statistic (B, …) that ``observe`` folds. Where given, the
+            statistic is read in the backward pass and the gradients are never held together.
+    """
+
+    name: str
+    init: Callable[[Spec], tuple[State, Spec]] = stateless
+    observe: Callable[[State, Grads], State] = observe_nothing
+    finalize: Callable[[State], State] = finalize_nothing
+    apply: Callable[[State, Grads], Grads] = lambda state, grads: grads
+    lower: Callable[[State, Spec], Lowered] | None = None
+    measure: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def fitted(self) -> bool:
+        """Whether this transform needs a pass over data."""
+        return self.observe is not observe_nothing
+
+
+class Chain(NamedTuple):
+    """A source and its transforms; without a source, a chain of transforms to compose further."""
+
+    source: Source | None
+    stages: tuple[Transform, ...]
+
+    def init(self, spec: Spec) -> tuple[tuple[State, ...], Spec]:
+        """States before fitting, and the spec of the result."""
+        states = []
+        for stage, given in zip(self.stages, self._specs(spec), strict=False):
+            states.append(stage.init(given)[0])
+        return tuple(states), self._specs(spec)[-1]
+
+    def fit(self, loss: Loss, params: Params, batches: Iterable[Batch] = ()) -> tuple[State, ...]:
+        """One pass over ``batches`` for each fitted stage, upstream stages frozen; returns the chain's state.
+
+        Args:
+            batches: anything that can be iterated once per fitted stage (a list, a data loader).
+
+        Raises:
+            ChainError: no batches although a stage must be fitted; a one-shot iterator and several fitted stages.
+        """
+        return fit(self, loss, params, batches)
+
+    def bind(self, loss: Loss, params: Params, state: tuple[State, ...] | None = None) -> Callable[[Batch], PerExample]:
+        """The chain as a function of the batch alone, lowered once."""
+        source = self._started()
+        spec = source.spec(params)
+        state = self._state(spec, params, state)
+        readings, depth = lower(self, spec, state)
+        return partial(_rows, source, loss, params, readings, self.stages[depth:], state[depth:])
+
+    def __call__(self, loss: Loss, params: Params, batch: Batch, state: tuple[State, ...] | None = None) -> Grads:
+        """Transformed per-example gradients, name → (B, *shape)."""
+        return self.bind(loss, params, state)(batch).grads
+
+    def plain(self, loss: Loss, params: Params, batch: Batch, state: tuple[State, ...] | None = None) -> Grads:
+        """The same without lowering: full gradients, then every stage's ``apply``. Slow; the tests' oracle."""
+        source = self._started()
+        state = self._state(source.spec(params), params, state)
+        return self.apply(state, source(loss, params, batch))
+
+    def apply(self, state: tuple[State, ...], grads: Grads) -> Grads:
+        """Every stage's ``apply`` in order, on gradients that are already there."""
+        for stage, own in zip(self.stages, state, strict=True):
+            grads = stage.apply(own, grads)
+        return grads
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Name and settings of every stage, as the manifest keeps them."""
+        return [{"name": stage.name, **settings(stage)} for stage in self.stages]
+
+    def _started(self) -> Source:
+        if self.source is None:
+            raise ChainError(
+                "expected a chain that starts at a source, found transforms alone; compose(per_example_grad, …)"
+            )
+        return self.source
+
+    def _state(self, spec: Spec, params: Params, state: tuple[State, ...] | None) -> tuple[State, ...]:
+        if state is None:
+            if unfitted := [stage.name for stage in self.stages if stage.fitted]:
+                raise ChainError(
+                    f"expected a fitted state for {unfitted[0]}, found none; call fit(loss, params, batches) first"
+                )
+            state = self.init(spec)[0]
+        if len(state) != len(self.stages):
+            raise ChainError(
+                f"expected a state of {len(self.stages)} stages, found {len(state)}; the state fits another chain"
+            )
+        device = next(iter(params.values())).device
+        return map_tensors(lambda tensor: tensor.to(device), state)
+
+    def _specs(self, spec: Spec) -> list[Spec]:
+        """The spec before every stage, and after the last."""
+        specs = [spec]
+        for number, stage in enumerate(self.stages, 1):
+            try:
+                specs.append(stage.init(specs[-1])[1])
+            except ChainError as error:
+                raise ChainError(f"stage {number} ({stage.name}) {error}") from None
+        return specs
+
+
+Stage = Transform | Chain | Source | Callable[..., Any]
+
+
+def compose(*stages: Stage) -> Chain:
+    """Chain stages left to right; nested chains flatten, so composition is associative.
+
+    Args:
+        stages: optionally a source first (``per_example_grad``), then transforms, or factories of transforms
+            (``adafactor_norm``), which are called with their defaults.
+
+    Raises:
+        ChainError: a source that is not first; something that is no stage.
+
+    Example:
+        >>> from funcattrib.per_example import per_example_grad
+        >>> from funcattrib.transforms import project, unit_norm
+        >>> [stage.name for stage in compose(per_example_grad, compose(project(4), unit_norm)).stages]
+        ['project', 'unit_norm']
+    """
+    source: Source | None = None
+    transforms: list[Transform] = []
+    for number, stage in enumerate(stages, 1):
+        resolved = _resolve(stage, number)
+        if isinstance(resolved, Source) or (isinstance(resolved, Chain) and resolved.source is not None):
+            if number > 1:
+                raise ChainError(f"expected the source first, found it as stage {number} of compose")
+            source = resolved if isinstance(resolved, Source) else resolved.source
+        if isinstance(resolved, Chain):
+            transforms.extend(resolved.stages)
+        elif isinstance(resolved, Transform):
+            transforms.append(resolved)
+    return Chain(source, tuple(transforms))
+
+
+def fit(chain: Chain, loss: Loss, params: Params, batches: Iterable[Batch]) -> tuple[State, ...]:
+    """See ``Chain.fit``."""
+    source = chain._started()
+    spec = source.spec(params)
+    state = list(chain.init(spec)[0])
+    to_fit = [i for i, stage in enumerate(chain.stages) if stage.fitted]
+    if len(to_fit) > 1 and iter(batches) is batches:
+        raise ChainError(
+            f"expected batches that can be iterated {len(to_fit)} times, found a one-shot iterator; pass a list"
+        )
+    for at in to_fit:
+        stage = chain.stages[at]
+        before = Chain(source, chain.stages[:at])
+        own, seen = state[at], 0
+        read: Callable[[Batch], Grads] | None = None
+        for batch in batches:
+            read = read or statistics(before, stage, loss, params, tuple(state[:at]), batch)
+            own = stage.observe(own, read(batch))
+            seen += 1
+        if not seen:
+            raise ChainError(f"expected batches to fit {stage.name} on, found none")
+        state[at] = stage.finalize(own)
+    return tuple(state)
+
+
+def statistics(
+    before: Chain, stage: Transform, loss: Loss, params: Params, state: tuple[State, ...], batch: Batch
+) -> Callable[[Batch], Grads]:
+    """What ``stage.observe`` folds, as a function of the batch: gradients after ``before``, or their measure.
+
+    Where everything before the stage is linear and a weight is used once, its statistic is read inside the
+    backward pass; for the other weights the gradients are read and measured afterwards.
+    """
+    if stage.measure is None:
+        bound = before.bind(loss, params, state)
+        return lambda batch: bound(batch).grads
+    source = before._started()
+    spec = source.spec(params)
+    readings, depth = lower(before, spec, before._state(spec, params, state))
+    matrices = {name for name in readings or {} if len(spec[name].shape) > 1}
+    if readings is None or depth < len(before.stages) or not matrices or source.name != "torch":
+        bound = before.bind(loss, params, state)
+        return lambda batch: {name: stage.measure(grad) for name, grad in bound(batch).grads.items()}  # type: ignore[misc]
+    inside = single_use(loss, params, matrices, {key: value[0] for key, value in batch.items()})
+    measured = {name: Measured(r, stage.measure) if name in inside else r for name, r in readings.items()}
+
+    def read(batch: Batch) -> Grads:
+        grads = source.rows(loss, params, batch, measured).grads
+        return {name: grad if name in inside else stage.measure(grad) for name, grad in grads.items()}  # type: ignore[misc]
+
+    return read
+
+
+def lower(chain: Chain, spec: Spec, state: tuple[State, ...]) -> tuple[Lowered | None, int]:
+    """The longest linear prefix as one map per parameter, and how many stages it covers.
+
+    None where nothing is gained: no stage is linear, so gradients are wanted whole.
+    """
+    maps: Lowered = {name: TwoSided() for name in spec}
+    specs = chain._specs(spec)
+    depth = 0
+    for stage, own, given in zip(chain.stages, state, specs, strict=False):
+        if stage.lower is None:
+            break
+        own_maps = stage.lower(own, given)
+        maps = {name: own_maps[name].after(first) for name, first in maps.items() if name in own_maps}
+        depth += 1
+    return {name: reading.to(spec[name].dtype) for name, reading in maps.items()}, depth
+
+
+def settings(stage: Transform) -> dict[str, Any]:
+    """The hyper-parameters bound to a transform's ``init`` or ``apply`` with ``partial``, as plain values."""
+    bound: dict[str, Any] = {}
+    for function in (stage.init, stage.apply):
+        if isinstance(function, partial):
+            bound |= {key: value for key, value in function.keywords.items() if _is_plain(value)}
+    return bound
+
+
+def _rows(
+    source: Source,
+    loss: Loss,
+    params: Params,
+    readings: Lowered | None,
+    rest: tuple[Transform, ...],
+    state: tuple[State, ...],
+    batch: Batch,
+) -> PerExample:
+    result = source.rows(loss, params, batch, readings)
+    grads = Chain(None, rest).apply(state, result.grads)
+    return PerExample(grads, result.losses)
+
+
+def _resolve(stage: Any, number: int) -> Transform | Chain | Source:
+    if not isinstance(stage, (Transform, Chain, Source)) and callable(stage):
+        stage = stage()
+    if not isinstance(stage, (Transform, Chain, Source)):
+        raise ChainError(f"expected a transform, a chain or a source as stage {number}, found {type(stage).__name__}")
+    return stage
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, list, tuple, Mapping))
+
+
+__all__ = ["Chain", "Grads", "Leaf", "Spec", "State", "Transform", "compose", "fit", "lower", "settings", "statistics"]

@@ -1,0 +1,130 @@
+"""A module as a pure function of an explicit parameter dict.
+
+``functionalize(model)`` gives a skeleton (the module tree, sharing the model's tensors, with a configuration of its
+own) and the parameters in two dicts: those to attribute and the frozen rest. The model itself is left as it was.
+"""
+
+import copy
+import fnmatch
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from funcattrib.errors import FuncattribError
+from funcattrib.kernels import register_attention
+
+Params = Mapping[str, Tensor]
+Example = Mapping[str, Tensor]
+Loss = Callable[[Params, Example], Tensor]
+"""``loss(params, example) -> scalar``, for one example without a batch axis."""
+
+
+class Functional(NamedTuple):
+    """A module taken apart.
+
+    Attributes:
+        skeleton: the module tree; in ``eval`` mode, without cache or gradient checkpointing.
+        params: the parameters to attribute, detached, in the model's order.
+        frozen: all the others and the buffers, detached.
+    """
+
+    skeleton: nn.Module
+    params: dict[str, Tensor]
+    frozen: dict[str, Tensor]
+
+    def call(self, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The module's forward with ``params`` in the place of its own."""
+        return torch.func.functional_call(self.skeleton, {**self.frozen, **params}, args, kwargs, strict=True)
+
+
+def functionalize(model: nn.Module, modules: Iterable[str] | None = None, exclude: Iterable[str] = ()) -> Functional:
+    """Take ``model`` apart into skeleton, attributed and frozen parameters.
+
+    Args:
+        modules: globs over parameter names (``*.mlp.*``); ``"all"`` takes every parameter. By default
+            the weight matrices of the model's blocks: embeddings, head, norms and biases are left out.
+        exclude: globs over parameter names to leave out.
+
+    Raises:
+        FuncattribError: no parameter matches.
+
+    Example:
+        >>> parts = functionalize(nn.Sequential(nn.Linear(2, 3)), modules=["*.weight"])
+        >>> list(parts.params), list(parts.frozen)
+        (['0.weight'], ['0.bias'])
+        >>> parts.call(parts.params, torch.zeros(1, 2)).shape
+        torch.Size([1, 3])
+    """
+    everything = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    chosen = choose(model, modules, exclude)
+    params = {name: tensor for name, tensor in everything.items() if name in chosen}
+    frozen = {name: tensor for name, tensor in everything.items() if name not in chosen}
+    frozen |= dict(model.named_buffers())
+    return Functional(_skeleton(model), params, frozen)
+
+
+def choose(model: nn.Module, modules: Iterable[str] | None = None, exclude: Iterable[str] = ()) -> set[str]:
+    """Names of the parameters that the globs select; a tied parameter answers to each of its names."""
+    include, exclude = [modules] if isinstance(modules, str) else modules, list(exclude)
+    include = ["*"] if include is not None and list(include) == ["all"] else include
+    first: dict[int, str] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        first.setdefault(id(tensor), name)
+    default = set() if include is not None else _block_matrices(model)
+    chosen: set[str] = set()
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        wanted = name in default if include is None else any(fnmatch.fnmatchcase(name, glob) for glob in include)
+        if wanted and not any(fnmatch.fnmatchcase(name, glob) for glob in exclude):
+            chosen.add(first[id(tensor)])
+    if not chosen:
+        names = [name for name, _ in model.named_parameters()]
+        what = "weight matrices in the model's blocks" if include is None else f"parameters matching {list(include)}"
+        raise FuncattribError(
+            f"expected {what}{f' and not {exclude}' if exclude else ''}, found none; "
+            f"name some with --modules, e.g. {names[0]!r}, or take --modules all"
+        )
+    return chosen
+
+
+def _block_matrices(model: nn.Module) -> set[str]:
+    """Weights of linear layers inside the repeated blocks (``nn.ModuleList``); of all linear layers where none repeats."""
+    blocks = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    matrices = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if _is_linear(module) and module is not head and not _shares_embedding(model, module)
+    }
+    inside = {name for name in matrices if any(name.startswith(block) for block in blocks)}
+    return inside or matrices
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _shares_embedding(model: nn.Module, module: nn.Module) -> bool:
+    return any(isinstance(m, nn.Embedding) and m.weight is module.weight for m in model.modules())
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the module tree and its configuration that shares every tensor."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    skeleton: Any = copy.deepcopy(model, shared)
+    skeleton.eval()
+    config = getattr(skeleton, "config", None)
+    if config is not None and hasattr(skeleton, "set_attn_implementation"):
+        for module in skeleton.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False
+        for each in {id(m.config): m.config for m in skeleton.modules() if hasattr(m, "config")}.values():
+            if hasattr(each, "use_cache"):
+                each.use_cache = False
+        if skeleton._can_set_attn_implementation():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                skeleton.set_attn_implementation(register_attention())
+    return skeleton

@@ -1,0 +1,10 @@
+"""Kernels with explicit leading example axes: attention and the fused cross-entropy head.
+
+Each is an ``autograd.Function`` whose ``vmap`` rule folds the vmapped axis into the example axis, so one
+kernel serves ``vmap(grad(...))`` and ordinary batched autograd.
+"""
+
+from funcattrib.kernels.attention import attention, register_attention
+from funcattrib.kernels.cross_entropy import linear_cross_entropy
+
+__all__ = ["attention", "linear_cross_entropy", "register_attention"]

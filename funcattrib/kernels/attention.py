@@ -1,0 +1,254 @@
+"""Scaled dot-product attention under ``vmap(grad(...))``.
+
+PyTorch's attention kernels have no batching rule on CPU (a slow loop and a warning) and their backward has
+none anywhere. Here the vmapped axis is folded into the batch axis before the kernel is called, forward and
+backward. ``register_attention`` makes it known to transformers under the name ``funcattrib``.
+
+Shapes: E examples, H query heads, G key/value heads (H a multiple of G), T queries, S keys, D head width.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from funcattrib.kernels.fold import fold, unfold
+
+NAME = "funcattrib"
+
+
+def attention(
+    query: Float[Tensor, "E H T D"],
+    key: Float[Tensor, "E G S D"],
+    value: Float[Tensor, "E G S D"],
+    mask: Bool[Tensor, "E #H T S"] | Float[Tensor, "E #H T S"] | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+) -> Float[Tensor, "E H T D"]:
+    """softmax(scale · Q Kᵀ + mask) V, per example and head.
+
+    Args:
+        mask: True where a key is seen, or a float added to the logits. Not together with ``causal``.
+        scale: 1/√D when not given.
+
+    Example:
+        >>> q = k = v = torch.ones(1, 2, 3, 4)
+        >>> attention(q, k, v, causal=True).shape
+        torch.Size([1, 2, 3, 4])
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if value.shape[-1] != query.shape[-1]:  # the fused kernels want one head width
+        return _maths(query, key, value, mask, scale, causal)
+    out, _ = _Attention.apply(query, key, value, mask, scale, causal)
+    return out
+
+
+def register_attention() -> str:
+    """Register the kernel and its mask with transformers; returns the name for ``attn_implementation``."""
+    AttentionInterface.register(NAME, _interface)
+    AttentionMaskInterface.register(NAME, _mask)
+    return NAME
+
+
+def _interface(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The calling convention of transformers; returns (E, T, H, D)."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(causal) and attention_mask is None and query.shape[2] > 1
+    if dropout or softcap is not None or s_aux is not None or position_bias is not None:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = _maths(query, key, value, attention_mask, scale, causal, softcap, s_aux, position_bias, dropout)
+    else:
+        out = attention(query, key, value, attention_mask, scale=scaling, causal=causal)
+    return out.transpose(1, 2), None
+
+
+def _mask(
+    q_length: int,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    **rest: Any,
+) -> Tensor | None:
+    """The mask that transformers asks for, built without looking at the padding's values (vmap forbids that)."""
+    whole = attention_mask is None and q_length == kv_length and (local_size is None or kv_length <= local_size)
+    if whole and (allow_is_causal_skip or allow_is_bidirectional_skip):
+        return None
+    return sdpa_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=False,
+        allow_is_bidirectional_skip=False,
+        **rest,
+    )
+
+
+class _Attention(torch.autograd.Function):
+    """Returns the output and, for backward, the log-sum-exp of the logits (an empty tensor where it is not kept)."""
+
+    @staticmethod
+    def forward(
+        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        groups = query.shape[1] // key.shape[1]
+        if query.device.type == "cpu":
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query,
+                _repeat(key, groups),
+                _repeat(value, groups),
+                0.0,
+                causal,
+                attn_mask=_bias(mask, query),
+                scale=scale,
+            )
+        return _native(query, key, value, mask, scale, causal), query.new_empty(query.shape[0], 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        query, key, value, mask, ctx.scale, ctx.causal = inputs
+        ctx.save_for_backward(query, key, value, mask, *output)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return *_AttentionBackward.apply(grad, *ctx.saved_tensors, ctx.scale, ctx.causal), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *operands: Any) -> tuple[Any, Any]:
+        size = info.batch_size
+        tensors = _fold_operands(operands[:4], in_dims[:4], size, mask_at=3)
+        out, lse = _Attention.apply(*tensors, *operands[4:])
+        return (unfold(out, size), unfold(lse, size)), (0, 0)
+
+
+class _AttentionBackward(torch.autograd.Function):
+    """d(query), d(key), d(value); not differentiated again."""
+
+    @staticmethod
+    def forward(
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        groups = query.shape[1] // key.shape[1]
+        if query.device.type == "cpu":
+            d_query, d_key, d_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad,
+                query,
+                _repeat(key, groups),
+                _repeat(value, groups),
+                out,
+                lse,
+                0.0,
+                causal,
+                attn_mask=_bias(mask, query),
+                scale=scale,
+            )
+            return d_query, _regroup(d_key, groups), _regroup(d_value, groups)
+        # The other devices' kernels differ in what they save; running the forward again serves them all.
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (query, key, value)]
+            again = _native(leaves[0], leaves[1], leaves[2], mask, scale, causal)
+            return torch.autograd.grad(again, leaves, grad)  # type: ignore[return-value]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *operands: Any) -> tuple[Any, Any]:
+        size = info.batch_size
+        tensors = _fold_operands(operands[:7], in_dims[:7], size, mask_at=4)
+        grads = _AttentionBackward.apply(*tensors, *operands[7:])
+        return tuple(unfold(g, size) for g in grads), (0, 0, 0)
+
+
+def _fold_operands(tensors: Any, axes: Any, size: int, mask_at: int) -> list[Tensor | None]:
+    """``fold`` for all; a mask that no example owns stays (1, …) and broadcasts instead of being copied."""
+    shared = (
+        {mask_at} if axes[mask_at] is None and tensors[mask_at] is not None and tensors[mask_at].shape[0] == 1 else ()
+    )
+    return [t if i in shared else fold(t, axis, size) for i, (t, axis) in enumerate(zip(tensors, axes, strict=True))]
+
+
+def _native(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=groups > 1
+    )
+
+
+def _maths(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """The plain formula, for what the fused kernels cannot serve; every step has a batching rule."""
+    groups = query.shape[1] // key.shape[1]
+    logits = query @ _repeat(key, groups).transpose(-1, -2) * scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    if position_bias is not None:
+        logits = logits + position_bias
+    if causal:
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
+    if sinks is not None:  # one more logit a head, that takes probability and has no value
+        extra = sinks.reshape(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
+        weights = torch.softmax(torch.cat([logits, extra.to(logits.dtype)], -1).float(), -1)[..., :-1]
+    else:
+        weights = torch.softmax(logits.float() if logits.dtype != torch.float64 else logits, -1)
+    weights = F.dropout(weights.to(value.dtype), dropout, training=dropout > 0)
+    return weights @ _repeat(value, groups)
+
+
+def _repeat(heads: Tensor, groups: int) -> Tensor:
+    """(E, G, S, D) → (E, G·groups, S, D)."""
+    return heads if groups == 1 else heads.repeat_interleave(groups, dim=1)
+
+
+def _regroup(grad: Tensor, groups: int) -> Tensor:
+    """Adjoint of ``_repeat``: sums the gradients of the query heads that share a key/value head."""
+    return grad if groups == 1 else grad.unflatten(1, (-1, groups)).sum(2)
+
+
+def _bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """The CPU kernel adds its mask: booleans become 0 and −∞."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask if mask is None else mask.to(query.dtype)
+    return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, float("-inf"))

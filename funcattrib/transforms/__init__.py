@@ -1,0 +1,8 @@
+"""Transforms of per-example gradients, one family a file."""
+
+from funcattrib.transforms.cast import cast
+from funcattrib.transforms.normalize import adafactor_norm, unit_norm
+from funcattrib.transforms.project import project
+from funcattrib.transforms.select import select
+
+__all__ = ["adafactor_norm", "cast", "project", "select", "unit_norm"]

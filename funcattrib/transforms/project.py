@@ -1,0 +1,75 @@
+"""Random projection of every leaf, on both sides.
+
+    matrix   C(G) = L G Rᵀ, (p, q)        vector   C(g) = L g, (p,)        E⟨C(G), C(G′)⟩ = ⟨G, G′⟩
+
+L and R have entries ±1/√p (Rademacher) or N(0, 1/p), drawn from (seed, parameter name, side) alone. A side no longer
+than k is left as it is.
+
+References: LoGra, arXiv 2405.13954; TrackStar, arXiv 2410.17413.
+"""
+
+from functools import partial
+from typing import Literal
+
+from torch import Tensor
+
+from funcattrib.compose import Lowered, State, Transform
+from funcattrib.errors import ChainError
+from funcattrib.lift import TwoSided
+from funcattrib.per_example import Grads, Leaf, Spec
+from funcattrib.rng import generator, normal, rademacher
+
+Kind = Literal["rademacher", "normal"]
+_DRAW = {"rademacher": rademacher, "normal": normal}
+
+
+def project(k: int = 16, kind: Kind = "rademacher", seed: int = 0) -> Transform:
+    """Project each matrix to (k, k) and each vector to (k,).
+
+    Args:
+        k: coordinates a side.
+        kind: ``rademacher`` (entries ±1/√k) or ``normal`` (N(0, 1/k)).
+        seed: of the draws.
+
+    Raises:
+        ChainError: k below 1, or an unknown kind.
+
+    Example:
+        >>> import torch
+        >>> stage = project(2)
+        >>> state, spec = stage.init({"w": Leaf((3, 5), torch.float32)})
+        >>> stage.apply(state, {"w": torch.ones(7, 3, 5)})["w"].shape
+        torch.Size([7, 2, 2])
+    """
+    if k < 1:
+        raise ChainError(f"expected a projection dimension of at least 1, found {k}")
+    if kind not in _DRAW:
+        raise ChainError(f"expected a projection of kind {' or '.join(_DRAW)}, found {kind!r}")
+    return Transform("project", init=partial(_init, k=k, kind=kind, seed=seed), apply=_apply, lower=_lower)
+
+
+def _init(spec: Spec, k: int, kind: Kind, seed: int) -> tuple[State, Spec]:
+    state, projected = {}, {}
+    for name, leaf in spec.items():
+        if len(leaf.shape) not in (1, 2):
+            raise ChainError(f"needs matrices or vectors; {name} has shape {leaf.shape}")
+        sides = dict(zip(("left", "right"), leaf.shape, strict=False))
+        state[name] = {side: _draw(name, side, n, k, kind, seed) for side, n in sides.items()}
+        projected[name] = Leaf(tuple(min(n, k) for n in leaf.shape), leaf.dtype)
+    return state, projected
+
+
+def _draw(name: str, side: str, n: int, k: int, kind: Kind, seed: int) -> Tensor | None:
+    return None if n <= k else _DRAW[kind](k, n, generator(seed, name, side))
+
+
+def _apply(state: State, grads: Grads) -> Grads:
+    return {name: _sides(state[name]).of_gradient(grad) for name, grad in grads.items()}
+
+
+def _lower(state: State, spec: Spec) -> Lowered:
+    return {name: _sides(state[name]) for name in spec}
+
+
+def _sides(own: dict[str, Tensor | None]) -> TwoSided:
+    return TwoSided(own["left"], own.get("right"))

@@ -1,0 +1,53 @@
+"""Selection of leaves by name."""
+
+import fnmatch
+from collections.abc import Iterable
+from functools import partial
+
+from funcattrib.compose import Lowered, State, Transform
+from funcattrib.errors import ChainError
+from funcattrib.lift import TwoSided
+from funcattrib.per_example import Grads, Spec
+
+
+def select(include: Iterable[str] = ("*",), exclude: Iterable[str] = ()) -> Transform:
+    """Keep the leaves whose name matches a glob of ``include`` and none of ``exclude``.
+
+    Raises:
+        ChainError: nothing is left.
+
+    Example:
+        >>> import torch
+        >>> select(["*.weight"]).apply(None, {"a.weight": torch.ones(1), "a.bias": torch.ones(1)})
+        {'a.weight': tensor([1.])}
+    """
+    include = (include,) if isinstance(include, str) else tuple(include)
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    return Transform(
+        "select",
+        init=partial(_init, include=include, exclude=exclude),
+        apply=partial(_apply, include=include, exclude=exclude),
+        lower=partial(_lower, include=include, exclude=exclude),
+    )
+
+
+def _init(spec: Spec, include: tuple[str, ...], exclude: tuple[str, ...]) -> tuple[State, Spec]:
+    kept = {name: leaf for name, leaf in spec.items() if _matches(name, include, exclude)}
+    if not kept:
+        raise ChainError(f"selects none of the {len(spec)} leaves (include {list(include)}, exclude {list(exclude)})")
+    return None, kept
+
+
+def _apply(state: State, grads: Grads, include: tuple[str, ...], exclude: tuple[str, ...]) -> Grads:
+    return {name: grad for name, grad in grads.items() if _matches(name, include, exclude)}
+
+
+def _lower(state: State, spec: Spec, include: tuple[str, ...], exclude: tuple[str, ...]) -> Lowered:
+    return {name: TwoSided() for name in spec if _matches(name, include, exclude)}
+
+
+def _matches(name: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> bool:
+    def any_of(globs: tuple[str, ...]) -> bool:
+        return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+    return any_of(include) and not any_of(exclude)
