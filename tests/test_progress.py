@@ -97,7 +97,7 @@ def test_terminal_line_never_wraps(clock, work, monkeypatch):
 
 def test_an_error_ends_the_line_and_passes_on(clock, work):
     out = Terminal()
-    with pytest.raises(KeyError), Progress(100, stream=out, clock=clock) as progress:  # noqa: PT012
+    with pytest.raises(KeyError), Progress(100, stream=out, clock=clock) as progress:
         work(progress, seconds=1, tokens=50)
         raise KeyError
     assert out.getvalue().endswith("50 of 100 tokens (50%), 1 rows, 50 tokens/s, 1s left, stopped\n")
