@@ -1,0 +1,241 @@
+"""A data set from wherever it is: a hub id, a saved folder, files or a glob of them."""
+
+import atexit
+import functools
+import glob
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import datasets
+
+from funcattrib.data.hub import hub_reachable, offline, quiet
+from funcattrib.data.reason import reason
+from funcattrib.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_KINDS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+}
+_COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_FORMS = "a hub id, a folder, or a csv, tsv, json, jsonl, parquet, arrow or txt file or glob"
+
+
+def load(source: str | Path, split: str | None = None, *, subset: str | None = None) -> datasets.Dataset:
+    r"""Open a data set, memory-mapped.
+
+    Args:
+        source: a hub id, a `save_to_disk` folder, another folder of data files, or a csv, tsv, json, jsonl, parquet,
+            arrow or txt file (also compressed) or a glob of those, read in the order of their names. A txt file gives
+            one row a line.
+        split: as `datasets` writes it, slices (`train[:1%]`) included. By default the only one, or `train`.
+        subset: the configuration of a hub data set that has several.
+
+    Raises:
+        DataError: where there is no such thing, it cannot be read, or is empty.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        ...     _ = file.write("one document\nand another")
+        ...     file.flush()
+        ...     load(file.name)["text"][:]
+        ['one document', 'and another']
+    """
+    source = os.path.expanduser(os.fspath(source))
+    with quiet():
+        found = _open(source, split, subset)
+        dataset = _choose(found, split, source)
+    if not len(dataset):
+        part = "" if split is None else f" in split '{split}'"
+        raise DataError(f"expected at least one row in {source}, found none{part}\nchoose another split or file")
+    return dataset
+
+
+def _open(source: str, split: str | None, subset: str | None) -> Mapping[str, datasets.Dataset]:
+    if os.path.isdir(source):
+        return _open_folder(source, split)
+    if os.path.isfile(source):
+        return _open_files([source], source, split)
+    if glob.has_magic(source):
+        files = sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))
+        if not files:
+            raise DataError(f"expected files that match {source}, found none\ncheck the pattern; quote it in a shell")
+        return _open_files(files, source, split)
+    if _HUB_ID.fullmatch(source) and not source.startswith(".") and _kind(source) is None:
+        return _open_hub(source, split, subset)
+    raise DataError(f"expected {_FORMS}; found no '{source}'\n{_neighbours(source)}")
+
+
+def _open_folder(folder: str, split: str | None) -> Mapping[str, datasets.Dataset]:
+    if os.path.isfile(os.path.join(folder, "dataset_dict.json")) or os.path.isfile(os.path.join(folder, "state.json")):
+        try:
+            found = datasets.load_from_disk(folder)
+        except Exception as error:
+            raise _unreadable(folder, "a folder written by save_to_disk", error) from error
+        return found if isinstance(found, datasets.DatasetDict) else {_split_name(found): found}
+    return _build(
+        folder, None, split, what="a folder of data files (csv, json, parquet, arrow, txt) or of save_to_disk"
+    )
+
+
+def _open_files(files: list[str], source: str, split: str | None) -> Mapping[str, datasets.Dataset]:
+    kinds = {path: _kind(path) for path in files}
+    unknown = [path for path, kind in kinds.items() if kind is None]
+    if unknown:
+        raise DataError(
+            f"expected a csv, tsv, json, jsonl, parquet, arrow or txt file, found {unknown[0]}\n"
+            "convert it to one of these"
+        )
+    if len(set(kinds.values())) > 1:
+        names = ", ".join(sorted(str(kind) for kind in set(kinds.values())))
+        raise DataError(f"expected files of one kind, found {names} among the files of {source}\nnarrow the pattern")
+    if not any(map(os.path.getsize, files)):
+        raise DataError(f"expected at least one row in {source}, found an empty file\nchoose another file")
+    kind = str(kinds[files[0]])
+    suffixes = {
+        Path(path.removesuffix(Path(path).suffix) if Path(path).suffix in _COMPRESSED else path).suffix
+        for path in files
+    }
+    if ".tsv" in suffixes and len(suffixes) > 1:
+        raise DataError(f"expected files of one kind, found csv, tsv among the files of {source}\nnarrow the pattern")
+    options = {"sep": "\t"} if ".tsv" in suffixes else {}
+    # An empty file among others has no header, and no rows either: left out, where readers would stumble.
+    full = [glob.escape(os.path.abspath(path)) for path in files if os.path.getsize(path)]
+    return _build(kind, full, split, what=f"{kind} data", source=source, **options)
+
+
+def _open_hub(name: str, split: str | None, subset: str | None) -> Mapping[str, datasets.Dataset]:
+    what = f"a data set '{name}' on the hub" + (f" with subset '{subset}'" if subset else "")
+    if hub_reachable():
+        return _build(name, None, split, what=what, subset=subset)
+    with offline():
+        try:
+            found = _build(name, None, split, what=what, subset=subset)
+        except DataError as error:
+            why = "offline mode is on (HF_HUB_OFFLINE)" if _asked_offline() else "the hub does not answer"
+            raise DataError(
+                f"expected a file, a folder or a hub data set '{name}', found no such path, no cached copy, and {why}\n"
+                "check the spelling and the connection, or copy the data here and name its path"
+            ) from error
+    logger.warning("the hub does not answer: using the copy of %s in the cache", name)
+    return found
+
+
+def _build(
+    path: str,
+    files: list[str] | None,
+    split: str | None,
+    *,
+    what: str,
+    source: str | None = None,
+    subset: str | None = None,
+    **options: str,
+) -> Mapping[str, datasets.Dataset]:
+    """Have `datasets` read it, and put what goes wrong into words."""
+    try:
+        builder = datasets.load_dataset_builder(path, subset, data_files=files, cache_dir=_cache_folder(), **options)
+        known = builder.info.splits
+        if split is not None and known:  # known before a download only where the hub says so
+            _instructions(split, dict.fromkeys(known, 1 << 40), source or path)
+        builder.download_and_prepare()
+        sizes = {name: info.num_examples for name, info in (builder.info.splits or {}).items()}
+        # `datasets` refuses to open a split without rows; here that is one without rows.
+        return {
+            name: builder.as_dataset(name) if rows else datasets.Dataset.from_dict({}) for name, rows in sizes.items()
+        }
+    except DataError:
+        raise
+    except Exception as error:
+        raise _unreadable(source or path, what, error) from error
+
+
+def _choose(found: Mapping[str, datasets.Dataset], split: str | None, source: str) -> datasets.Dataset:
+    if not found:
+        raise DataError(f"expected at least one split in {source}, found none\nchoose another data set")
+    if split is None:
+        if len(found) > 1 and "train" not in found:
+            raise DataError(
+                f"expected a split to be named, found {', '.join(found)} in {source}\nchoose one with --split"
+            )
+        split = "train" if "train" in found else next(iter(found))
+    lengths = {name: len(dataset) for name, dataset in found.items()}
+    parts = []
+    for part in _instructions(split, lengths, source):
+        whole = found[part.splitname]
+        start, stop = part.from_ or 0, len(whole) if part.to is None else part.to
+        parts.append(whole if (start, stop) == (0, len(whole)) else whole.select(range(start, max(start, stop))))
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+def _instructions(
+    split: str, lengths: Mapping[str, int], source: str
+) -> list[datasets.arrow_reader._AbsoluteInstruction]:
+    try:
+        return list(datasets.ReadInstruction.from_spec(split).to_absolute(dict(lengths)))
+    except (ValueError, AssertionError) as error:
+        wrong = "" if "Unknown split" in str(error) else f" ({reason(error)})"
+        raise DataError(
+            f"expected a split of {source}: {', '.join(lengths)}, found '{split}'{wrong}\n"
+            "name one of these with --split; a part of one is written train[:1%] or train[100:200]"
+        ) from error
+
+
+def _unreadable(source: str, what: str, error: BaseException) -> DataError:
+    why = reason(error).rpartition("on the Hugging Face Hub either: ")[2]
+    if "hub" in what:
+        return DataError(
+            f"expected {what}, found: {why}\ncheck the spelling; a private or gated one needs `hf auth login`"
+        )
+    cure = "save the file as UTF-8" if "codec can't decode" in why else "check that it is whole and what its name says"
+    return DataError(f"expected {what}, found {source}, which cannot be read: {why}\n{cure}")
+
+
+def _kind(path: str) -> str | None:
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+    return _KINDS.get(suffixes[-1]) if suffixes else None
+
+
+def _neighbours(source: str) -> str:
+    folder = os.path.dirname(source) or "."
+    if not os.path.isdir(folder):
+        return f"there is no folder {folder} either; check the path"
+    names = sorted(name for name in os.listdir(folder) if _kind(name))[:5]
+    return f"in {folder} there is: {', '.join(names)}" if names else f"no data file is in {folder}; check the path"
+
+
+def _split_name(dataset: datasets.Dataset) -> str:
+    # A saved slice is called train[:10] and is asked for as train.
+    return re.sub(r"\W.*", "", str(dataset.split or "")) or "train"
+
+
+def _asked_offline() -> bool:
+    return any(os.environ.get(name) for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"))
+
+
+@functools.cache
+def _cache_folder() -> str | None:
+    """None for the default of `datasets`; a temporary folder where that cannot be written to."""
+    try:
+        os.makedirs(datasets.config.HF_DATASETS_CACHE, exist_ok=True)
+        with tempfile.TemporaryFile(dir=datasets.config.HF_DATASETS_CACHE):
+            return None
+    except OSError:
+        folder = tempfile.mkdtemp(prefix="funcattrib-datasets-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return folder
