@@ -1,0 +1,250 @@
+"""The manifest: what a store holds and how it was made, as one JSON file that is readable by people.
+
+Two runs may share a store when their `identity` agrees; `differences` says in words where it does not.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from funcattrib import __version__
+from funcattrib.errors import StoreError
+from funcattrib.store.facts import (
+    FileFacts,
+    LeafColumns,
+    Shard,
+    file_facts_from_json,
+    lay_out,
+    shard_from_json,
+    shard_to_json,
+)
+
+FORMAT = "funcattrib gradient store"
+FORMAT_VERSION = 1
+DTYPES = ("float16", "float32", "bfloat16", "int8")
+SCORE_CONVENTION = (
+    "inner product of the transformed gradients of a training example and a query; positive means that a step that "
+    "unlearns the training example raises the query's loss (a proponent)"
+)
+FILE = "manifest.json"
+
+# Everything that must agree before a run may continue another's store. `extra` holds notes and is not compared.
+_IDENTITY = (
+    "format_version",
+    "funcattrib_version",
+    "model",
+    "data",
+    "loss",
+    "chain",
+    "seed",
+    "leaves",
+    "dtype",
+    "score_convention",
+    "rows",
+    "rows_per_shard",
+)
+_NOTHING = object()  # of a key that one side lacks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a store holds and how it was made.
+
+    Attributes:
+        model: id, revision or fingerprint, and whatever else settles its weights.
+        data: id, split, columns, content fingerprint, documents, tokens.
+        loss: kind, reduction and other settings of the loss.
+        chain: the stages in order, each a dict of its settings.
+        seed: of every random draw.
+        leaves: the columns of a row, in order and without gaps.
+        dtype: how entries are stored: float16, float32, bfloat16 or int8 (with a float32 scale per row).
+        rows: of the whole data set; shard i holds rows [i * rows_per_shard, (i + 1) * rows_per_shard).
+        rows_per_shard: rows in every shard but the last.
+        score_convention: what the sign and size of an inner product mean.
+        extra: notes; JSON values, never compared.
+        shards: the finished ones, once the store is complete (until then each has a file of its own).
+        complete: every shard is written and listed.
+        clipped: entries that were beyond the stored dtype's range.
+        nonfinite: entries that were NaN or infinite.
+        state: the chain's fitted state, where there is one.
+    """
+
+    model: dict[str, Any]
+    data: dict[str, Any]
+    loss: dict[str, Any]
+    chain: list[dict[str, Any]]
+    seed: int
+    leaves: list[LeafColumns]
+    rows: int
+    rows_per_shard: int
+    dtype: str = "float16"
+    score_convention: str = SCORE_CONVENTION
+    extra: dict[str, Any] = field(default_factory=dict)
+    funcattrib_version: str = __version__
+    format_version: int = FORMAT_VERSION
+    shards: list[Shard] = field(default_factory=list)
+    complete: bool = False
+    clipped: int = 0
+    nonfinite: int = 0
+    state: FileFacts | None = None
+
+    @property
+    def width(self) -> int:
+        """Columns of a row."""
+        return self.leaves[-1].stop
+
+    @property
+    def shard_count(self) -> int:
+        """Shards of the complete store."""
+        return math.ceil(self.rows / self.rows_per_shard)
+
+    def shard_range(self, shard: int) -> range:
+        """The rows that a shard holds."""
+        start = shard * self.rows_per_shard
+        return range(start, min(start + self.rows_per_shard, self.rows))
+
+    def to_json(self) -> str:
+        """The text of `manifest.json`: one line for every leaf, stage and shard.
+
+        Raises:
+            StoreError: A setting is no JSON value.
+        """
+        values = {"format": FORMAT, **_plain(self)}
+        return (
+            "{\n" + ",\n".join(f" {json.dumps(key)}: {_lines(key, value)}" for key, value in values.items()) + "\n}\n"
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "Manifest":
+        """Read the text of a `manifest.json`. Fields that this version does not know are passed over.
+
+        Raises:
+            StoreError: Not a store's manifest, of a newer format, or not consistent in itself.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise StoreError(f"expected JSON, found none that can be read ({error}); is this a store?") from error
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise StoreError(
+                f'expected "format": "{FORMAT}", found the manifest of something else; choose another folder'
+            )
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise StoreError(
+                f"expected format version {FORMAT_VERSION}, found {version!r} (written by funcattrib "
+                f"{values.get('funcattrib_version', 'of unknown version')}, this is {__version__}); use that version"
+            )
+        try:
+            known = {f.name: values[f.name] for f in fields(cls)}
+            known["leaves"] = [
+                LeafColumns(leaf["name"], tuple(leaf["shape"]), leaf["start"], leaf["stop"]) for leaf in known["leaves"]
+            ]
+            known["shards"] = [shard_from_json(shard) for shard in known["shards"]]
+            known["state"] = file_facts_from_json(known["state"])
+            manifest = cls(**known)
+            check_manifest(manifest)
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(
+                f"expected a complete manifest, found it damaged at {error}; restore it or build the store anew"
+            ) from error
+        return manifest
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The manifest of the store in folder `path`.
+
+    Raises:
+        StoreError: No folder, no store, or one of a newer format.
+    """
+    file = Path(path) / FILE
+    if not file.is_file():
+        found = "nothing there" if not Path(path).exists() else f"no {FILE} in it"
+        raise StoreError(
+            f"expected a gradient store at {path}, found {found}; build one with `funcattrib build {path} …`"
+        )
+    try:
+        return Manifest.from_json(file.read_text(encoding="utf-8"))
+    except (StoreError, UnicodeDecodeError, OSError) as error:
+        raise StoreError(f"{file}: {error}") from error
+
+
+def identity(manifest: Manifest) -> dict[str, Any]:
+    """Everything that must agree for one run to continue another's store, as JSON values."""
+    values = _plain(manifest)
+    return {key: values[key] for key in _IDENTITY}
+
+
+def differences(expected: Manifest, found: Manifest) -> list[str]:
+    """Where two identities differ, one line each ("model.id: expected "A", found "B""); empty where they agree."""
+    return list(_compare("", identity(expected), identity(found)))
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Check that a manifest is consistent in itself.
+
+    Raises:
+        StoreError: Naming the field.
+    """
+    if manifest.dtype not in DTYPES:
+        raise StoreError(f"expected a store dtype of {', '.join(DTYPES)}, found {manifest.dtype!r}")
+    if manifest.rows < 0 or manifest.rows_per_shard < 1:
+        raise StoreError(
+            f"expected rows >= 0 and rows_per_shard >= 1, found {manifest.rows} and {manifest.rows_per_shard}"
+        )
+    if not manifest.leaves:
+        raise StoreError("expected at least one leaf in a row, found none; does --modules match any parameter?")
+    if [*manifest.leaves] != lay_out({leaf.name: leaf.shape for leaf in manifest.leaves}):
+        raise StoreError("expected leaves of distinct names that lie side by side, found gaps, overlaps or repeats")
+    if manifest.complete and [shard.start for shard in manifest.shards] != [
+        manifest.shard_range(i).start for i in range(manifest.shard_count)
+    ]:
+        raise StoreError(f"expected all {manifest.shard_count} shards listed in order, found {len(manifest.shards)}")
+
+
+def unfinished(manifest: Manifest) -> Manifest:
+    """The same manifest, before any shard was written."""
+    return replace(manifest, shards=[], complete=False, clipped=0, nonfinite=0, state=None)
+
+
+def _plain(manifest: Manifest) -> dict[str, Any]:
+    values = {f.name: getattr(manifest, f.name) for f in fields(manifest)}
+    values["leaves"] = [leaf._asdict() for leaf in manifest.leaves]
+    values["shards"] = [shard_to_json(shard) for shard in manifest.shards]
+    values["state"] = manifest.state._asdict() if manifest.state else None
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(values, allow_nan=False))  # tuples become lists, as in the file
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"expected JSON values in the manifest, found one that is not: {error}") from error
+    return plain
+
+
+def _lines(key: str, value: Any) -> str:
+    if isinstance(value, list) and value and key in ("leaves", "chain", "shards"):
+        return "[\n" + ",\n".join(f"  {json.dumps(item, ensure_ascii=False)}" for item in value) + "\n ]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _compare(at: str, expected: Any, found: Any) -> list[str]:
+    if isinstance(expected, dict) and isinstance(found, dict):
+        keys = [*expected, *(key for key in found if key not in expected)]
+        return [
+            line
+            for key in keys
+            for line in _compare(f"{at}.{key}" if at else key, expected.get(key, _NOTHING), found.get(key, _NOTHING))
+        ]
+    if isinstance(expected, list) and isinstance(found, list):
+        if len(expected) != len(found):
+            return [f"{at}: expected {len(expected)} of them, found {len(found)}"]
+        pairs = enumerate(zip(expected, found, strict=True))
+        return [line for i, (a, b) in pairs for line in _compare(f"{at}[{i}]", a, b)]
+    return [] if expected == found else [f"{at}: expected {_short(expected)}, found {_short(found)}"]
+
+
+def _short(value: Any) -> str:
+    if value is _NOTHING:
+        return "nothing"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}…"
