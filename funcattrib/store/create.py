@@ -1,0 +1,119 @@
+"""Begin a store, or continue one that the same command began."""
+
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from funcattrib.errors import StoreError
+from funcattrib.store import lock, shards
+from funcattrib.store.atomic import TEMPORARY, explain
+from funcattrib.store.manifest import FILE, Manifest, check_manifest, differences, read_manifest, unfinished
+from funcattrib.store.writer import CONFIG, STATE, StoreWriter, save_manifest
+
+log = logging.getLogger(__name__)
+
+# Differences named in an error before the rest is only counted.
+_NAMED = 4
+
+
+def create_store(path: str | Path, manifest: Manifest, *, overwrite: bool = False) -> StoreWriter:
+    """Begin the store of a run in folder `path`, or continue it.
+
+    A store that the same run left unfinished is continued: the writer's `pending` are the shards to compute. One that
+    is complete has none pending, unless a shard went missing or was cut short since: that one is pending again.
+
+    Args:
+        path: a new or empty folder, or a store.
+        manifest: what the store is to hold; its shards and counts are not looked at.
+        overwrite: begin anew. Of a folder that is no store nothing is ever removed.
+
+    Raises:
+        StoreError: Another run's store (naming what differs), a folder that holds something else, a store of a newer
+            format, another process that writes, or a disk that cannot be written.
+    """
+    path = Path(path)
+    manifest = unfinished(manifest)
+    check_manifest(manifest)
+    manifest.to_json()  # settings that are no JSON values are refused before a folder is made
+    found = _existing(path)
+    if found and found.complete and not overwrite:
+        _agree(path, manifest, found)
+        if not shards.misfits(path, shards.recorded(path, found)):
+            return StoreWriter(path, found, shards.recorded(path, found), None)
+    try:
+        for folder in shards.FOLDERS:
+            (path / folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(explain(error, path)) from error
+    held = lock.acquire(path)
+    try:
+        return _begin(path, manifest, overwrite, held)
+    except BaseException:
+        held.release()
+        raise
+
+
+def _begin(path: Path, wanted: Manifest, overwrite: bool, held: lock.Lock) -> StoreWriter:
+    found = _existing(path)  # once more: before the lock was ours, another writer may have changed it
+    if found is None or overwrite:
+        if found is not None:
+            _forget(path)
+        save_manifest(path, wanted)
+        found = wanted
+    else:
+        _agree(path, wanted, found)
+    finished = shards.recorded(path, found)
+    for number, wrong in shards.misfits(path, finished).items():
+        log.warning("%s; shard %d is written anew", wrong, number)
+        del finished[number]
+    if found.complete:
+        if len(finished) == found.shard_count:  # another writer finished it in the meantime
+            held.release()
+            return StoreWriter(path, found, finished, None)
+        # Back to unfinished: first the side files that then count, the manifest last.
+        for number, shard in finished.items():
+            shards.record(path, number, shard)
+        found = unfinished(found)
+        save_manifest(path, found)
+    keep = [facts.file for shard in finished.values() for facts in shards.files_of(shard)]
+    shards.sweep(path, keep=[*keep, *(shards.side_file(number) for number in finished)])
+    return StoreWriter(path, found, finished, held)
+
+
+def _existing(path: Path) -> Manifest | None:
+    """The manifest of the store at `path`; None for a folder that is new, or that a run left before its manifest."""
+    if (path / FILE).exists():
+        return read_manifest(path)
+    if path.exists() and not path.is_dir():
+        raise StoreError(f"expected a folder at {path}, found a file; choose another RUN")
+    known = {lock.FILE, FILE + TEMPORARY, "lost+found"}
+    others = [entry.name for entry in path.iterdir()] if path.exists() else []
+    others = sorted(name for name in others if name not in known and not name.startswith("."))
+    others = [name for name in others if name not in shards.FOLDERS or any((path / name).iterdir())]
+    if others:
+        more = f" and {len(others) - 1} more" if others[1:] else ""
+        raise StoreError(
+            f"expected a new folder or a store at {path}, found {others[0]}{more} and no {FILE}\nchoose another RUN"
+        )
+    return None
+
+
+def _agree(path: Path, wanted: Manifest, found: Manifest) -> None:
+    if found.complete:  # nothing more is computed, so another version of this library does no harm
+        wanted = replace(wanted, funcattrib_version=found.funcattrib_version)
+    lines = differences(wanted, found)
+    if lines:
+        more = f"; and {len(lines) - _NAMED} more" if lines[_NAMED:] else ""
+        raise StoreError(
+            f"{path} holds another run: {'; '.join(lines[:_NAMED])}{more}\n"
+            "use --overwrite to begin anew, or another RUN"
+        )
+
+
+def _forget(path: Path) -> None:
+    """Let nothing of the old run count for the new one, before the new one's manifest is written."""
+    old = [name for name in shards.sizes(path) if name.startswith("shards/") and name.endswith(".json")]
+    for name in (*old, STATE, CONFIG):
+        (path / name).unlink(missing_ok=True)
+    shutil.rmtree(path / "faiss", ignore_errors=True)  # indices made from the old rows

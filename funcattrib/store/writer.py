@@ -1,0 +1,224 @@
+"""The writer of a store: shards handed over are written by one thread, while the next are computed."""
+
+import queue
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import safetensors.torch
+import torch
+import yaml
+from safetensors import SafetensorError
+from torch import Tensor
+
+from funcattrib.errors import StoreError
+from funcattrib.store import shards
+from funcattrib.store.atomic import hash_file, replacing, write_file
+from funcattrib.store.examples import Column, to_table
+from funcattrib.store.facts import FileFacts, Shard
+from funcattrib.store.lock import Lock
+from funcattrib.store.manifest import FILE, Manifest
+from funcattrib.store.write_shard import Job, write_shard
+
+STATE = "state.safetensors"
+CONFIG = "config.yaml"
+
+# Shards that wait while one is written: enough to overlap, and a bound on memory.
+_WAITING = 2
+
+
+class StoreWriter:
+    """Writes the shards of one store; `create_store` makes it. A context manager: leaving it gives up the lock.
+
+    On a store that is complete already nothing is pending, and finishing or saving changes nothing.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, finished: Mapping[int, Shard], lock: Lock | None) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._finished = dict(finished)
+        self._taken = set(finished)
+        self._lock = lock
+        self._queue: queue.Queue[Job | None] = queue.Queue(maxsize=_WAITING)
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._reported = False
+
+    @property
+    def pending(self) -> list[int]:
+        """Numbers of the shards that were neither written nor handed over yet, in order."""
+        return [i for i in range(self.manifest.shard_count) if i not in self._taken]
+
+    @property
+    def finished(self) -> list[int]:
+        """Numbers of the shards that are on disk, in order."""
+        return sorted(self._finished)
+
+    @property
+    def clipped(self) -> int:
+        """Entries beyond the stored dtype's range, in the finished shards."""
+        return sum(shard.clipped for shard in list(self._finished.values()))
+
+    @property
+    def nonfinite(self) -> int:
+        """Entries that were NaN or infinite, in the finished shards."""
+        return sum(shard.nonfinite for shard in list(self._finished.values()))
+
+    def shard_range(self, shard: int) -> range:
+        """The rows that a shard holds."""
+        return self.manifest.shard_range(shard)
+
+    def put(self, shard: int, matrix: Tensor, examples: Mapping[str, Column]) -> None:
+        """Hand over a shard to be written; waits while two others are waiting.
+
+        Args:
+            shard: a pending one's number.
+            matrix: (rows of the shard, D), any float dtype. It now belongs to the writer: leave it as it is.
+            examples: column name -> one entry for every row. The same columns in every shard.
+
+        Raises:
+            StoreError: An earlier shard could not be written (a full disk: the store stays valid and can be continued
+                by a new writer), the shard is not pending, or the sizes are wrong.
+        """
+        self._raise_failure()
+        span = self.shard_range(shard)
+        if not 0 <= shard < self.manifest.shard_count or shard in self._taken:
+            raise StoreError(f"expected the number of a pending shard, found {shard}; see `pending`")
+        shape = (len(span), self.manifest.width)
+        if tuple(matrix.shape) != shape or not matrix.is_floating_point():
+            raise StoreError(
+                f"expected shard {shard} as floats of shape {shape}, found {matrix.dtype} of {tuple(matrix.shape)}"
+            )
+        job = Job(shard, matrix.detach().cpu(), to_table(examples, len(span)))
+        if self._lock is None:
+            raise StoreError("expected a writer that is open, found one that was closed; make a new one")
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="funcattrib-store-writer", daemon=True)
+            self._thread.start()
+        self._taken.add(shard)
+        self._queue.put(job)
+
+    def save_state(self, state: Mapping[str, Tensor]) -> None:
+        """Save the chain's fitted state as `state.safetensors`."""
+        if self.manifest.complete:
+            return
+        with replacing(self.path / STATE) as temporary:
+            try:
+                safetensors.torch.save_file(_own_memory(state), temporary)
+            except SafetensorError as error:
+                raise StoreError(
+                    f"expected to write {self.path / STATE}, found: {error}\n"
+                    "mend that, then run the same command again: finished shards are kept"
+                ) from error
+
+    def load_state(self) -> dict[str, Tensor] | None:
+        """The state that this run or the one it continues has saved; None where there is none yet."""
+        return safetensors.torch.load_file(self.path / STATE) if (self.path / STATE).exists() else None
+
+    def save_config(self, config: Mapping[str, Any]) -> None:
+        """Save the settings that replay the run as `config.yaml`."""
+        if not self.manifest.complete:
+            text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+            write_file(self.path, CONFIG, lambda sink: sink.write(text.encode()))
+
+    def finish(self) -> Manifest:
+        """Wait for the last shard, check that all are there, and mark the store complete.
+
+        Raises:
+            StoreError: A shard could not be written, or was never handed over.
+        """
+        if self.manifest.complete:
+            return self.manifest
+        self._queue.join()
+        self._raise_failure()
+        if self.pending:
+            raise StoreError(
+                f"expected all {self.manifest.shard_count} shards, found {len(self._finished)}; "
+                f"still to be written: {', '.join(map(str, self.pending[:5]))}{', …' if self.pending[5:] else ''}"
+            )
+        if wrong := shards.misfits(self.path, self._finished):
+            raise StoreError(f"{next(iter(wrong.values()))}; run the same command again to write it anew")
+        state = self.path / STATE
+        complete = replace(
+            self.manifest,
+            shards=[self._finished[i] for i in self.finished],
+            complete=True,
+            clipped=self.clipped,
+            nonfinite=self.nonfinite,
+            state=FileFacts(STATE, state.stat().st_size, hash_file(state)) if state.exists() else None,
+        )
+        save_manifest(self.path, complete)
+        self.manifest = complete
+        # The manifest lists the shards from here on. Killed before this, a leftover side file is never read again.
+        shards.sweep(self.path, keep=[facts.file for shard in complete.shards for facts in shards.files_of(shard)])
+        return complete
+
+    def close(self) -> None:
+        """Wait for what was handed over, then give up the lock.
+
+        Raises:
+            StoreError: A shard could not be written and no call has said so yet.
+        """
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+            self._thread = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+        if not self._reported:
+            self._raise_failure()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            with suppress(Exception):  # the error on its way out is the first, and the one to be read
+                self.close()
+
+    def _work(self) -> None:
+        while self._next():
+            pass
+
+    def _next(self) -> bool:
+        """Write one shard. A function of its own so that nothing refers to its rows while waiting for the next."""
+        job = self._queue.get()
+        try:
+            if job is not None and self._failure is None:
+                self._finished[job.number] = write_shard(self.path, self.manifest, job)
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._queue.task_done()
+        return job is not None
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            self._reported = True
+            raise self._failure
+
+
+def save_manifest(path: Path, manifest: Manifest) -> None:
+    """Replace a store's manifest."""
+    write_file(path, FILE, lambda sink: sink.write(manifest.to_json().encode()))
+
+
+def _own_memory(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors takes them: on the CPU, contiguous, no two in the same memory."""
+    seen: set[int] = set()
+    own = {}
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        own[name] = tensor.clone(memory_format=torch.contiguous_format) if memory in seen else tensor
+        seen.add(memory)
+    return own
