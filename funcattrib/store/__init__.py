@@ -1,0 +1,30 @@
+"""The gradient store: shards of rows on disk, written by one process, resumed after a kill, read memory-mapped."""
+
+from funcattrib.store.create import create_store
+from funcattrib.store.encode import decode, encode
+from funcattrib.store.facts import FileFacts, LeafColumns, Shard, lay_out
+from funcattrib.store.lazy import LazyMatrix
+from funcattrib.store.manifest import SCORE_CONVENTION, Manifest, differences, identity, read_manifest
+from funcattrib.store.reader import GradientStore, open_store
+from funcattrib.store.verify import verify
+from funcattrib.store.writer import StoreWriter
+
+__all__ = [
+    "SCORE_CONVENTION",
+    "FileFacts",
+    "GradientStore",
+    "LazyMatrix",
+    "LeafColumns",
+    "Manifest",
+    "Shard",
+    "StoreWriter",
+    "create_store",
+    "decode",
+    "differences",
+    "encode",
+    "identity",
+    "lay_out",
+    "open_store",
+    "read_manifest",
+    "verify",
+]
