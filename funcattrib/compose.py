@@ -8,7 +8,7 @@ A transform sees what precedes it: its ``init`` receives the spec that the previ
 statistics are fitted on the gradients that reach it, everything before it frozen.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -193,7 +193,7 @@ def fit(chain: Chain, loss: Loss, params: Params, batches: Iterable[Batch]) -> t
     spec = source.spec(params)
     state = list(chain.init(spec)[0])
     to_fit = [i for i, stage in enumerate(chain.stages) if stage.fitted]
-    if len(to_fit) > 1 and iter(batches) is batches:
+    if len(to_fit) > 1 and isinstance(batches, Iterator):
         raise ChainError(
             f"expected batches that can be iterated {len(to_fit)} times, found a one-shot iterator; pass a list"
         )

@@ -6,12 +6,12 @@ own) and the parameters in two dicts: those to attribute and the frozen rest. Th
 
 import copy
 import fnmatch
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from funcattrib.errors import FuncattribError
 from funcattrib.kernels import register_attention
@@ -90,7 +90,7 @@ def choose(model: nn.Module, modules: Iterable[str] | None = None, exclude: Iter
 
 
 def _block_matrices(model: nn.Module) -> set[str]:
-    """Weights of linear layers inside the repeated blocks (``nn.ModuleList``); of all linear layers where none repeats."""
+    """Weights of the linear layers inside repeated blocks (``nn.ModuleList``), or of all where nothing repeats."""
     blocks = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     head = getattr(model, "get_output_embeddings", lambda: None)()
     matrices = {
@@ -111,20 +111,23 @@ def _shares_embedding(model: nn.Module, module: nn.Module) -> bool:
 
 
 def _skeleton(model: nn.Module) -> nn.Module:
-    """A copy of the module tree and its configuration that shares every tensor."""
+    """A copy of the module tree and its configurations that shares every tensor."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    skeleton: Any = copy.deepcopy(model, shared)
-    skeleton.eval()
-    config = getattr(skeleton, "config", None)
-    if config is not None and hasattr(skeleton, "set_attn_implementation"):
-        for module in skeleton.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = False
-        for each in {id(m.config): m.config for m in skeleton.modules() if hasattr(m, "config")}.values():
-            if hasattr(each, "use_cache"):
-                each.use_cache = False
-        if skeleton._can_set_attn_implementation():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                skeleton.set_attn_implementation(register_attention())
+    skeleton = copy.deepcopy(model, shared).eval()
+    for module in skeleton.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False
+        if isinstance(module, PreTrainedModel):
+            _prepare(module)
     return skeleton
+
+
+def _prepare(model: PreTrainedModel) -> None:
+    """Settings under which a transformers model is a function that vmap can trace."""
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    # With a pad token and no mask it warns by looking at the tokens' values; its embedding keeps its own padding_idx.
+    if getattr(model.config, "pad_token_id", None) is not None:
+        model.config.pad_token_id = None
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(register_attention())

@@ -5,7 +5,8 @@ The gradient of a weight W (O, I) used in a linear operation is a sum of outer p
     G = Σ_n rows_n colsᵀ_n,        rows (N, O), cols (N, I),
 
 of what came into the operation and what comes back through it. A two-sided map C(G) = L G Rᵀ is then
-(rows Lᵀ)ᵀ (cols Rᵀ): G itself is never formed. A factor may be one-hot (an embedding's token ids).
+(rows Lᵀ)ᵀ (cols Rᵀ): G itself is never formed. The row factor may be one-hot (an
+embedding's token ids).
 
 Shapes: E examples, N tokens, O/I weight rows/columns, P/Q coordinates.
 """
@@ -18,9 +19,9 @@ from torch import Tensor
 
 
 class OneHot(NamedTuple):
-    """A factor whose token n is ``weight``_n times the unit vector number ``index``_n; ``size`` is the axis' length."""
+    """A row factor whose token n is ``weight``_n times the unit vector number ``ids``_n; ``size`` is the axis' length."""
 
-    index: Tensor
+    ids: Tensor
     size: int
     weight: Tensor | None = None
 
@@ -39,10 +40,10 @@ class Reading(Protocol):
     def keep_rows(self, rows: Factor) -> Factor:
         """What must be kept of the row factor until the column factor is known."""
 
-    def keep_cols(self, cols: Factor) -> Factor:
+    def keep_cols(self, cols: Tensor) -> Tensor:
         """What must be kept of the column factor until the row factor is known."""
 
-    def read(self, rows: Factor, cols: Factor | None) -> Tensor:
+    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
         """(E, …) coordinates from kept factors; ``cols`` is None where the weight is a vector."""
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
@@ -60,17 +61,19 @@ class TwoSided(NamedTuple):
 
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of a weight of ``shape``."""
+        if len(shape) > 2:  # more axes have no sides: they are kept whole
+            return shape
         return tuple(_length(side, n) for side, n in zip((self.left, self.right), shape, strict=False))
 
     def keep_rows(self, rows: Factor) -> Factor:
         """Rows with the left side applied."""
         return along(self.left, rows)
 
-    def keep_cols(self, cols: Factor) -> Factor:
+    def keep_cols(self, cols: Tensor) -> Tensor:
         """Columns with the right side applied."""
-        return along(self.right, cols)
+        return _dense_along(self.right, cols)
 
-    def read(self, rows: Factor, cols: Factor | None) -> Tensor:
+    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
         """From kept factors."""
         return outer(rows, cols)
 
@@ -78,6 +81,8 @@ class TwoSided(NamedTuple):
         """From formed gradients (E, *shape)."""
         if gradient.ndim == 2:
             return _dense_along(self.left, gradient)
+        if gradient.ndim > 3:
+            return gradient
         right = _dense_along(self.right, gradient)
         return _dense_along(self.left, right.transpose(-1, -2)).transpose(-1, -2)
 
@@ -85,6 +90,8 @@ class TwoSided(NamedTuple):
         """Of θ without example axis."""
         if theta.ndim == 1:
             return _dense_along(_transpose(self.left), theta)
+        if theta.ndim > 2:
+            return theta
         rows = _dense_along(_transpose(self.right), theta)
         return _dense_along(_transpose(self.left), rows.transpose(-1, -2)).transpose(-1, -2)
 
@@ -116,11 +123,11 @@ class Measured(NamedTuple):
         """Rows with the left side applied."""
         return self.inner.keep_rows(rows)
 
-    def keep_cols(self, cols: Factor) -> Factor:
+    def keep_cols(self, cols: Tensor) -> Tensor:
         """Columns with the right side applied."""
         return self.inner.keep_cols(cols)
 
-    def read(self, rows: Factor, cols: Factor | None) -> Tensor:
+    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
         """From kept factors."""
         return self.measure(self.inner.read(rows, cols))
 
@@ -140,41 +147,32 @@ def along(side: Side, factor: Factor) -> Factor:
     if side is None:
         return factor
     if side.ndim == 1:
-        scale = side[factor.index]
+        scale = side[factor.ids]
         return factor._replace(weight=scale if factor.weight is None else scale * factor.weight)
-    picked = side.T[factor.index]
+    picked = side.T[factor.ids]
     return picked if factor.weight is None else picked * factor.weight[..., None]
 
 
-def outer(rows: Factor, cols: Factor | None) -> Tensor:
+def outer(rows: Factor, cols: Tensor | None) -> Tensor:
     """Σ_n rows_n colsᵀ_n, (E, P, Q), or Σ_n rows_n, (E, P), without columns."""
     if cols is None:
         return _scatter(rows, None) if isinstance(rows, OneHot) else rows.sum(1)
-    if isinstance(rows, OneHot):
-        return _scatter(rows, cols if isinstance(cols, Tensor) else _dense(cols))
-    if isinstance(cols, OneHot):
-        return _scatter(cols, rows).transpose(-1, -2)
-    return rows.transpose(-1, -2) @ cols
+    return _scatter(rows, cols) if isinstance(rows, OneHot) else rows.transpose(-1, -2) @ cols
 
 
 def _scatter(rows: OneHot, values: Tensor | None) -> Tensor:
-    """Σ_n e_{index_n} valuesᵀ_n by scattered addition: no one-hot matrix is formed."""
+    """Σ_n e_{id_n} valuesᵀ_n by scattered addition: no one-hot matrix is formed."""
     scale = rows.weight
     if values is None:
-        ones = torch.ones_like(rows.index, dtype=torch.float32) if scale is None else scale
-        return torch.zeros(*rows.index.shape[:-1], rows.size, dtype=ones.dtype, device=ones.device).scatter_add(
-            -1, rows.index, ones
+        ones = torch.ones_like(rows.ids, dtype=torch.float32) if scale is None else scale
+        return torch.zeros(*rows.ids.shape[:-1], rows.size, dtype=ones.dtype, device=ones.device).scatter_add(
+            -1, rows.ids, ones
         )
     if scale is not None:
         values = values * scale[..., None]
-    index = rows.index[..., None].expand(*rows.index.shape, values.shape[-1])
+    index = rows.ids[..., None].expand(*rows.ids.shape, values.shape[-1])
     zeros = torch.zeros(*values.shape[:-2], rows.size, values.shape[-1], dtype=values.dtype, device=values.device)
     return zeros.scatter_add(-2, index, values)
-
-
-def _dense(factor: OneHot) -> Tensor:
-    dense = torch.nn.functional.one_hot(factor.index, factor.size).to(torch.float32)
-    return dense if factor.weight is None else dense * factor.weight[..., None]
 
 
 def _dense_along(side: Side, x: Tensor) -> Tensor:

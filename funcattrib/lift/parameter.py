@@ -44,9 +44,11 @@ class Lifted(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        rules = next(a.rules for a in (*args, *kwargs.values()) if isinstance(a, Lifted) or _holds_lifted(a))  # type: ignore[attr-defined]
-        if (rule := rules.get(func)) is not None and (result := rule(args, kwargs)) is not NotImplemented:
-            return result
+        leaf = next((a for a in (*args, *kwargs.values()) if isinstance(a, Lifted)), None)
+        if leaf is not None and (rule := leaf.rules.get(func)) is not None:
+            result = rule(args, kwargs)
+            if result is not NotImplemented:
+                return result
         return func(*_densify(args, func), **_densify(kwargs, func))
 
     def dense(self, operation: str = "this operation") -> Tensor:
@@ -69,10 +71,6 @@ class Lifted(Tensor):
 def plain(value: Any) -> Any:
     """W of a lifted leaf, anything else as it is."""
     return value.weight if isinstance(value, Lifted) else value
-
-
-def _holds_lifted(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and any(isinstance(v, Lifted) for v in value)
 
 
 def _densify(value: Any, func: Any) -> Any:

@@ -28,7 +28,7 @@ def _embedding(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     rows = leaf.reading.keep_rows(OneHot(index, size, counted))
     if isinstance(rows, Tensor):
         return tap(y, leaf.theta, partial(_read, leaf.reading, examples), rows)
-    return tap(y, leaf.theta, partial(_read_onehot, leaf.reading, examples, size), rows.index, rows.weight)
+    return tap(y, leaf.theta, partial(_read_onehot, leaf.reading, examples, size), rows.ids, rows.weight)
 
 
 def _read(reading: Reading, examples: int, g: Tensor, rows: Tensor) -> Tensor:

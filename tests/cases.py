@@ -1,0 +1,126 @@
+"""The tables that laws run over: models, batches, transforms. Everything is made on the spot."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import funcattrib as fa
+from funcattrib.compose import Transform
+
+VOCABULARY = 61
+_SMALL = {
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+_BLOCK = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+_GROUPED = {**_BLOCK, "num_key_value_heads": 2, "head_dim": 6}
+
+
+class Causal(NamedTuple):
+    """A causal language model of transformers: its class' stem and a tiny configuration."""
+
+    stem: str
+    settings: dict
+
+
+CAUSAL = {
+    "gpt_neox": Causal("GPTNeoX", {**_SMALL, **_BLOCK}),
+    "gpt2": Causal("GPT2LMHead", {**_SMALL, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "llama": Causal("Llama", {**_SMALL, **_GROUPED}),
+    "qwen3": Causal("Qwen3", {**_SMALL, **_GROUPED}),
+    "gemma3": Causal(
+        "Gemma3", {**_SMALL, **_GROUPED, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+    ),
+    "olmo2": Causal("Olmo2", {**_SMALL, **_GROUPED}),
+    "gpt_neo": Causal(
+        "GPTNeo",
+        {
+            **_SMALL,
+            "hidden_size": 24,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 4,
+        },
+    ),
+    "mamba": Causal(
+        "Mamba", {**_SMALL, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4}
+    ),
+    "gemma2": Causal("Gemma2", {**_SMALL, **_GROUPED, "sliding_window": 4, "query_pre_attn_scalar": 6}),
+    "cohere": Causal("Cohere", {**_SMALL, **_GROUPED, "logit_scale": 0.25}),
+}
+TIED = "llama_tied"
+
+
+@cache
+def causal(name: str) -> nn.Module:
+    """A float32 causal model with seeded random weights, norms and biases included."""
+    case = CAUSAL["llama" if name == TIED else name]
+    stem = case.stem
+    config_stem = {"Gemma3": "Gemma3Text", "GPT2LMHead": "GPT2"}.get(stem, stem)
+    config_class = getattr(transformers, f"{config_stem}Config")
+    settings = {**case.settings, "tie_word_embeddings": name == TIED}
+    torch.manual_seed(0)
+    model_class = getattr(transformers, f"{stem}Model" if stem.endswith("LMHead") else f"{stem}ForCausalLM")
+    model = model_class(config_class(**settings))
+    with torch.no_grad():  # vectors that start at one or zero would hide mistakes
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+def batch(lengths: tuple[int, ...] = (9, 5, 12, 2), masked: bool = True, seed: int = 1) -> dict[str, Tensor]:
+    """Mixed lengths, right-padded; with ``masked``, a prompt of a third of each document has no label."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = torch.randint(1, VOCABULARY, (length,), generator=generator)
+        labels[row, :length] = ids[row, :length]
+        if masked:
+            labels[row, : length // 3] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+class Regressor(nn.Module):
+    """A BERT encoder with a regression head on the first token: a model and loss of the user's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = transformers.BertConfig(**_SMALL, **_BLOCK)
+        self.encoder = transformers.BertModel(config, add_pooling_layer=False)
+        self.head = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.head(self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0])[:, 0]
+
+
+@cache
+def regressor() -> Regressor:
+    torch.manual_seed(0)
+    return Regressor().eval()
+
+
+def regression_batch(lengths: tuple[int, ...] = (7, 4, 10)) -> dict[str, Tensor]:
+    ids = batch(lengths)["input_ids"]
+    mask = torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]
+    return {"input_ids": ids, "attention_mask": mask.long(), "target": torch.linspace(-1, 1, len(lengths))}
+
+
+TRANSFORMS: dict[str, Callable[[], Transform]] = {
+    "project": lambda: fa.project(5),
+    "project_normal": lambda: fa.project(5, kind="normal", seed=3),
+    "project_wide": lambda: fa.project(1000),
+    "adafactor_norm": fa.adafactor_norm,
+    "unit_norm": fa.unit_norm,
+    "select": lambda: fa.select(["*.weight", "matrix"], exclude=["*dense.weight"]),
+    "cast_float16": lambda: fa.cast("float16"),
+    "cast_bfloat16": lambda: fa.cast("bfloat16"),
+}

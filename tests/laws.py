@@ -1,0 +1,114 @@
+"""Laws that every transform obeys; ``test_laws.py`` runs each over the whole table."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import funcattrib as fa
+from funcattrib import tree
+from funcattrib.compose import Chain, Transform
+from funcattrib.per_example import Grads, Spec
+
+SPEC: Spec = {
+    "matrix": fa.Leaf((7, 9), torch.float32),
+    "layer.dense.weight": fa.Leaf((12, 3), torch.float32),
+    "layer.out.weight": fa.Leaf((4, 11), torch.float32),
+}
+VECTORS: Spec = {**SPEC, "layer.out.weight.vector.weight": fa.Leaf((8,), torch.float32)}
+
+
+def grads(rows: int, spec: Spec = SPEC, seed: int = 0) -> Grads:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(rows, *leaf.shape, generator=generator) for name, leaf in spec.items()}
+
+
+def fitted(transform: Transform, parts: Sequence[Grads], spec: Spec = SPEC):
+    """The state after one pass over ``parts``."""
+    state = transform.init(spec)[0]
+    for part in parts:
+        measured = part if transform.measure is None else {n: transform.measure(g) for n, g in part.items()}
+        state = transform.observe(state, measured)
+    return transform.finalize(state)
+
+
+def split(values: Grads, sizes: Sequence[int]) -> list[Grads]:
+    pieces = {name: value.split(list(sizes)) for name, value in values.items()}
+    return [{name: pieces[name][i] for name in values} for i in range(len(sizes))]
+
+
+def close(a: Grads, b: Grads, tolerance: float = 1e-5) -> None:
+    assert list(a) == list(b)
+    for name in a:
+        torch.testing.assert_close(
+            a[name], b[name], rtol=tolerance, atol=tolerance * float(b[name].abs().max() + 1e-12)
+        )
+
+
+def apply_is_row_by_row(transform: Transform, spec: Spec) -> None:
+    values = grads(6, spec)
+    state = fitted(transform, [values], spec)
+    whole = transform.apply(state, values)
+    for b in range(6):
+        alone = transform.apply(state, {n: v[b : b + 1] for n, v in values.items()})
+        close({n: v[b : b + 1] for n, v in whole.items()}, alone)
+
+
+def announced_spec_is_produced(transform: Transform, spec: Spec) -> None:
+    state = fitted(transform, [grads(3, spec)], spec)
+    produced = transform.apply(state, grads(3, spec))
+    assert {n: fa.Leaf(tuple(v.shape[1:]), v.dtype) for n, v in produced.items()} == transform.init(spec)[1]
+
+
+def lowered_is_plain(transform: Transform, spec: Spec) -> None:
+    if transform.lower is None:
+        return
+    values = grads(5, spec)
+    state = fitted(transform, [values], spec)
+    maps = transform.lower(state, spec)
+    close({name: reading.of_gradient(values[name]) for name, reading in maps.items()}, transform.apply(state, values))
+    for name, reading in maps.items():  # ⟨C(G), θ⟩ = ⟨G, C*(θ)⟩
+        theta = torch.randn(reading.coordinates_shape(spec[name].shape))
+        left = (reading.of_gradient(values[name]) * theta).flatten(1).sum(1)
+        right = (values[name] * reading.adjoint(theta)).flatten(1).sum(1)
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+
+
+def fit_ignores_splits_and_order(transform: Transform, spec: Spec) -> None:
+    values = grads(14, spec)
+    once = tree.flatten(fitted(transform, [values], spec))
+    for sizes in ([7, 7], [2] * 7):
+        parts = split(values, sizes)
+        for order in (parts, parts[::-1]):
+            for name, tensor in tree.flatten(fitted(transform, order, spec)).items():
+                torch.testing.assert_close(tensor, once[name], rtol=1e-6, atol=0)
+
+
+def state_survives_a_file(transform: Transform, spec: Spec, folder) -> None:
+    from safetensors.torch import load_file, save_file
+
+    state = fitted(transform, [grads(4, spec)], spec)
+    flat = tree.flatten(state)
+    save_file({k: v.contiguous() for k, v in flat.items()}, folder / "state.safetensors")
+    restored = tree.restore(transform.init(spec)[0], load_file(folder / "state.safetensors"))
+    assert all(torch.equal(a, b) for a, b in zip(tree.flatten(restored).values(), flat.values(), strict=True))
+    same(transform.apply(restored, grads(2, spec)), transform.apply(state, grads(2, spec)))
+
+
+def other_leaves_do_not_matter(transform: Transform, spec: Spec) -> None:
+    if transform.name == "unit_norm":  # the norm is over all leaves together, on purpose
+        return
+    values = grads(4, spec)
+    whole = transform.apply(fitted(transform, [values], spec), values)
+    for name in whole:
+        own, part = {name: spec[name]}, {name: values[name]}
+        same({name: whole[name]}, transform.apply(fitted(transform, [part], own), part))
+
+
+def same(a: Grads, b: Grads) -> None:
+    assert list(a) == list(b)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def states(chain: Chain, state: tuple) -> list[Tensor]:
+    return list(tree.flatten(state).values())
