@@ -1,6 +1,8 @@
 """The writer of a store: shards handed over are written by one thread, while the next are computed."""
 
+import os
 import queue
+import re
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
@@ -103,24 +105,25 @@ class StoreWriter:
         self._queue.put(job)
 
     def save_state(self, state: Mapping[str, Tensor]) -> None:
-        """Save the chain's fitted state as `state.safetensors`."""
+        """Save the chain's fitted state as `state.safetensors`; on a complete store, do nothing."""
         if self.manifest.complete:
             return
         with replacing(self.path / STATE) as temporary:
             try:
                 safetensors.torch.save_file(_own_memory(state), temporary)
             except SafetensorError as error:
-                raise StoreError(
-                    f"expected to write {self.path / STATE}, found: {error}\n"
-                    "mend that, then run the same command again: finished shards are kept"
-                ) from error
+                # It tells of a full disk in its text alone; as an OSError it is explained like any other.
+                number = re.search(r"os error (\d+)", str(error))
+                if number is None:
+                    raise
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
     def load_state(self) -> dict[str, Tensor] | None:
         """The state that this run or the one it continues has saved; None where there is none yet."""
         return safetensors.torch.load_file(self.path / STATE) if (self.path / STATE).exists() else None
 
     def save_config(self, config: Mapping[str, Any]) -> None:
-        """Save the settings that replay the run as `config.yaml`."""
+        """Save the settings that replay the run as `config.yaml`; on a complete store, do nothing."""
         if not self.manifest.complete:
             text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
             write_file(self.path, CONFIG, lambda sink: sink.write(text.encode()))
