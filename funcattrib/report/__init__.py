@@ -1,0 +1,3 @@
+from funcattrib.report.table import Hit, render
+
+__all__ = ["Hit", "render"]
