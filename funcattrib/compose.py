@@ -226,8 +226,8 @@ def statistics(
     source = before._started()
     spec = source.spec(params)
     readings, depth = lower(before, spec, before._state(spec, params, state))
-    matrices = {name for name in readings or {} if len(spec[name].shape) > 1}
-    if readings is None or depth < len(before.stages) or not matrices or source.name != "torch":
+    matrices = {name for name in readings if len(spec[name].shape) > 1}
+    if depth < len(before.stages) or not matrices or source.name != "torch":
         bound = before.bind(loss, params, state)
         return lambda batch: {name: stage.measure(grad) for name, grad in bound(batch).grads.items()}  # type: ignore[misc]
     inside = single_use(loss, params, matrices, {key: value[0] for key, value in batch.items()})
@@ -240,11 +240,8 @@ def statistics(
     return read
 
 
-def lower(chain: Chain, spec: Spec, state: tuple[State, ...]) -> tuple[Lowered | None, int]:
-    """The longest linear prefix as one map per parameter, and how many stages it covers.
-
-    None where nothing is gained: no stage is linear, so gradients are wanted whole.
-    """
+def lower(chain: Chain, spec: Spec, state: tuple[State, ...]) -> tuple[Lowered, int]:
+    """The longest linear prefix as one map per parameter (the identity without one), and how many stages it covers."""
     maps: Lowered = {name: TwoSided() for name in spec}
     specs = chain._specs(spec)
     depth = 0
@@ -270,7 +267,7 @@ def _rows(
     source: Source,
     loss: Loss,
     params: Params,
-    readings: Lowered | None,
+    readings: Lowered,
     rest: tuple[Transform, ...],
     state: tuple[State, ...],
     batch: Batch,

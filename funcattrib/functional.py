@@ -116,7 +116,7 @@ def _skeleton(model: nn.Module) -> nn.Module:
     skeleton = copy.deepcopy(model, shared).eval()
     for module in skeleton.modules():
         if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = False
+            vars(module)["gradient_checkpointing"] = False
         if isinstance(module, PreTrainedModel):
             _prepare(module)
     return skeleton

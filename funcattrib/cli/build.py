@@ -1,0 +1,57 @@
+"""``funcattrib build``: per-example gradients of a data set into a store."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from funcattrib.cli.config_file import settings
+from funcattrib.recipes.config import DataConfig, GradientConfig, ModelConfig
+
+
+@dataclass(frozen=True)
+class Build:
+    """Compute every training example's gradient and store it in RUN.
+
+    The same command continues a run that was interrupted.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """The folder to write."""
+    model: ModelConfig
+    data: DataConfig
+    gradients: GradientConfig = field(default_factory=GradientConfig)
+    overwrite: bool = False
+    """Begin anew where RUN holds another run."""
+
+
+def run(config: Build) -> int | None:
+    """Build the store and say what it holds."""
+    from dataclasses import asdict
+
+    from funcattrib.cli.say import report_to_stderr, say_store
+    from funcattrib.data import Columns
+    from funcattrib.recipes.collect import collect_gradients
+    from funcattrib.recipes.load import load_from
+
+    report_to_stderr()
+    loaded = load_from(config.model)
+    data = config.data
+    store = collect_gradients(
+        loaded.model,
+        data.dataset,
+        path=config.run,
+        tokenizer=loaded.tokenizer,
+        columns=Columns(data.prompt_column, data.completion_column, data.conversation_column),
+        split=data.split,
+        subset=data.subset,
+        truncation=data.truncation,
+        max_length=data.max_length,
+        overwrite=config.overwrite,
+        config=settings(config, command="build"),
+        model_name=loaded.name,
+        revision=loaded.revision,
+        **asdict(config.gradients),
+    )
+    say_store(store)
+    return None

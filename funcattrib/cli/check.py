@@ -1,0 +1,33 @@
+"""``funcattrib check``: do a model's gradients depend on their batch?"""
+
+from dataclasses import dataclass, field
+
+from funcattrib.recipes.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Check:
+    """Check that a model's gradients do not depend on their batch.
+
+    One batch is computed twice, permuted, and one by one.
+    """
+
+    model: ModelConfig
+    projection_dim: int = 16
+    """Coordinates a side of each projected matrix; 0 keeps whole gradients."""
+    modules: tuple[str, ...] = ()
+    """Globs of parameter names to attribute; by default the matrices of the model's blocks."""
+    lengths: tuple[int, ...] = field(default=(48, 17, 64, 5))
+    """Lengths in tokens of the documents in the batch."""
+
+
+def run(config: Check) -> int | None:
+    """Print the differences; 1 where rows depend on their batch."""
+    from funcattrib.recipes.check import check_model
+    from funcattrib.recipes.load import load_from
+
+    loaded = load_from(config.model)
+    verdict = check_model(loaded.model, config.lengths, config.projection_dim, config.modules or None)
+    for line in verdict.lines():
+        print(line)
+    return None if verdict.passed else 1

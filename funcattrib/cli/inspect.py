@@ -1,0 +1,51 @@
+"""``funcattrib inspect``: what a store holds."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Say what RUN holds, and whether it is whole."""
+
+    run: tyro.conf.Positional[Path]
+    """The folder that build wrote."""
+    verify: bool = False
+    """Also compare every file with its hash (reads the whole store)."""
+    leaves: bool = False
+    """Also list the leaves with their columns."""
+
+
+def run(config: Inspect) -> int | None:
+    """Print the manifest in words; 1 where --verify finds damage."""
+    from funcattrib.cli.say import say_store
+    from funcattrib.store import open_store, verify
+
+    store = open_store(config.run)
+    manifest = store.manifest
+    say_store(store)
+    model, data = manifest.model, manifest.data
+    print(f"model: {model['id']} ({model['architecture']}, fingerprint {model['fingerprint'][:12]})")
+    print(f"data: {data['id']}, {data['documents']:,} documents, {data['tokens']:,} tokens")
+    print(f"loss: {manifest.loss['kind']}, {manifest.loss['reduction']} over tokens")
+    for stage in manifest.chain:
+        settings = ", ".join(f"{key}={value}" for key, value in stage.items() if key != "name")
+        print(f"stage: {stage['name']}({settings})")
+    print(f"shards: {len(store.shards)} of {manifest.shard_count}{'' if manifest.complete else ' (unfinished)'}")
+    for what, count in (("clipped", manifest.clipped), ("not finite", manifest.nonfinite)):
+        if count:
+            print(f"{count:,} entries {what}")
+    print(f"score: {manifest.score_convention}")
+    if config.leaves:
+        for leaf in manifest.leaves:
+            print(f"{leaf.start:>10,} – {leaf.stop:<10,} {'×'.join(map(str, leaf.shape)):>12}  {leaf.name}")
+    if not config.verify:
+        return None
+    problems = verify(config.run)
+    for problem in problems:
+        print(problem)
+    if not problems:
+        print("every file is as it was written")
+    return 1 if problems else None

@@ -1,0 +1,116 @@
+"""``funcattrib query``: training examples whose gradients align with a text's."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from funcattrib.errors import FuncattribError
+
+
+@dataclass(frozen=True)
+class Query:
+    """Find the training examples whose gradients align with a text's.
+
+    Without --text, texts are read from a prompt, one a line.
+    """
+
+    index: Path
+    """The store that build wrote."""
+    model: str | None = None
+    """The model that made the store; by default the one it names."""
+    tokenizer: str | None = None
+    """The tokenizer, if it is not the model's."""
+    text: str | None = None
+    """The query."""
+    completion: str | None = None
+    """Continuation of --text whose tokens alone count in the query's loss."""
+    top_k: int = 5
+    """How many examples to show."""
+    reverse: bool = False
+    """Opponents (lowest scores) in place of proponents."""
+    unit_norm: bool = False
+    """Cosine in place of inner product."""
+    faiss: str | None = None
+    """Search through a FAISS index of this factory string (Flat, IVF1,SQfp16, HNSW32, …) instead of exactly."""
+    mmap_index: bool = False
+    """Leave the FAISS index on the disk and map it."""
+    nprobe: int = 16
+    """Inverted lists that FAISS visits."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N; auto takes a GPU where there is one."""
+    precision: str = "fp32"
+    """Type the model is loaded in: the one the store was built with."""
+    record: Path | None = None
+    """Also append what is found to this csv file."""
+
+    def __post_init__(self) -> None:
+        """Check what a type cannot say."""
+        if self.top_k < 1:
+            raise FuncattribError(f"expected --top-k of at least 1, found {self.top_k}")
+        if self.completion is not None and self.text is None:
+            raise FuncattribError("expected --text before --completion, found none")
+
+
+def run(config: Query) -> int | None:
+    """Answer --text, or the texts of a prompt loop."""
+    from funcattrib.cli.say import report_to_stderr
+    from funcattrib.data import Columns
+    from funcattrib.loading import load_model, pick_device
+    from funcattrib.query.attributor import Attributor
+    from funcattrib.query.faiss_index import FaissConfig
+    from funcattrib.query.record import append_csv
+    from funcattrib.report.hits import hits_table
+    from funcattrib.store import read_manifest
+
+    report_to_stderr()
+    made_with = read_manifest(config.index).model
+    device = pick_device(config.device)
+    loaded = load_model(
+        config.model or made_with["id"],
+        tokenizer=config.tokenizer,
+        revision=made_with["revision"] if config.model is None else None,
+        precision=config.precision,
+        device=str(device),
+    )
+    faiss_cfg = config.faiss and FaissConfig(
+        config.faiss, mmap_index=config.mmap_index, nprobe=config.nprobe, device=str(device)
+    )
+    attributor = Attributor(
+        config.index,
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        device=device,
+        unit_norm=config.unit_norm,
+        faiss_cfg=faiss_cfg or None,
+    )
+
+    def answer(text: str, completion: str | None = None) -> None:
+        columns = Columns("text", "completion" if completion is not None else None)
+        record = {"text": text, "completion": completion}
+        hits = attributor.ask([record], config.top_k, columns=columns, reverse=config.reverse)[0]
+        asked = text if completion is None else f"{text}{completion}"
+        print(hits_table(hits, asked))
+        if config.record is not None:
+            append_csv(config.record, asked, hits)
+
+    if config.text is not None:
+        answer(config.text, config.completion)
+        return None
+    return _loop(answer)
+
+
+def _loop(answer: Callable[[str], None]) -> int | None:
+    while True:
+        try:
+            text = input("text> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return None
+        if text in ("", "exit", "quit"):
+            if text or sys.stdin.isatty():
+                return None
+            continue
+        try:
+            answer(text)
+        except FuncattribError as error:  # the next text may do better
+            print(f"funcattrib query: {error}", file=sys.stderr)

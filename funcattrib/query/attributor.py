@@ -1,0 +1,263 @@
+"""``Attributor``: a finished store, searched for the training examples that align with a query.
+
+    score(train, query) = ⟨transformed train gradient, transformed query gradient⟩
+
+Positive means proponent: a step that unlearns the training example raises the query's loss.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from funcattrib import tree
+from funcattrib.batched import collecting
+from funcattrib.compose import Chain, lower
+from funcattrib.data import Columns, Rows, collate, plan, tokenize
+from funcattrib.errors import FuncattribError
+from funcattrib.functional import choose
+from funcattrib.loading import context_length, load_model, model_identity
+from funcattrib.losses import causal_lm_loss
+from funcattrib.per_example import Batch, Grads, per_example_grad, spec
+from funcattrib.query.faiss_index import FaissConfig, FaissIndex, build_or_load
+from funcattrib.query.faiss_index import search as search_index
+from funcattrib.query.topk import TopK, store_blocks, topk
+from funcattrib.store import GradientStore, open_store
+from funcattrib.transforms.describe import rebuild
+
+_BUDGET = 4096
+_FACTS = ("id", "loss", "tokens")  # columns of a store's examples that are no text
+
+
+class Hit(NamedTuple):
+    """One training example found: its rank (from 1), score, row in the store, and what the store tells of it."""
+
+    rank: int
+    score: float
+    row: int
+    example: Mapping[str, Any]
+
+    @property
+    def text(self) -> str:
+        """The example's text: its columns one after the other, a conversation turn by turn."""
+        shown = [value for name, value in self.example.items() if name not in _FACTS and value is not None]
+        return " ".join(_as_text(value) for value in shown)
+
+
+class Trace:
+    """What a ``trace`` block found, once it is left: ``scores`` and ``rows`` (B, k), and ``hits`` per example."""
+
+    def __init__(self) -> None:
+        self.scores: Tensor = torch.empty(0)
+        self.rows: Tensor = torch.empty(0, dtype=torch.int64)
+        self.hits: list[list[Hit]] = []
+
+
+class Attributor:
+    """Searches one store.
+
+    Args:
+        run: the store's folder.
+        model: the model that made it, or its name; loaded from the store's own record when first needed.
+        tokenizer: the model's own where ``model`` is a name.
+        device: where exact search and the query's gradients are computed.
+        unit_norm: cosine in place of inner product.
+        faiss_cfg: search through a FAISS index instead of exactly.
+        chain: only for stores made with transforms of your own.
+
+    Raises:
+        FuncattribError: no store, or a model other than the store's.
+    """
+
+    def __init__(
+        self,
+        run: str | Path,
+        *,
+        model: nn.Module | str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        device: str | torch.device = "cpu",
+        unit_norm: bool = False,
+        faiss_cfg: FaissConfig | None = None,
+        chain: Chain | None = None,
+    ) -> None:
+        self.store: GradientStore = open_store(run)
+        self.device = torch.device(device)
+        self.unit_norm = unit_norm
+        self._model, self._tokenizer, self._chain = model, tokenizer, chain
+        self._checked = False
+        self._index: FaissIndex | None = None
+        if faiss_cfg is not None:
+            self._index = build_or_load(self.store, faiss_cfg, metric="cosine" if unit_norm else "ip")
+
+    def search(self, grads: Grads | Float[Tensor, "K D"], k: int = 5, *, reverse: bool = False) -> TopK:
+        """The k best rows for each query gradient.
+
+        Args:
+            grads: transformed gradients, name → (K, *shape) as the store's leaves, or rows (K, D).
+            reverse: opponents (lowest scores) instead of proponents.
+        """
+        queries = self._rows(grads) if isinstance(grads, Mapping) else grads.float()
+        if self._index is not None:
+            return search_index(self._index, queries.cpu(), k, largest=not reverse)
+        return topk(
+            store_blocks(self.store), queries, k, largest=not reverse, unit_norm=self.unit_norm, device=self.device
+        )
+
+    def ask(
+        self,
+        records: Sequence[Mapping[str, Any] | str],
+        k: int = 5,
+        *,
+        columns: Columns | None = None,
+        reverse: bool = False,
+    ) -> list[list[Hit]]:
+        """The k best training examples for each record: a text, or a row with the columns of ``columns``.
+
+        The query's gradient comes from the store's own loss and chain. ``columns`` are the store's by default.
+        """
+        found = self.search(self.gradients(records, columns=columns), k, reverse=reverse)
+        return [self.hits(values, rows) for values, rows in zip(found.values, found.rows, strict=True)]
+
+    def gradients(
+        self, records: Sequence[Mapping[str, Any] | str], *, columns: Columns | None = None
+    ) -> Float[Tensor, "K D"]:
+        """Transformed gradients of queries, one row a record, in the store's layout."""
+        model, tokenizer = self._loaded()
+        columns = columns or self._columns(records)
+        rows = [{columns.prompt_column: r} if isinstance(r, str) else dict(r) for r in records]
+        tokens, _ = tokenize(
+            datasets.Dataset.from_list(rows),
+            tokenizer,
+            columns,
+            max_length=context_length(model, tokenizer),
+            truncation=True,
+        )
+        documents = Rows(tokens)
+        pad = getattr(tokenizer, "pad_token_id", None) or 0
+        out: Tensor | None = None
+        for chosen in plan(documents.lengths, _BUDGET):
+            batch = collate([documents[i] for i in chosen], pad_id=pad)
+            flat = self.gradients_of({name: tensor.to(self.device) for name, tensor in batch.items()})
+            out = flat.new_empty(len(rows), flat.shape[1]) if out is None else out
+            out[chosen] = flat
+        if out is None:
+            raise FuncattribError("expected at least one query, found none")
+        if not out.any():
+            raise FuncattribError(
+                "expected a query with a gradient, found zeros: the text has fewer than two tokens that count; "
+                "ask with a longer text"
+            )
+        return out
+
+    def gradients_of(self, batch: Batch) -> Float[Tensor, "B D"]:
+        """Transformed gradients of a batch of tokens, (B, D) on the CPU."""
+        model, _ = self._loaded()
+        loss, params = causal_lm_loss(model, **self._loss_settings())
+        chain, state = self._state(params)
+        return self._rows(chain(loss, params, batch, state))
+
+    @contextmanager
+    def trace(self, model: nn.Module, k: int = 5) -> Iterator[Trace]:
+        """Search with the gradients of the user's own forward and backward pass inside the block.
+
+        The model computes as ever (its own loss, its own gradients) and is left as it was. A loss averaged over the
+        batch scales every example's gradient alike: ranks are unchanged.
+
+        Example:
+            ``with attributor.trace(model, 5) as found: model(ids, labels=ids).loss.backward()``, then ``found.hits``.
+        """
+        self._check(model)
+        params = {n: p.detach() for n, p in model.named_parameters() if n in self._attributed(model)}
+        chain, state = self._state(params)
+        result = Trace()
+        with collecting(model, params, chain, state) as collected:
+            yield result
+        depth = lower(chain, spec(params), state)[1]
+        grads = Chain(None, chain.stages[depth:]).apply(state[depth:], collected.coordinates())
+        found = self.search(grads, k)
+        result.scores, result.rows = found.values, found.rows
+        result.hits = [self.hits(v, r) for v, r in zip(found.values, found.rows, strict=True)]
+
+    def hits(self, values: Float[Tensor, " k"], rows: Tensor) -> list[Hit]:
+        """Scores and row numbers with what the store tells of the examples; places an index left empty are dropped."""
+        return [
+            Hit(rank, float(value), int(row), self.store.examples[int(row)])
+            for rank, (value, row) in enumerate(zip(values, rows, strict=True), 1)
+            if row >= 0
+        ]
+
+    def _columns(self, records: Sequence[Mapping[str, Any] | str]) -> Columns:
+        if any(isinstance(record, str) for record in records):
+            return Columns()
+        data = self.store.manifest.data
+        names = ("prompt_column", "completion_column", "conversation_column")
+        return Columns(**{name: data[name] for name in names if name in data})
+
+    def _rows(self, grads: Grads) -> Tensor:
+        """(K, D) on the CPU, leaves in the store's order."""
+        missing = [name for name in self.store.leaves if name not in grads]
+        if missing or len(grads) != len(self.store.leaves):
+            other = missing or sorted(grads.keys() - self.store.leaves.keys())
+            raise FuncattribError(
+                f"expected the store's {len(self.store.leaves)} leaves in the query, found {len(grads)} "
+                f"(differing in {other[0]!r}); compute the query with the store's own chain"
+            )
+        for name, leaf in self.store.leaves.items():
+            if tuple(grads[name].shape[1:]) != tuple(leaf.shape):
+                raise FuncattribError(f"expected {name} of shape {leaf.shape}, found {tuple(grads[name].shape[1:])}")
+        return torch.cat([grads[name].flatten(1).float().cpu() for name in self.store.leaves], 1)
+
+    def _loaded(self) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
+        if self._model is None:
+            self._model = str(self.store.manifest.model["id"])
+        if isinstance(self._model, str):
+            loaded = load_model(self._model, device=str(self.device))
+            self._model, self._tokenizer = loaded.model, self._tokenizer or loaded.tokenizer
+        self._check(self._model)
+        return self._model, self._tokenizer
+
+    def _check(self, model: nn.Module) -> None:
+        """Refuse a model whose weights are not those that made the store."""
+        if self._checked and model is self._model:
+            return
+        made_with, found = self.store.manifest.model, model_identity(model)
+        if made_with["fingerprint"] != found["fingerprint"]:
+            raise FuncattribError(
+                f"expected the model that made the store ({made_with['id']}, fingerprint "
+                f"{made_with['fingerprint'][:12]}), found another (fingerprint {found['fingerprint'][:12]}); "
+                "give that model, or build a store for this one"
+            )
+        self._checked = True
+
+    def _loss_settings(self) -> dict[str, Any]:
+        loss = self.store.manifest.loss
+        return {
+            "kind": loss["kind"],
+            "reduction": loss["reduction"],
+            "label_smoothing": loss["label_smoothing"],
+            "modules": loss["modules"] or None,
+            "exclude": loss["exclude"],
+        }
+
+    def _attributed(self, model: nn.Module) -> set[str]:
+        loss = self.store.manifest.loss
+        return choose(model, loss["modules"] or None, loss["exclude"])
+
+    def _state(self, params: Mapping[str, Tensor]) -> tuple[Chain, Any]:
+        chain = self._chain or rebuild(per_example_grad, self.store.manifest.chain)
+        template = chain.init(spec(params))[0]
+        return chain, tree.map_tensors(lambda t: t.to(self.device), tree.restore(template, self.store.state()))
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, list):
+        return "\n".join(
+            f"{turn['role']}: {turn['content']}" if isinstance(turn, Mapping) else str(turn) for turn in value
+        )
+    return str(value)

@@ -1,0 +1,93 @@
+"""From rows of a data set to padded batches of tokens, and to what a store tells of each example."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from funcattrib.data import Columns, Rows, TokenizeReport, collate, plan, tokenize
+from funcattrib.per_example import Batch
+
+Records: TypeAlias = datasets.Dataset | Sequence[Mapping[str, Any]]
+
+
+class Documents(NamedTuple):
+    """A tokenised data set: ``source`` to show, ``tokens`` as Arrow rows, and views on them."""
+
+    source: datasets.Dataset
+    tokens: datasets.Dataset
+    rows: Rows
+    lengths: np.ndarray
+    report: TokenizeReport
+    columns: Columns
+    pad_id: int
+
+    def batch(self, indices: Sequence[int], device: torch.device | str = "cpu") -> Batch:
+        """The documents padded on the right to the longest of them."""
+        batch = collate([self.rows[i] for i in indices], pad_id=self.pad_id)
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+
+    def shown(self, rows: range) -> dict[str, Any]:
+        """What a store keeps of each example, to show it: its id and the columns that were read."""
+        part = self.source.select(rows)
+        names = [name for name in _text_columns(self.columns) if name in part.column_names]
+        shown = {name: part[name][:] for name in names}
+        ids = part["id"][:] if "id" in part.column_names else list(rows)
+        return {"id": [str(i) for i in ids], **shown}
+
+
+class Batches:
+    """Batches of some documents by a token budget; can be iterated again and again."""
+
+    def __init__(self, documents: Documents, indices: Sequence[int], budget: int, device: torch.device | str) -> None:
+        self.documents, self.indices, self.device = documents, np.asarray(indices), device
+        self.plan = plan(documents.lengths[self.indices], budget)
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for chosen in self.plan:
+            yield dict(self.documents.batch(self.indices[chosen].tolist(), self.device))
+
+
+def read_documents(
+    records: Records,
+    tokenizer: PreTrainedTokenizerBase | None,
+    columns: Columns,
+    *,
+    max_length: int,
+    truncation: bool,
+    vocab_size: int | None,
+) -> Documents:
+    """Tokenise records and lay them out for batching."""
+    source = (
+        records if isinstance(records, datasets.Dataset) else datasets.Dataset.from_list([dict(r) for r in records])
+    )
+    tokens, report = tokenize(
+        source, tokenizer, columns, max_length=max_length, truncation=truncation, vocab_size=vocab_size
+    )
+    rows = Rows(tokens)
+    pad = getattr(tokenizer, "pad_token_id", None)
+    return Documents(source, tokens, rows, rows.lengths, report, columns, 0 if pad is None else pad)
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most ``most`` of ``count`` row numbers, evenly spaced (all where ``most`` is 0).
+
+    Example:
+        >>> spread(10, 4)
+        [0, 2, 5, 7]
+    """
+    if not most or most >= count:
+        return list(range(count))
+    return [i * count // most for i in range(most)]
+
+
+def _text_columns(columns: Columns) -> list[str]:
+    names = [columns.prompt_column, columns.completion_column, columns.conversation_column]
+    return [name for name in names if name is not None]

@@ -1,0 +1,41 @@
+"""From a manifest's description of a chain back to the chain."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from funcattrib.compose import Chain, Transform, compose
+from funcattrib.errors import ChainError
+from funcattrib.per_example import Source
+from funcattrib.transforms.cast import cast
+from funcattrib.transforms.normalize import adafactor_norm, unit_norm
+from funcattrib.transforms.project import project
+from funcattrib.transforms.select import select
+
+FACTORIES: dict[str, Callable[..., Transform]] = {
+    "adafactor_norm": adafactor_norm,
+    "cast": cast,
+    "project": project,
+    "select": select,
+    "unit_norm": unit_norm,
+}
+
+
+def rebuild(source: Source, description: Sequence[Mapping[str, Any]]) -> Chain:
+    """The chain that ``Chain.describe`` described, behind ``source``.
+
+    Raises:
+        ChainError: a transform of the user's own, which only its author can make again.
+
+    Example:
+        >>> from funcattrib.per_example import per_example_grad
+        >>> chain = compose(per_example_grad, project(4, seed=2), unit_norm)
+        >>> rebuild(per_example_grad, chain.describe()).describe() == chain.describe()
+        True
+    """
+    stages = []
+    for entry in description:
+        settings = {key: value for key, value in entry.items() if key != "name"}
+        if entry["name"] not in FACTORIES:
+            raise ChainError(f"expected one of {', '.join(FACTORIES)}, found {entry['name']!r}; pass the chain itself")
+        stages.append(FACTORIES[entry["name"]](**settings))
+    return compose(source, *stages)
