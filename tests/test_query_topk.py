@@ -169,18 +169,21 @@ for count in (8, 400):
     assert many - few < 32  # MiB
 
 
-def test_store_blocks_fits_the_rows_to_their_width() -> None:
+def test_store_blocks_bounds_what_is_decoded() -> None:
     asked: list[int] = []
 
     def blocks(rows: int) -> Iterator[Tensor]:
         asked.append(rows)
         return iter([torch.zeros(3, 4), torch.ones(2, 4)])
 
-    store: Any = SimpleNamespace(width=4, matrix=lambda: SimpleNamespace(blocks=blocks))
+    matrix = SimpleNamespace(blocks=blocks)
+    store: Any = SimpleNamespace(width=4, matrix=lambda: matrix, manifest=SimpleNamespace(dtype="float16"))
     assert [(start, len(block)) for start, block in store_blocks(store)] == [(0, 3), (3, 2)]
     store.width = 2**20
-    list(store_blocks(store))
-    assert asked == [8192, 16]
+    for store.manifest.dtype in ("float16", "int8"):
+        list(store_blocks(store))
+    list(store_blocks(store, 7))
+    assert asked == [16_384, 16_384, 16, 7]
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def _build(faiss: ModuleType, store: GradientStore, config: FaissConfig, metric:
         if not index.is_trained:
             index.train(_training_rows(store, config, metric))
     with _explained(config, "fill"):
-        for _, block in store_blocks(store):
+        for _, block in store_blocks(store, max(1, (16 << 20) // store.width)):  # 64 MiB in float32
             index.add(_rows(block, metric))
     return faiss.index_gpu_to_cpu(index) if config.device != "cpu" and hasattr(index, "getDevice") else index
 
