@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class OneHot(NamedTuple):
-    """A row factor whose token n is ``weight``_n times the unit vector number ``ids``_n; ``size`` is the axis' length."""
+    """A row factor: token n is ``weight``_n times the unit vector number ``ids``_n, of length ``size``."""
 
     ids: Tensor
     size: int

@@ -12,6 +12,9 @@ from torch import Tensor
 from funcattrib.lift.coordinates import TwoSided
 from funcattrib.lift.lifting import lift, zero_probes
 
+_TAPS = ("_TapBackward", "_FrozenLinearBackward")
+"""Names of the graph nodes that read a probe."""
+
 
 def single_use(
     loss: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor],
@@ -36,4 +39,6 @@ def single_use(
             if variable is not None and id(variable) in consumers:
                 consumers[id(variable)].append(node.name())
             pending.append(following)
-    return {name for name, probe in probes.items() if consumers[id(probe)] == ["_TapBackward"]}
+    return {
+        name for name, probe in probes.items() if len(consumers[id(probe)]) == 1 and consumers[id(probe)][0] in _TAPS
+    }

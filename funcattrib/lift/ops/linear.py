@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from funcattrib.lift.coordinates import Reading
+from funcattrib.lift.ops.frozen_linear import frozen_linear
 from funcattrib.lift.parameter import Lifted, Rule, plain
 from funcattrib.lift.tap import tap
 
@@ -19,6 +20,9 @@ def _linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, weight, bias = _bind(("input", "weight", "bias"), args, kwargs)
     if isinstance(x, Lifted):
         return NotImplemented
+    if _frozen(weight):
+        y = frozen_linear(x, weight.weight, plain(bias), weight.theta, weight.reading, False)
+        return tap_bias(y, bias)
     y = F.linear(x, plain(weight), plain(bias))
     if isinstance(weight, Lifted):
         kept: Any = weight.reading.keep_cols(by_example(x, weight))
@@ -30,11 +34,19 @@ def _addmm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     bias, x, weight = _bind(("input", "mat1", "mat2"), args, kwargs)
     if isinstance(x, Lifted) or kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1:
         return NotImplemented
+    if _frozen(weight):
+        y = frozen_linear(x, weight.weight, plain(bias), weight.theta, weight.reading, True)
+        return tap_bias(y, bias)
     y = torch.addmm(plain(bias), x, plain(weight))
     if isinstance(weight, Lifted):
         kept: Any = weight.reading.keep_rows(by_example(x, weight))
         y = tap(y, weight.theta, partial(_read_cols, weight.reading, weight.theta.shape[0]), kept)
     return tap_bias(y, bias)
+
+
+def _frozen(weight: Any) -> bool:
+    """Lifted and not trained: its own gradient is wanted by nobody."""
+    return isinstance(weight, Lifted) and not weight.weight.requires_grad
 
 
 def tap_bias(y: Tensor, bias: Any) -> Tensor:

@@ -1,0 +1,105 @@
+"""The fused head against its formulas on whole logits in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+from funcattrib.kernels.cross_entropy import Head, linear_cross_entropy
+
+EXAMPLES, TOKENS, WIDTH, VOCABULARY = 3, 200, 8, 37  # more tokens than one chunk
+
+
+def plain(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, factor: Tensor | None, head: Head
+) -> Tensor:
+    """Σ over labelled tokens, written from the definitions."""
+    z = hidden @ weight.T if bias is None else hidden @ weight.T + bias
+    z = z * head.scale
+    z = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+    labelled = target != -100
+    y = torch.nn.functional.one_hot(target.clamp(min=0), VOCABULARY).to(z.dtype)
+    if head.kind == "ce":
+        wanted = (1 - head.smoothing) * y + head.smoothing / VOCABULARY
+        per_token = -(wanted * torch.log_softmax(z, -1)).sum(-1)
+    else:
+        p = (y * torch.softmax(z, -1)).sum(-1)
+        per_token = -(p.log() - (1 - p).log())
+    weights = labelled.to(z.dtype) if factor is None else labelled * factor
+    return (per_token * weights).sum(-1)
+
+
+def inputs() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(0, VOCABULARY, (EXAMPLES, TOKENS), generator=generator)
+    target[:, ::3] = -100
+    target[2] = -100
+    draw = {
+        "hidden": (EXAMPLES, TOKENS, WIDTH),
+        "weight": (VOCABULARY, WIDTH),
+        "bias": (VOCABULARY,),
+        "factor": (EXAMPLES, TOKENS),
+    }
+    tensors = {n: torch.randn(*shape, generator=generator, dtype=torch.float64) for n, shape in draw.items()}
+    tensors["factor"][0, :50] = 0
+    return {**tensors, "target": target}
+
+
+HEADS = {
+    "cross-entropy": Head(),
+    "scaled": Head(scale=0.3),
+    "smoothed": Head(smoothing=0.2),
+    "soft-capped": Head(softcap=1.5, scale=2.0),
+    "log-odds": Head(kind="log_odds"),
+    "log-odds, soft-capped": Head(kind="log_odds", softcap=3.0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "extras", [(), ("bias",), ("factor",), ("bias", "factor")], ids=lambda e: "+".join(e) or "bare"
+)
+@pytest.mark.parametrize("name", HEADS)
+def test_loss_and_gradients(name, extras, dtype) -> None:
+    head, x = HEADS[name], inputs()
+    bias, factor = (x[n] if n in extras else None for n in ("bias", "factor"))
+    leaves = [t for t in (x["hidden"], x["weight"], bias) if t is not None]
+    leaves = [t.to(dtype).double().requires_grad_() for t in leaves]
+    expected = plain(leaves[0], leaves[1], leaves[2] if bias is not None else None, x["target"], factor, head)
+    scale = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+    wanted = torch.autograd.grad((expected * scale).sum(), leaves)
+    close = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
+
+    def check(ours: Tensor, exact: Tensor) -> None:
+        torch.testing.assert_close(ours.double(), exact, rtol=close, atol=close * float(exact.abs().max()))
+
+    own = [t.detach().to(dtype).requires_grad_() for t in leaves]
+    own_bias = own[2] if bias is not None else None
+    own_factor = None if factor is None else factor.to(dtype)
+    loss = linear_cross_entropy(own[0], own[1], x["target"], own_bias, own_factor, head)
+    check(loss, expected.detach())
+    for a, b in zip(torch.autograd.grad((loss * scale.to(loss.dtype)).sum(), own), wanted, strict=True):
+        check(a, b)
+
+    def one(parameters, hidden, target, factor):
+        a = None if own_factor is None else factor[None]
+        b = parameters[1] if bias is not None else None
+        return linear_cross_entropy(hidden[None], parameters[0], target[None], b, a, head)[0]
+
+    parameters = tuple(t.detach() for t in own[1:])
+    rows = vmap(grad(one, argnums=(0, 1)), in_dims=(None, 0, 0, 0))(
+        parameters, own[0].detach(), x["target"], own_factor if own_factor is not None else x["hidden"][..., 0]
+    )
+    check((rows[1] * scale.to(dtype)[:, None, None]), wanted[0])
+    for ours, exact in zip(rows[0], wanted[1:], strict=True):
+        check((ours.double() * scale.reshape(-1, *[1] * (ours.ndim - 1))).sum(0), exact)
+
+
+def test_certain_tokens_stay_finite() -> None:
+    weight = torch.eye(4) * 200
+    hidden = torch.eye(4)[None]
+    for kind, expected in (("ce", 0.0), ("log_odds", -200 + torch.tensor(3.0).log().item())):
+        loss = linear_cross_entropy(hidden, weight, torch.arange(4)[None], head=Head(kind=kind))
+        torch.testing.assert_close(loss, torch.tensor([4 * expected]))
+    wrong = linear_cross_entropy(hidden, weight, torch.tensor([[1, 2, 3, 0]]))
+    torch.testing.assert_close(wrong, torch.tensor([800.0]))
