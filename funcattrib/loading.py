@@ -2,24 +2,34 @@
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from funcattrib.data.hub import hub_reachable, offline
+from funcattrib.data.reason import reason
 from funcattrib.errors import FuncattribError
 
+log = logging.getLogger(__name__)
+
 _PRECISION = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+"""The name of a dtype in a manifest, and the precision that loads a model in it."""
 _SAMPLES = 1024
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "spiece*", "tekken*")
 
 
 class Loaded(NamedTuple):
-    """A model, its tokenizer (None where the folder has none) and what it was called."""
+    """A model, its tokenizer (None where the folder has none) and what it is called: a hub id, or a folder's path."""
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase | None
@@ -39,49 +49,69 @@ def load_model(
     """Load a causal language model in eval mode, from safetensors, and its tokenizer.
 
     Raises:
-        FuncattribError: no such model, an unreachable hub, no causal language model, an unknown device.
+        FuncattribError: no such model, an unreachable hub, a checkpoint that is no causal language model or lacks
+            weights, an unknown device.
     """
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    target = pick_device(device)
-    looks_local = os.path.sep in name and (name.startswith((".", os.path.sep, "~")) or name.count(os.path.sep) > 1)
-    folder = Path(name).expanduser()
-    if folder.exists() and not (folder / "config.json").exists():
-        raise FuncattribError(
-            f"expected a Hugging Face model in {name}, found no config.json there; give another --model"
-        )
-    if looks_local and not folder.exists():
-        raise FuncattribError(f"expected a model folder at {name}, found nothing there; give another --model")
     if precision not in _PRECISION:
         raise FuncattribError(f"expected a precision of {', '.join(_PRECISION)}, found {precision!r}")
-    was_shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    target = pick_device(device)
+    source = _locate(name)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        AutoConfig.from_pretrained(folder if folder.exists() else name, **options)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder if folder.exists() else name, dtype=_PRECISION[precision], use_safetensors=True, **options
-        )
-    except (OSError, ValueError, KeyError) as error:
+        with _from(source):
+            AutoConfig.from_pretrained(source, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=_PRECISION[precision], use_safetensors=True, output_loading_info=True, **options
+            )
+    except Exception as error:  # whatever a file written by others makes its reader raise
         raise FuncattribError(
-            f"expected a causal language model at {name!r}, found none that loads: {_first_line(error)}\n"
-            "check the name, the connection to the hub, or give a folder with config.json and model.safetensors"
+            f"expected a causal language model at {name!r}, found none that loads: {_reason(error)}\n"
+            "check the name and the connection to the hub, or give a folder with config.json and model.safetensors"
         ) from error
-    finally:
-        if was_shown:
-            transformers_logging.enable_progress_bar()
-    return Loaded(model.to(target).eval(), load_tokenizer(tokenizer or name, options), name, revision)
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise FuncattribError(
+            f"expected every weight of {type(model).__name__} in {name}, found {len(missing)} missing, among them "
+            f"{missing[0]}\ngive a checkpoint saved with its language-model head"
+        )
+    model = model.to(target).eval()
+    if not is_causal(model):
+        raise FuncattribError(
+            f"expected a causal language model at {name}, found that {type(model).__name__} looks at later tokens\n"
+            "give a decoder (in its config.json, is_decoder: true)"
+        )
+    own = load_tokenizer(tokenizer, {**options, "revision": None}) if tokenizer else load_tokenizer(name, options)
+    return Loaded(model, own, name if isinstance(source, str) else str(source.resolve()), revision)
 
 
 def load_tokenizer(name: str, options: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model; None where a local folder has none (data that is tokenised already needs none)."""
-    folder = Path(name).expanduser()
+    source = _locate(name)
+    # Where there are no files, transformers makes a tokenizer that knows no words.
+    if isinstance(source, Path) and not any(found for glob in _TOKENIZER_FILES for found in source.glob(glob)):
+        return None
     try:
-        return AutoTokenizer.from_pretrained(folder if folder.exists() else name, **options)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        if folder.exists() and not any(folder.glob("*token*")):
-            return None
+        with _from(source):
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:
         raise FuncattribError(
-            f"expected a tokenizer at {name!r}, found none that loads: {_first_line(error)}\ngive one with --tokenizer"
+            f"expected a tokenizer at {name!r}, found none that loads: {_reason(error)}\ngive one with --tokenizer"
         ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise FuncattribError(f"expected a tokenizer with words at {name!r}, found none\ngive one with --tokenizer")
+    return tokenizer
+
+
+@torch.no_grad()
+def is_causal(model: nn.Module) -> bool:
+    """Whether the logits of earlier tokens are independent of later ones, tried on eight tokens."""
+    ids = torch.arange(2, 10, device=next(model.parameters()).device)[None] % (vocabulary(model) or 10)
+    changed = ids.clone()
+    changed[0, -1] = ids[0, 0]
+    logits = [model(input_ids=x).logits[0, :-1] for x in (ids, changed)]
+    tolerance = 1e-5 if logits[0].dtype in (torch.float32, torch.float64) else 2e-2
+    first, second = (x.float() for x in logits)
+    return not bool((first - second).abs().max() > tolerance * first.abs().max())
 
 
 def pick_device(device: str) -> torch.device:
@@ -94,11 +124,12 @@ def pick_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
+    except RuntimeError as error:
+        raise FuncattribError(f"expected a device such as cpu or cuda, found {device!r}") from error
+    try:
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise FuncattribError(
-            f"expected a device such as cpu or cuda, found {device!r}: {_first_line(error)}"
-        ) from error
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise FuncattribError(f"expected a device that is here, found {device!r}: {_reason(error)}") from error
     return chosen
 
 
@@ -113,6 +144,7 @@ def model_identity(model: nn.Module, name: str | None = None, revision: str | No
         "id": name or getattr(config, "name_or_path", "") or type(model).__name__,
         "revision": revision,
         "architecture": type(model).__name__,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "fingerprint": fingerprint(dict(model.named_parameters())),
     }
 
@@ -128,6 +160,12 @@ def fingerprint(params: Mapping[str, Tensor]) -> str:
     return whole.hexdigest()
 
 
+def vocabulary(model: nn.Module) -> int | None:
+    """The number of tokens the model knows, where it says."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    return embedding.weight.shape[0] if embedding is not None else None
+
+
 def context_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> int:
     """The model's context in tokens, from its configuration, else the tokenizer's; 2048 where neither says."""
     config = getattr(model, "config", None)
@@ -140,6 +178,42 @@ def context_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) 
     return int(limit) if isinstance(limit, int) and 0 < limit < 10**9 else 2048
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _locate(name: str) -> Path | str:
+    """A folder's path, or a hub id as it is."""
+    folder = Path(name).expanduser()
+    if folder.exists():
+        if not folder.is_dir() or not any(folder.glob("*.json")):
+            found = "no config.json there" if folder.is_dir() else "a file"
+            raise FuncattribError(f"expected a Hugging Face model in {name}, found {found}; give its folder")
+        return folder
+    if name.startswith((".", "~", os.path.sep)) or name.count("/") > 1:
+        raise FuncattribError(f"expected a model folder at {name}, found nothing there; give another --model")
+    return name
+
+
+@contextmanager
+def _from(source: Path | str) -> Iterator[None]:
+    """Quietly; and without waiting for a hub that does not answer: what is in the cache will do."""
+    shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        with ExitStack() as stack:
+            if unreachable := isinstance(source, str) and not hub_reachable():
+                stack.enter_context(offline())
+            yield
+            if unreachable:
+                log.warning("the hub does not answer: using the copy of %s in the cache", source)
+    finally:
+        transformers_logging.set_verbosity(level)
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _reason(error: BaseException) -> str:
+    links = [error]
+    while (cause := links[-1].__cause__) is not None:
+        links.append(cause)
+    if any(isinstance(link, LocalEntryNotFoundError) for link in links):
+        return "the hub does not answer, and there is no copy in the cache"
+    return reason(error).rstrip(".")

@@ -1,11 +1,12 @@
 """``funcattrib build``: per-example gradients of a data set into a store."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import tyro
 
 from funcattrib.cli.config_file import settings
+from funcattrib.cli.say import reports_on_stderr, say_store
 from funcattrib.recipes.config import DataConfig, GradientConfig, ModelConfig
 
 
@@ -25,16 +26,13 @@ class Build:
     """Begin anew where RUN holds another run."""
 
 
+@reports_on_stderr()
 def run(config: Build) -> int | None:
     """Build the store and say what it holds."""
-    from dataclasses import asdict
-
-    from funcattrib.cli.say import report_to_stderr, say_store
     from funcattrib.data import Columns
     from funcattrib.recipes.collect import collect_gradients
     from funcattrib.recipes.load import load_from
 
-    report_to_stderr()
     loaded = load_from(config.model)
     data = config.data
     store = collect_gradients(
@@ -48,7 +46,7 @@ def run(config: Build) -> int | None:
         truncation=data.truncation,
         max_length=data.max_length,
         overwrite=config.overwrite,
-        config=settings(config, command="build"),
+        config=settings(replace(config, overwrite=False), command="build"),  # a replay must not wipe what it made
         model_name=loaded.name,
         revision=loaded.revision,
         **asdict(config.gradients),

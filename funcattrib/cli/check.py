@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from funcattrib.cli.say import reports_on_stderr
 from funcattrib.recipes.config import ModelConfig
 
 
@@ -21,6 +22,7 @@ class Check:
     """Lengths in tokens of the documents in the batch."""
 
 
+@reports_on_stderr()
 def run(config: Check) -> int | None:
     """Print the differences; 1 where rows depend on their batch."""
     from funcattrib.recipes.check import check_model

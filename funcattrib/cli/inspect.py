@@ -5,6 +5,8 @@ from pathlib import Path
 
 import tyro
 
+from funcattrib.cli.say import reports_on_stderr, say_store
+
 
 @dataclass(frozen=True)
 class Inspect:
@@ -18,9 +20,9 @@ class Inspect:
     """Also list the leaves with their columns."""
 
 
+@reports_on_stderr()
 def run(config: Inspect) -> int | None:
     """Print the manifest in words; 1 where --verify finds damage."""
-    from funcattrib.cli.say import say_store
     from funcattrib.store import open_store, verify
 
     store = open_store(config.run)

@@ -4,7 +4,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from funcattrib.cli.say import reports_on_stderr
 from funcattrib.errors import FuncattribError
 
 
@@ -39,8 +41,10 @@ class Query:
     """Inverted lists that FAISS visits."""
     device: str = "auto"
     """cpu, cuda or cuda:N; auto takes a GPU where there is one."""
-    precision: str = "fp32"
-    """Type the model is loaded in: the one the store was built with."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None
+    """Type of the weights; by default the one the store was built with."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint."""
     record: Path | None = None
     """Also append what is found to this csv file."""
 
@@ -52,26 +56,26 @@ class Query:
             raise FuncattribError("expected --text before --completion, found none")
 
 
+@reports_on_stderr()
 def run(config: Query) -> int | None:
     """Answer --text, or the texts of a prompt loop."""
-    from funcattrib.cli.say import report_to_stderr
     from funcattrib.data import Columns
-    from funcattrib.loading import load_model, pick_device
+    from funcattrib.loading import PRECISIONS, load_model, pick_device
     from funcattrib.query.attributor import Attributor
     from funcattrib.query.faiss_index import FaissConfig
     from funcattrib.query.record import append_csv
     from funcattrib.report.hits import hits_table
     from funcattrib.store import read_manifest
 
-    report_to_stderr()
     made_with = read_manifest(config.index).model
     device = pick_device(config.device)
     loaded = load_model(
         config.model or made_with["id"],
         tokenizer=config.tokenizer,
         revision=made_with["revision"] if config.model is None else None,
-        precision=config.precision,
+        precision=config.precision or PRECISIONS.get(made_with["dtype"], "fp32"),
         device=str(device),
+        trust_remote_code=config.trust_remote_code,
     )
     faiss_cfg = config.faiss and FaissConfig(
         config.faiss, mmap_index=config.mmap_index, nprobe=config.nprobe, device=str(device)

@@ -2,22 +2,32 @@
 
 import logging
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from funcattrib.store import GradientStore
+if TYPE_CHECKING:
+    from funcattrib.store import GradientStore
 
 
-def report_to_stderr() -> None:
-    """Let the library's reports (INFO and above) through to stderr, as plain lines."""
+@contextmanager
+def reports_on_stderr() -> Iterator[None]:
+    """Let the library's reports (INFO and above) and warnings through to stderr, as plain lines."""
     library = logging.getLogger("funcattrib")
-    if not library.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        library.addHandler(handler)
-        library.setLevel(logging.INFO)
-        library.propagate = False
+    handler, level = logging.StreamHandler(sys.stderr), library.level
+    library.addHandler(handler)
+    library.setLevel(logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            yield
+    finally:
+        library.removeHandler(handler)
+        library.setLevel(level)
 
 
-def say_store(store: GradientStore) -> None:
+def say_store(store: "GradientStore") -> None:
     """One line on what a store holds."""
     manifest = store.manifest
     chain = " → ".join(stage["name"] for stage in manifest.chain) or "whole gradients"
@@ -26,3 +36,7 @@ def say_store(store: GradientStore) -> None:
         f"{store.path}: {len(store):,} rows × {store.width:,} ({len(store.leaves)} leaves, {manifest.dtype}, "
         f"{size / 2**20:,.1f} MiB), {chain}"
     )
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(message, file=sys.stderr)

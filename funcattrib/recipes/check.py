@@ -1,5 +1,6 @@
 """Whether a model's rows depend on the batch they are computed in, and what to do about it."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,9 +9,10 @@ from torch import Tensor, nn
 
 from funcattrib.compose import compose
 from funcattrib.errors import FuncattribError
+from funcattrib.loading import context_length, vocabulary
 from funcattrib.losses import causal_lm_loss
 from funcattrib.per_example import per_example_grad
-from funcattrib.recipes.collect import vocabulary
+from funcattrib.recipes.explain import is_random
 from funcattrib.transforms import project
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -68,10 +70,14 @@ def check_model(
     """Compute one batch of random tokens twice, permuted, and one by one, and compare the rows.
 
     Raises:
-        FuncattribError: fewer than two documents, or one below two tokens.
+        FuncattribError: fewer than two documents, one below two tokens, or one longer than the model's context.
     """
-    if len(lengths) < 2 or min(lengths) < 2:
-        raise FuncattribError(f"expected at least two lengths of 2 or more tokens, found {tuple(lengths)}")
+    longest = context_length(model, None)
+    if len(lengths) < 2 or min(lengths) < 2 or max(lengths) > longest:
+        raise FuncattribError(
+            f"expected two or more lengths of 2 to {longest} tokens, the model's context; found "
+            f"{', '.join(map(str, lengths))}\ngive some with --lengths"
+        )
     loss, params = causal_lm_loss(model, modules=modules)
     chain = compose(per_example_grad, project(projection_dim)) if projection_dim else compose(per_example_grad)
     compute = chain.bind(loss, params)
@@ -83,7 +89,14 @@ def check_model(
         return torch.cat([grad.flatten(1).double().cpu() for grad in compute(part).grads.values()], 1)
 
     order = list(range(len(lengths)))
-    whole = rows(order, max(lengths))
+    dtype = next(iter(params.values())).dtype
+    tolerance = TOLERANCE.get(dtype, 1e-5)
+    try:
+        whole = rows(order, max(lengths))
+    except RuntimeError as error:
+        if not is_random(error):
+            raise
+        return Verdict(math.inf, math.inf, math.inf, tolerance, dtype, finite=True)
     norm = whole.norm(dim=1).clamp(min=1e-30)
 
     def difference(other: Tensor) -> float:
@@ -93,8 +106,8 @@ def check_model(
         again=difference(rows(order, max(lengths))),
         permuted=difference(rows(order[::-1], max(lengths)).flip(0)),
         alone=difference(torch.cat([rows([i], length) for i, length in enumerate(lengths)])),
-        tolerance=TOLERANCE.get(next(iter(params.values())).dtype, 1e-5),
-        dtype=next(iter(params.values())).dtype,
+        tolerance=tolerance,
+        dtype=dtype,
         finite=bool(whole.isfinite().all()),
     )
 

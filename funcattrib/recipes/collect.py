@@ -18,12 +18,13 @@ from funcattrib.compose import Chain, State, compose
 from funcattrib.data import Columns, fingerprint, load, plan
 from funcattrib.errors import FuncattribError
 from funcattrib.functional import Loss, Params
-from funcattrib.loading import context_length, load_model, model_identity
+from funcattrib.loading import context_length, load_model, model_identity, vocabulary
 from funcattrib.losses import causal_lm_loss
 from funcattrib.per_example import Batch, PerExample, per_example_grad
 from funcattrib.progress import Progress
 from funcattrib.recipes.config import GradientConfig
 from funcattrib.recipes.documents import Batches, Documents, Records, read_documents, spread
+from funcattrib.recipes.explain import explained
 from funcattrib.store import GradientStore, Manifest, StoreWriter, create_store, lay_out, open_store
 from funcattrib.transforms import adafactor_norm, project
 
@@ -140,8 +141,9 @@ def collect_gradients(
             writer.save_config(config)
         if writer.pending:
             work = Work(loss, params, chain, documents, gradients.token_batch_size, quiet)
-            state = fitted_state(work, writer, gradients.fit_documents)
-            _fill(work, writer, state)
+            with explained():
+                state = fitted_state(work, writer, gradients.fit_documents)
+                _fill(work, writer, state)
         finished = writer.finish()
     if finished.clipped and not quiet:
         log.warning("%d entries were beyond %s and were clipped", finished.clipped, finished.dtype)
@@ -230,12 +232,6 @@ class _Counted:
             yield batch
             indices = self.batches.indices[chosen]
             self.progress.update(int(self.batches.documents.lengths[indices].sum()), len(chosen))
-
-
-def vocabulary(model: nn.Module) -> int | None:
-    """The number of tokens the model knows, where it says."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    return embedding.weight.shape[0] if embedding is not None else None
 
 
 def _progress(work: Work, label: str, tokens: int, done: int = 0) -> Progress:

@@ -25,6 +25,7 @@ class Documents(NamedTuple):
     report: TokenizeReport
     columns: Columns
     pad_id: int
+    tokenizer: PreTrainedTokenizerBase | None
 
     def batch(self, indices: Sequence[int], device: torch.device | str = "cpu") -> Batch:
         """The documents padded on the right to the longest of them."""
@@ -32,10 +33,12 @@ class Documents(NamedTuple):
         return {name: tensor.to(device) for name, tensor in batch.items()}
 
     def shown(self, rows: range) -> dict[str, Any]:
-        """What a store keeps of each example, to show it: its id and the columns that were read."""
+        """What a store keeps of each example to show it: its id and the columns that were read, or else its tokens."""
         part = self.source.select(rows)
-        names = [name for name in _text_columns(self.columns) if name in part.column_names]
+        names = [name for name in _text_columns(self.columns) if name in part.column_names and name != "input_ids"]
         shown = {name: part[name][:] for name in names}
+        if not shown and self.tokenizer is not None:
+            shown = {"text": [self.tokenizer.decode(self.rows[row]["input_ids"].tolist()) for row in rows]}
         ids = part["id"][:] if "id" in part.column_names else list(rows)
         return {"id": [str(i) for i in ids], **shown}
 
@@ -73,7 +76,7 @@ def read_documents(
     )
     rows = Rows(tokens)
     pad = getattr(tokenizer, "pad_token_id", None)
-    return Documents(source, tokens, rows, rows.lengths, report, columns, 0 if pad is None else pad)
+    return Documents(source, tokens, rows, rows.lengths, report, columns, pad or 0, tokenizer)
 
 
 def spread(count: int, most: int) -> list[int]:

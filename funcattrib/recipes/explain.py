@@ -1,0 +1,34 @@
+"""What computing gradients may fail at, put into words."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from funcattrib.errors import FuncattribError
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn torch's errors about memory and randomness into what to do about them.
+
+    Raises:
+        FuncattribError: memory was short, or the model draws random numbers.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if is_random(error):
+            raise FuncattribError(
+                "expected a model that is deterministic in eval mode, found one that draws random numbers (dropout, "
+                "noise)\nmake the same input give the same output; `funcattrib check` tries it"
+            ) from error
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+            raise FuncattribError(
+                f"expected memory for a batch, found too little: {str(error).splitlines()[0][:120]}\n"
+                "use a smaller --token-batch-size, or --projection-dim; what is finished is kept"
+            ) from error
+        raise
+
+
+def is_random(error: RuntimeError) -> bool:
+    """Whether this is vmap's refusal of a random operation."""
+    return "randomness" in str(error)
