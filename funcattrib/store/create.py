@@ -1,20 +1,24 @@
 """Begin a store, or continue one that the same command began."""
 
 import logging
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from funcattrib.errors import StoreError
 from funcattrib.store import lock, shards
 from funcattrib.store.atomic import TEMPORARY, explain
-from funcattrib.store.manifest import FILE, Manifest, check_manifest, differences, read_manifest, unfinished
+from funcattrib.store.manifest import FILE, Manifest, check_manifest, differences, identity, read_manifest, unfinished
 from funcattrib.store.writer import CONFIG, STATE, StoreWriter, save_manifest
 
 log = logging.getLogger(__name__)
 
 # Differences named in an error before the rest is only counted.
 _NAMED = 4
+_ENTAILED = ("leaves", "rows", "data.documents", "data.tokens")
+_HASH = re.compile(r'"([0-9a-f]{12})[0-9a-f]{20,}["…]')
 
 
 def create_store(path: str | Path, manifest: Manifest, *, overwrite: bool = False) -> StoreWriter:
@@ -102,13 +106,35 @@ def _existing(path: Path) -> Manifest | None:
 def _agree(path: Path, wanted: Manifest, found: Manifest) -> None:
     if found.complete:  # nothing more is computed, so another version of this library does no harm
         wanted = replace(wanted, funcattrib_version=found.funcattrib_version)
-    lines = differences(wanted, found)
+    lines = _in_short(wanted, found)
     if lines:
         more = f"; and {len(lines) - _NAMED} more" if lines[_NAMED:] else ""
         raise StoreError(
             f"{path} holds another run: {'; '.join(lines[:_NAMED])}{more}\n"
             "use --overwrite to begin anew, or another RUN"
         )
+
+
+def _in_short(wanted: Manifest, found: Manifest) -> list[str]:
+    """Differences without those that others entail: a chain's settings decide the leaves, and the data its sizes."""
+    lines = [line for line in differences(wanted, found) if not line.startswith("chain")]
+    chains = [_in_words(identity(manifest)["chain"]) for manifest in (wanted, found)]
+    if chains[0] != chains[1]:
+        lines.append("chain: expected {}, found {}".format(*chains))
+    independent = [line for line in lines if not line.startswith(_ENTAILED)]
+    lines = independent or [line for line in lines if not line.startswith("leaves")]
+    if not lines and [*wanted.leaves] != [*found.leaves]:
+        sizes = [f"{len(manifest.leaves)} of {manifest.width:,} columns" for manifest in (wanted, found)]
+        lines = ["leaves: expected {}, found {}".format(*sizes)]
+    return [_HASH.sub(r"\1…", line) for line in lines]
+
+
+def _in_words(chain: list[dict[str, Any]]) -> str:
+    stages = []
+    for stage in chain:
+        settings = ", ".join(f"{key}={value}" for key, value in stage.items() if key != "name")
+        stages.append(f"{stage['name']}({settings})")
+    return " → ".join(stages) or "no stage"
 
 
 def _forget(path: Path) -> None:

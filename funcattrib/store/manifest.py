@@ -237,7 +237,9 @@ def _compare(at: str, expected: Any, found: Any) -> list[str]:
         ]
     if isinstance(expected, list) and isinstance(found, list):
         if len(expected) != len(found):
-            return [f"{at}: expected {len(expected)} of them, found {len(found)}"]
+            short = not any(isinstance(item, dict) for item in (*expected, *found))
+            sizes = (_short(each) if short else f"{len(each)} of them" for each in (expected, found))
+            return ["{}: expected {}, found {}".format(at, *sizes)]
         pairs = enumerate(zip(expected, found, strict=True))
         return [line for i, (a, b) in pairs for line in _compare(f"{at}[{i}]", a, b)]
     return [] if expected == found else [f"{at}: expected {_short(expected)}, found {_short(found)}"]
