@@ -5,7 +5,7 @@ Inside ``collecting`` the model's forward runs with lifted leaves whose probes h
 it was afterwards, also when an exception passes through.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,34 +58,39 @@ def collecting(model: nn.Module, names: Mapping[str, Any], chain: Chain, state: 
     """
     collected = Collected()
     forward, had_own = model.forward, "forward" in vars(model)
+    within = _Forward(model, forward)
     readings, _ = lower(chain, spec({n: p for n, p in model.named_parameters() if n in names}), state)
 
     def lifted_forward(*args: Any, **kwargs: Any) -> Any:
-        current = dict(model.named_parameters())
+        current = {name: tensor for name, tensor in model.named_parameters() if name in readings}
         probes = {
             name: probe.requires_grad_()
             for name, probe in zero_probes(current, readings, _batch_size(args, kwargs)).items()
         }
         collected.probes.append(probes)
-        leaves = {name: leaf for name, leaf in lift(current, readings, probes).items() if name in readings}
-        _restore(model, forward, had_own)
-        try:
-            return torch.func.functional_call(model, leaves, args, kwargs)
-        finally:
-            model.forward = lifted_forward
+        leaves = {f"model.{name}": leaf for name, leaf in lift(current, readings, probes).items()}
+        return torch.func.functional_call(within, leaves, args, kwargs)
 
     model.forward = lifted_forward
     try:
         yield collected
     finally:
-        _restore(model, forward, had_own)
+        if had_own:
+            model.forward = forward
+        else:
+            vars(model).pop("forward", None)
 
 
-def _restore(model: nn.Module, forward: Any, had_own: bool) -> None:
-    if had_own:
-        model.forward = forward
-    else:
-        vars(model).pop("forward", None)
+class _Forward(nn.Module):
+    """A model's own forward without its hooks, which have run when the lifted forward is called in its place."""
+
+    def __init__(self, model: nn.Module, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+        self._own = forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._own(*args, **kwargs)
 
 
 def _grad(probe: Tensor) -> Tensor:
@@ -93,7 +98,8 @@ def _grad(probe: Tensor) -> Tensor:
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    for value in (*args, *kwargs.values()):
+    named = [kwargs[name] for name in ("input_ids", "inputs_embeds") if name in kwargs]
+    for value in (*args, *named, *kwargs.values()):
         if isinstance(value, Tensor) and value.ndim:
             return value.shape[0]
     raise FuncattribError("expected a tensor with a batch axis among the model's arguments, found none")

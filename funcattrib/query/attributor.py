@@ -5,7 +5,8 @@
 Positive means proponent: a step that unlearns the training example raises the query's loss.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +23,9 @@ from funcattrib.compose import Chain, lower
 from funcattrib.data import Columns, Rows, collate, plan, tokenize
 from funcattrib.errors import FuncattribError
 from funcattrib.functional import choose
-from funcattrib.loading import context_length, load_model, model_identity
+from funcattrib.loading import PRECISIONS, context_length, load_model, model_identity, vocabulary
 from funcattrib.losses import causal_lm_loss
-from funcattrib.per_example import Batch, Grads, per_example_grad, spec
+from funcattrib.per_example import Batch, Grads, PerExample, per_example_grad, spec
 from funcattrib.query.faiss_index import FaissConfig, FaissIndex, build_or_load
 from funcattrib.query.faiss_index import search as search_index
 from funcattrib.query.topk import TopK, store_blocks, topk
@@ -66,20 +67,20 @@ class Attributor:
         run: the store's folder.
         model: the model that made it, or its name; loaded from the store's own record when first needed.
         tokenizer: the model's own where ``model`` is a name.
-        device: where exact search and the query's gradients are computed.
+        device: where exact search is computed, and a model that is loaded here.
         unit_norm: cosine in place of inner product.
         faiss_cfg: search through a FAISS index instead of exactly.
         chain: only for stores made with transforms of your own.
 
     Raises:
-        FuncattribError: no store, or a model other than the store's.
+        FuncattribError: no store; a model or chain other than the store's.
     """
 
     def __init__(
         self,
         run: str | Path,
         *,
-        model: nn.Module | str | None = None,
+        model: nn.Module | str | Path | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         device: str | torch.device = "cpu",
         unit_norm: bool = False,
@@ -89,8 +90,12 @@ class Attributor:
         self.store: GradientStore = open_store(run)
         self.device = torch.device(device)
         self.unit_norm = unit_norm
-        self._model, self._tokenizer, self._chain = model, tokenizer, chain
-        self._checked = False
+        self._model = str(model) if isinstance(model, Path) else model
+        self._tokenizer, self._chain = tokenizer, chain
+        self._checked: nn.Module | None = None
+        if chain is not None:
+            _same_chain(self.store.manifest.chain, chain.describe())
+        self._compute: Callable[[Batch], PerExample] | None = None
         self._index: FaissIndex | None = None
         if faiss_cfg is not None:
             self._index = build_or_load(self.store, faiss_cfg, metric="cosine" if unit_norm else "ip")
@@ -137,13 +142,14 @@ class Attributor:
             columns,
             max_length=context_length(model, tokenizer),
             truncation=True,
+            vocab_size=vocabulary(model),
         )
         documents = Rows(tokens)
         pad = getattr(tokenizer, "pad_token_id", None) or 0
         out: Tensor | None = None
         for chosen in plan(documents.lengths, _BUDGET):
             batch = collate([documents[i] for i in chosen], pad_id=pad)
-            flat = self.gradients_of({name: tensor.to(self.device) for name, tensor in batch.items()})
+            flat = self.gradients_of(batch)
             out = flat.new_empty(len(rows), flat.shape[1]) if out is None else out
             out[chosen] = flat
         if out is None:
@@ -157,13 +163,15 @@ class Attributor:
 
     def gradients_of(self, batch: Batch) -> Float[Tensor, "B D"]:
         """Transformed gradients of a batch of tokens, (B, D) on the CPU."""
-        model, _ = self._loaded()
-        loss, params = causal_lm_loss(model, **self._loss_settings())
-        chain, state = self._state(params)
-        return self._rows(chain(loss, params, batch, state))
+        if self._compute is None:
+            loss, params = causal_lm_loss(self._loaded()[0], **self._loss_settings())
+            chain, state = self._state(params)
+            self._compute = chain.bind(loss, params, state)
+            self._on = next(iter(params.values())).device
+        return self._rows(self._compute({name: tensor.to(self._on) for name, tensor in batch.items()}).grads)
 
     @contextmanager
-    def trace(self, model: nn.Module, k: int = 5) -> Iterator[Trace]:
+    def trace(self, model: nn.Module, k: int = 5, *, reverse: bool = False) -> Iterator[Trace]:
         """Search with the gradients of the user's own forward and backward pass inside the block.
 
         The model computes as ever (its own loss, its own gradients) and is left as it was. A loss averaged over the
@@ -180,7 +188,7 @@ class Attributor:
             yield result
         depth = lower(chain, spec(params), state)[1]
         grads = Chain(None, chain.stages[depth:]).apply(state[depth:], collected.coordinates())
-        found = self.search(grads, k)
+        found = self.search(grads, k, reverse=reverse)
         result.scores, result.rows = found.values, found.rows
         result.hits = [self.hits(v, r) for v, r in zip(found.values, found.rows, strict=True)]
 
@@ -217,23 +225,31 @@ class Attributor:
         if self._model is None:
             self._model = str(self.store.manifest.model["id"])
         if isinstance(self._model, str):
-            loaded = load_model(self._model, device=str(self.device))
+            made_with = self.store.manifest.model
+            own = made_with["id"] == self._model
+            loaded = load_model(
+                self._model,
+                revision=made_with["revision"] if own else None,
+                precision=PRECISIONS.get(made_with["dtype"], "fp32"),
+                device=str(self.device),
+            )
             self._model, self._tokenizer = loaded.model, self._tokenizer or loaded.tokenizer
-        self._check(self._model)
+        if self._model is not self._checked:
+            self._check(self._model)
+            self._checked = self._model
         return self._model, self._tokenizer
 
     def _check(self, model: nn.Module) -> None:
         """Refuse a model whose weights are not those that made the store."""
-        if self._checked and model is self._model:
-            return
         made_with, found = self.store.manifest.model, model_identity(model)
-        if made_with["fingerprint"] != found["fingerprint"]:
-            raise FuncattribError(
-                f"expected the model that made the store ({made_with['id']}, fingerprint "
-                f"{made_with['fingerprint'][:12]}), found another (fingerprint {found['fingerprint'][:12]}); "
-                "give that model, or build a store for this one"
-            )
-        self._checked = True
+        if made_with["fingerprint"] == found["fingerprint"]:
+            return
+        name = next(name for name in ("architecture", "dtype", "fingerprint") if made_with[name] != found[name])
+        raise FuncattribError(
+            f"expected the model that made the store ({made_with['id']}, {name} {made_with[name][:24]}), "
+            f"found {found['id']} with {name} {found[name][:24]}\n"
+            "give that model, or build a store for this one"
+        )
 
     def _loss_settings(self) -> dict[str, Any]:
         loss = self.store.manifest.loss
@@ -251,8 +267,27 @@ class Attributor:
 
     def _state(self, params: Mapping[str, Tensor]) -> tuple[Chain, Any]:
         chain = self._chain or rebuild(per_example_grad, self.store.manifest.chain)
-        template = chain.init(spec(params))[0]
-        return chain, tree.map_tensors(lambda t: t.to(self.device), tree.restore(template, self.store.state()))
+        template, saved = chain.init(spec(params))[0], self.store.state()
+        device = next(iter(params.values())).device
+        if not saved and tree.flatten(template):
+            raise FuncattribError(
+                f"expected the chain's state in {self.store.path}, found none; finish building the store first"
+            )
+        return chain, tree.map_tensors(lambda tensor: tensor.to(device), tree.restore(template, saved))
+
+
+def _same_chain(made_with: Sequence[Mapping[str, Any]], given: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a chain other than the store's; its settings may hold tuples where the manifest has lists."""
+    expected, found = ([json.dumps(stage, sort_keys=True) for stage in chain] for chain in (made_with, given))
+    if expected == found:
+        return
+    at = next((i for i, pair in enumerate(zip(expected, found, strict=False)) if len(set(pair)) > 1), None)
+    if at is None:
+        at = min(len(expected), len(found))
+    said = (stages[at] if at < len(stages) else "no stage" for stages in (expected, found))
+    raise FuncattribError(
+        f"expected the chain that made the store, with {next(said)} as stage {at + 1}, found {next(said)}"
+    )
 
 
 def _as_text(value: Any) -> str:
