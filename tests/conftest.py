@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 # Before transformers is imported: forked workers and tokenizer threads do not mix.
@@ -35,3 +36,11 @@ def funcattrib(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
         return Ran(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GPT-NeoX and its tokenizer, as `save_pretrained` leaves them."""
+    from tests.tiny import save_model
+
+    return save_model(tmp_path_factory.mktemp("models") / "gpt_neox")
