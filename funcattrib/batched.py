@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from funcattrib.compose import Chain, State, lower
 from funcattrib.errors import FuncattribError
-from funcattrib.lift import lift, zero_probes
+from funcattrib.lift import Lowered, lift, unpack, zero_probes
 from funcattrib.per_example import Grads, spec
 
 
 class Collected:
     """Probes of the forward passes inside one ``collecting`` block."""
 
-    def __init__(self) -> None:
+    def __init__(self, lowered: Lowered) -> None:
+        self._lowered = lowered
         self.probes: list[dict[str, Tensor]] = []
 
     def coordinates(self) -> Grads:
@@ -35,7 +36,7 @@ class Collected:
         if all(probe.grad is None for probes in self.probes for probe in probes.values()):
             raise FuncattribError("expected a backward pass inside the block, found none; call loss.backward()")
         filled = [{name: _grad(probe) for name, probe in probes.items()} for probes in self.probes]
-        return {name: torch.cat([each[name] for each in filled]) for name in filled[0]}
+        return unpack(self._lowered, {name: torch.cat([each[name] for each in filled]) for name in filled[0]})
 
 
 @contextmanager
@@ -56,19 +57,19 @@ def collecting(model: nn.Module, names: Mapping[str, Any], chain: Chain, state: 
         >>> collected.coordinates()["weight"].shape
         torch.Size([5, 2, 2])
     """
-    collected = Collected()
     forward, had_own = model.forward, "forward" in vars(model)
     within = _Forward(model, forward)
-    readings, _ = lower(chain, spec({n: p for n, p in model.named_parameters() if n in names}), state)
+    lowered, _ = lower(chain, spec({n: p for n, p in model.named_parameters() if n in names}), state)
+    collected = Collected(lowered)
 
     def lifted_forward(*args: Any, **kwargs: Any) -> Any:
-        current = {name: tensor for name, tensor in model.named_parameters() if name in readings}
+        current = {name: tensor for name, tensor in model.named_parameters() if name in lowered}
         probes = {
             name: probe.requires_grad_()
-            for name, probe in zero_probes(current, readings, _batch_size(args, kwargs)).items()
+            for name, probe in zero_probes(current, lowered, _batch_size(args, kwargs)).items()
         }
         collected.probes.append(probes)
-        leaves = {f"model.{name}": leaf for name, leaf in lift(current, readings, probes).items()}
+        leaves = {f"model.{name}": leaf for name, leaf in lift(current, lowered, probes).items()}
         return torch.func.functional_call(within, leaves, args, kwargs)
 
     model.forward = lifted_forward

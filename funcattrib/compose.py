@@ -16,13 +16,12 @@ from torch import Tensor
 
 from funcattrib.errors import ChainError
 from funcattrib.functional import Loss, Params
-from funcattrib.lift import Measured, TwoSided
+from funcattrib.lift import Lowered, Lowering, Measured, TwoSided, own
 from funcattrib.lift.uses import single_use
 from funcattrib.per_example import Batch, Grads, Leaf, PerExample, Source, Spec
 from funcattrib.tree import map_tensors
 
 State = Any
-Lowered = dict[str, TwoSided]
 
 
 def stateless(spec: Spec) -> tuple[State, Spec]:
@@ -98,8 +97,8 @@ class Chain(NamedTuple):
         source = self._started()
         spec = source.spec(params)
         state = self._state(spec, params, state)
-        readings, depth = lower(self, spec, state)
-        return partial(_rows, source, loss, params, readings, self.stages[depth:], state[depth:])
+        lowered, depth = lower(self, spec, state)
+        return partial(_rows, source, loss, params, lowered, self.stages[depth:], state[depth:])
 
     def __call__(self, loss: Loss, params: Params, batch: Batch, state: tuple[State, ...] | None = None) -> Grads:
         """Transformed per-example gradients, name → (B, *shape)."""
@@ -113,8 +112,8 @@ class Chain(NamedTuple):
 
     def apply(self, state: tuple[State, ...], grads: Grads) -> Grads:
         """Every stage's ``apply`` in order, on gradients that are already there."""
-        for stage, own in zip(self.stages, state, strict=True):
-            grads = stage.apply(own, grads)
+        for stage, its_state in zip(self.stages, state, strict=True):
+            grads = stage.apply(its_state, grads)
         return grads
 
     def describe(self) -> list[dict[str, Any]]:
@@ -225,13 +224,18 @@ def statistics(
         return lambda batch: bound(batch).grads
     source = before._started()
     spec = source.spec(params)
-    readings, depth = lower(before, spec, before._state(spec, params, state))
-    matrices = {name for name in readings if len(spec[name].shape) > 1}
-    if depth < len(before.stages) or not matrices or source.name != "torch":
+    lowered, depth = lower(before, spec, before._state(spec, params, state))
+    whole = {
+        name for name, how in lowered.items() if how.leaves == (name,) == (how.probe,) and len(spec[name].shape) > 1
+    }
+    if depth < len(before.stages) or not whole or source.name != "torch":
         bound = before.bind(loss, params, state)
         return lambda batch: {name: stage.measure(grad) for name, grad in bound(batch).grads.items()}  # type: ignore[misc]
-    inside = single_use(loss, params, matrices, {key: value[0] for key, value in batch.items()})
-    measured = {name: Measured(r, stage.measure) if name in inside else r for name, r in readings.items()}
+    inside = single_use(loss, params, whole, {key: value[0] for key, value in batch.items()})
+    measured = {
+        name: own(name, Measured(how.reading, stage.measure)) if name in inside else how
+        for name, how in lowered.items()
+    }
 
     def read(batch: Batch) -> Grads:
         grads = source.rows(loss, params, batch, measured).grads
@@ -242,16 +246,26 @@ def statistics(
 
 def lower(chain: Chain, spec: Spec, state: tuple[State, ...]) -> tuple[Lowered, int]:
     """The longest linear prefix as one map per parameter (the identity without one), and how many stages it covers."""
-    maps: Lowered = {name: TwoSided() for name in spec}
+    maps = {name: own(name, TwoSided()) for name in spec}
     specs = chain._specs(spec)
     depth = 0
-    for stage, own, given in zip(chain.stages, state, specs, strict=False):
-        if stage.lower is None:
+    for stage, own_state, given in zip(chain.stages, state, specs, strict=False):
+        further = None if stage.lower is None else _extend(maps, stage.lower(own_state, given))
+        if further is None:
             break
-        own_maps = stage.lower(own, given)
-        maps = {name: own_maps[name].after(first) for name, first in maps.items() if name in own_maps}
-        depth += 1
-    return {name: reading.to(spec[name].dtype) for name, reading in maps.items()}, depth
+        maps, depth = further, depth + 1
+    return {name: how._replace(reading=how.reading.to(spec[name].dtype)) for name, how in maps.items()}, depth
+
+
+def _extend(maps: Mapping[str, Lowering], stage: Lowered) -> dict[str, Lowering] | None:
+    """Every parameter's map with a stage's behind it; None where the two do not combine."""
+    extended = {}
+    for name, how in maps.items():
+        if len(how.leaves) > 1 or how.probe != name:
+            return None
+        if (second := stage.get(how.leaves[0])) is not None:
+            extended[name] = second._replace(reading=second.reading.after(how.reading))
+    return extended
 
 
 def settings(stage: Transform) -> dict[str, Any]:
@@ -267,12 +281,12 @@ def _rows(
     source: Source,
     loss: Loss,
     params: Params,
-    readings: Lowered,
+    lowered: Lowered,
     rest: tuple[Transform, ...],
     state: tuple[State, ...],
     batch: Batch,
 ) -> PerExample:
-    result = source.rows(loss, params, batch, readings)
+    result = source.rows(loss, params, batch, lowered)
     grads = Chain(None, rest).apply(state, result.grads)
     return PerExample(grads, result.losses)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from funcattrib.functional import Example, Loss, Params
-from funcattrib.lift import Readings, lift, zero_probes
+from funcattrib.lift import Lowered, lift, unpack, zero_probes
 
 Batch = Example
 Grads = dict[str, Tensor]
@@ -41,39 +41,39 @@ class Source(NamedTuple):
     Attributes:
         name: goes into the manifest.
         spec: parameters → the gradients' names, shapes and dtypes.
-        rows: (loss, params, batch, readings or None) → gradients and losses of a batch.
+        rows: (loss, params, batch, lowered maps or None) → gradients and losses of a batch.
     """
 
     name: str
     spec: Callable[[Params], Spec]
-    rows: Callable[[Loss, Params, Batch, Readings | None], PerExample]
+    rows: Callable[[Loss, Params, Batch, Lowered | None], PerExample]
 
     def __call__(self, loss: Loss, params: Params, batch: Batch) -> Grads:
         """Gradients of every parameter for every example of ``batch``, (B, *shape) each."""
         return self.rows(loss, params, batch, None).grads
 
 
-def rows(loss: Loss, params: Params, batch: Batch, readings: Readings | None = None) -> PerExample:
+def rows(loss: Loss, params: Params, batch: Batch, lowered: Lowered | None = None) -> PerExample:
     """Gradients and losses of every example of a batch.
 
     Args:
         loss: ``loss(params, example) -> scalar``, for one example without a batch axis.
         params: name → tensor; only these are differentiated.
         batch: the examples stacked along the first axis.
-        readings: linear maps to read off the gradients, by name; parameters without one are left out.
+        lowered: linear maps to read off the gradients, by name; parameters without one are left out.
             None gives the gradients themselves.
     """
     params = {name: tensor.detach() for name, tensor in params.items()}
-    if readings is None:
+    if lowered is None:
         grads, losses = vmap(grad_and_value(loss), in_dims=(None, 0))(params, dict(batch))
         return PerExample(grads, losses)
 
-    def lifted(probes: Params, example: Example) -> Tensor:
-        return loss(lift(params, readings, probes), example)
+    def of_probes(probes: Params, example: Example) -> Tensor:
+        return loss(lift(params, lowered, probes), example)
 
-    probes = zero_probes(params, readings)
-    grads, losses = vmap(grad_and_value(lifted), in_dims=(None, 0))(probes, dict(batch))
-    return PerExample({name: grad[:, 0] for name, grad in grads.items()}, losses)
+    probes = zero_probes(params, lowered)
+    grads, losses = vmap(grad_and_value(of_probes), in_dims=(None, 0))(probes, dict(batch))
+    return PerExample(unpack(lowered, {name: grad[:, 0] for name, grad in grads.items()}), losses)
 
 
 def spec(params: Params) -> Spec:

@@ -66,8 +66,9 @@ def lowered_is_plain(transform: Transform, spec: Spec) -> None:
     values = grads(5, spec)
     state = fitted(transform, [values], spec)
     maps = transform.lower(state, spec)
-    close({name: reading.of_gradient(values[name]) for name, reading in maps.items()}, transform.apply(state, values))
-    for name, reading in maps.items():  # ⟨C(G), θ⟩ = ⟨G, C*(θ)⟩
+    readings = {name: how.reading for name, how in maps.items()}
+    close({name: reading.of_gradient(values[name]) for name, reading in readings.items()}, transform.apply(state, values))
+    for name, reading in readings.items():  # ⟨C(G), θ⟩ = ⟨G, C*(θ)⟩
         theta = torch.randn(reading.coordinates_shape(spec[name].shape))
         left = (reading.of_gradient(values[name]) * theta).flatten(1).sum(1)
         right = (values[name] * reading.adjoint(theta)).flatten(1).sum(1)

@@ -5,30 +5,18 @@ The gradient of a weight W (O, I) used in a linear operation is a sum of outer p
     G = Σ_n rows_n colsᵀ_n,        rows (N, O), cols (N, I),
 
 of what came into the operation and what comes back through it. A two-sided map C(G) = L G Rᵀ is then
-(rows Lᵀ)ᵀ (cols Rᵀ): G itself is never formed. The row factor may be one-hot (an
-embedding's token ids).
+(rows Lᵀ)ᵀ (cols Rᵀ): G itself is never formed. Other maps form one weight's G at a time, in its turn.
 
 Shapes: E examples, N tokens, O/I weight rows/columns, P/Q coordinates.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-
-class OneHot(NamedTuple):
-    """A row factor: token n is ``weight``_n times the unit vector number ``ids``_n, of length ``size``."""
-
-    ids: Tensor
-    size: int
-    weight: Tensor | None = None
-
-
-Factor = Tensor | OneHot
-Side = Tensor | None
-"""A linear map along one axis: None (identity), a vector (diagonal, (n,)) or a matrix ((p, n))."""
+from funcattrib.lift.factors import Factor, Side, along, dense_along, length, outer, product, transpose
 
 
 class Reading(Protocol):
@@ -52,6 +40,12 @@ class Reading(Protocol):
     def adjoint(self, theta: Tensor) -> Tensor:
         """C*(θ), shaped like the weight, for θ without example axis."""
 
+    def to(self, dtype: torch.dtype) -> Any:
+        """The same map in ``dtype``, the weight's own, so that no operation has to convert it."""
+
+    def after(self, first: Any) -> Any:
+        """The map that applies ``first`` and then this one."""
+
 
 class TwoSided(NamedTuple):
     """C(G) = L G Rᵀ on a matrix and L g on a vector; C*(θ) = Lᵀ θ R."""
@@ -63,7 +57,7 @@ class TwoSided(NamedTuple):
         """Of a weight of ``shape``."""
         if len(shape) > 2:  # more axes have no sides: they are kept whole
             return shape
-        return tuple(_length(side, n) for side, n in zip((self.left, self.right), shape, strict=False))
+        return tuple(length(side, n) for side, n in zip((self.left, self.right), shape, strict=False))
 
     def keep_rows(self, rows: Factor) -> Factor:
         """Rows with the left side applied."""
@@ -71,7 +65,7 @@ class TwoSided(NamedTuple):
 
     def keep_cols(self, cols: Tensor) -> Tensor:
         """Columns with the right side applied."""
-        return _dense_along(self.right, cols)
+        return dense_along(self.right, cols)
 
     def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
         """From kept factors."""
@@ -80,28 +74,107 @@ class TwoSided(NamedTuple):
     def of_gradient(self, gradient: Tensor) -> Tensor:
         """From formed gradients (E, *shape)."""
         if gradient.ndim == 2:
-            return _dense_along(self.left, gradient)
+            return dense_along(self.left, gradient)
         if gradient.ndim > 3:
             return gradient
-        right = _dense_along(self.right, gradient)
-        return _dense_along(self.left, right.transpose(-1, -2)).transpose(-1, -2)
+        right = dense_along(self.right, gradient)
+        return dense_along(self.left, right.transpose(-1, -2)).transpose(-1, -2)
 
     def adjoint(self, theta: Tensor) -> Tensor:
         """Of θ without example axis."""
         if theta.ndim == 1:
-            return _dense_along(_transpose(self.left), theta)
+            return dense_along(transpose(self.left), theta)
         if theta.ndim > 2:
             return theta
-        rows = _dense_along(_transpose(self.right), theta)
-        return _dense_along(_transpose(self.left), rows.transpose(-1, -2)).transpose(-1, -2)
-
-    def after(self, first: "TwoSided") -> "TwoSided":
-        """The map that applies ``first`` and then this one."""
-        return TwoSided(_product(self.left, first.left), _product(self.right, first.right))
+        rows = dense_along(transpose(self.right), theta)
+        return dense_along(transpose(self.left), rows.transpose(-1, -2)).transpose(-1, -2)
 
     def to(self, dtype: torch.dtype) -> "TwoSided":
-        """Both sides in ``dtype``, the weight's own, so that no operation has to convert them."""
+        """Both sides in ``dtype``."""
         return TwoSided(*(side if side is None else side.to(dtype) for side in self))
+
+    def after(self, first: Reading) -> Reading:
+        """One pair of sides where ``first`` is one; otherwise the two in turn."""
+        if not isinstance(first, TwoSided):
+            return Then(first, self)
+        return TwoSided(product(self.left, first.left), product(self.right, first.right))
+
+
+class Then(NamedTuple):
+    """Two maps in turn: ``first`` is read from the factors, ``second`` is applied to what it gives."""
+
+    first: Reading
+    second: Reading
+
+    def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of a weight of ``shape``."""
+        return self.second.coordinates_shape(self.first.coordinates_shape(shape))
+
+    def keep_rows(self, rows: Factor) -> Factor:
+        """As the first map does."""
+        return self.first.keep_rows(rows)
+
+    def keep_cols(self, cols: Tensor) -> Tensor:
+        """As the first map does."""
+        return self.first.keep_cols(cols)
+
+    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
+        """From kept factors."""
+        return self.second.of_gradient(self.first.read(rows, cols))
+
+    def of_gradient(self, gradient: Tensor) -> Tensor:
+        """From formed gradients."""
+        return self.second.of_gradient(self.first.of_gradient(gradient))
+
+    def adjoint(self, theta: Tensor) -> Tensor:
+        """The adjoints in reverse order."""
+        return self.first.adjoint(self.second.adjoint(theta))
+
+    def to(self, dtype: torch.dtype) -> "Then":
+        """Both maps in ``dtype``."""
+        return Then(self.first.to(dtype), self.second.to(dtype))
+
+    def after(self, first: Reading) -> Reading:
+        """Behind a third map."""
+        return self.second.after(self.first.after(first))
+
+
+class Scale(NamedTuple):
+    """C(G) = D ⊙ G, entry by entry: G is formed, one weight at a time."""
+
+    factor: Tensor
+
+    def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The weight's own."""
+        return shape
+
+    def keep_rows(self, rows: Factor) -> Factor:
+        """Whole rows."""
+        return rows
+
+    def keep_cols(self, cols: Tensor) -> Tensor:
+        """Whole columns."""
+        return cols
+
+    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
+        """From kept factors."""
+        return self.of_gradient(outer(rows, cols))
+
+    def of_gradient(self, gradient: Tensor) -> Tensor:
+        """From formed gradients."""
+        return gradient * self.factor.to(gradient.dtype)
+
+    def adjoint(self, theta: Tensor) -> Tensor:
+        """The same product."""
+        return theta * self.factor.to(theta.dtype)
+
+    def to(self, dtype: torch.dtype) -> "Scale":
+        """The factor in ``dtype``."""
+        return Scale(self.factor.to(dtype))
+
+    def after(self, first: Reading) -> Reading:
+        """The two in turn; nothing is gained by merging."""
+        return self if first == TwoSided() else Then(first, self)
 
 
 class Measured(NamedTuple):
@@ -111,7 +184,7 @@ class Measured(NamedTuple):
     (``lift.single_use`` finds out), or else the coordinates are read and measured afterwards.
     """
 
-    inner: TwoSided
+    inner: Reading
     measure: Callable[[Tensor], Tensor]
 
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -120,11 +193,11 @@ class Measured(NamedTuple):
         return tuple(self.measure(probe).shape[1:])
 
     def keep_rows(self, rows: Factor) -> Factor:
-        """Rows with the left side applied."""
+        """As the inner map does."""
         return self.inner.keep_rows(rows)
 
     def keep_cols(self, cols: Tensor) -> Tensor:
-        """Columns with the right side applied."""
+        """As the inner map does."""
         return self.inner.keep_cols(cols)
 
     def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
@@ -132,68 +205,17 @@ class Measured(NamedTuple):
         return self.measure(self.inner.read(rows, cols))
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
-        """From formed gradients (E, *shape)."""
+        """From formed gradients."""
         return self.measure(self.inner.of_gradient(gradient))
 
     def adjoint(self, theta: Tensor) -> Tensor:
-        """Of θ without example axis."""
+        """There is none."""
         raise AssertionError("a statistic has no adjoint; single_use must have excluded this weight")
 
+    def to(self, dtype: torch.dtype) -> "Measured":
+        """The inner map in ``dtype``."""
+        return Measured(self.inner.to(dtype), self.measure)
 
-def along(side: Side, factor: Factor) -> Factor:
-    """``side`` applied to the last axis of every token's vector."""
-    if isinstance(factor, Tensor):
-        return _dense_along(side, factor)
-    if side is None:
-        return factor
-    if side.ndim == 1:
-        scale = side[factor.ids]
-        return factor._replace(weight=scale if factor.weight is None else scale * factor.weight)
-    picked = side.T[factor.ids]
-    return picked if factor.weight is None else picked * factor.weight[..., None]
-
-
-def outer(rows: Factor, cols: Tensor | None) -> Tensor:
-    """Σ_n rows_n colsᵀ_n, (E, P, Q), or Σ_n rows_n, (E, P), without columns."""
-    if cols is None:
-        return _scatter(rows, None) if isinstance(rows, OneHot) else rows.sum(1)
-    return _scatter(rows, cols) if isinstance(rows, OneHot) else rows.transpose(-1, -2) @ cols
-
-
-def _scatter(rows: OneHot, values: Tensor | None) -> Tensor:
-    """Σ_n e_{id_n} valuesᵀ_n by scattered addition: no one-hot matrix is formed."""
-    scale = rows.weight
-    if values is None:
-        ones = torch.ones_like(rows.ids, dtype=torch.float32) if scale is None else scale
-        return torch.zeros(*rows.ids.shape[:-1], rows.size, dtype=ones.dtype, device=ones.device).scatter_add(
-            -1, rows.ids, ones
-        )
-    if scale is not None:
-        values = values * scale[..., None]
-    index = rows.ids[..., None].expand(*rows.ids.shape, values.shape[-1])
-    zeros = torch.zeros(*values.shape[:-2], rows.size, values.shape[-1], dtype=values.dtype, device=values.device)
-    return zeros.scatter_add(-2, index, values)
-
-
-def _dense_along(side: Side, x: Tensor) -> Tensor:
-    if side is None:
-        return x
-    side = side.to(x.dtype)
-    return x * side if side.ndim == 1 else x @ side.T
-
-
-def _length(side: Side, n: int) -> int:
-    return n if side is None else side.shape[0]
-
-
-def _transpose(side: Side) -> Side:
-    return side if side is None or side.ndim == 1 else side.T
-
-
-def _product(second: Side, first: Side) -> Side:
-    """The side that applies ``first``, then ``second``."""
-    if second is None or first is None:
-        return first if second is None else second
-    if second.ndim == 1:
-        return second * first if first.ndim == 1 else second[:, None] * first
-    return second * first if first.ndim == 1 else second @ first
+    def after(self, first: Reading) -> Reading:
+        """The statistic of coordinates behind another map."""
+        return Measured(self.inner.after(first), self.measure)

@@ -1,6 +1,7 @@
 """Lifting a functional parameter dict: W becomes W + C*(θ) for every parameter that is read."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,26 +10,54 @@ from funcattrib.lift.coordinates import Reading
 from funcattrib.lift.ops import RULES
 from funcattrib.lift.parameter import Lifted
 
-Readings = Mapping[str, Reading]
+
+class Lowering(NamedTuple):
+    """How one parameter is read.
+
+    Attributes:
+        reading: the linear map.
+        probe: the probe that receives its coordinates: the parameter's own, or one that parameters share and which
+            then receives their sum.
+        leaves: what its coordinates are called; more than one where their first axis counts leaves.
+    """
+
+    reading: Reading
+    probe: str
+    leaves: tuple[str, ...]
+
+
+Lowered = Mapping[str, Lowering]
 Params = Mapping[str, Tensor]
 
 
-def lift(params: Params, readings: Readings, probes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``params`` with a lifted leaf for every name in ``readings``."""
+def own(name: str, reading: Reading) -> Lowering:
+    """The usual lowering: a probe and a leaf of the parameter's own name."""
+    return Lowering(reading, name, (name,))
+
+
+def lift(params: Params, lowered: Lowered, probes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``params`` with a lifted leaf for every name in ``lowered``."""
     return {
-        name: Lifted(weight, probes[name], readings[name], RULES) if name in readings else weight
+        name: Lifted(weight, probes[lowered[name].probe], lowered[name].reading, RULES) if name in lowered else weight
         for name, weight in params.items()
     }
 
 
-def zero_probes(params: Params, readings: Readings, examples: int = 1) -> dict[str, Tensor]:
-    """θ₀ = 0, (E, *coordinates), one probe for every name in ``readings``."""
-    return {
-        name: torch.zeros(
-            examples,
-            *reading.coordinates_shape(tuple(params[name].shape)),
-            dtype=params[name].dtype,
-            device=params[name].device,
-        )
-        for name, reading in readings.items()
-    }
+def zero_probes(params: Params, lowered: Lowered, examples: int = 1) -> dict[str, Tensor]:
+    """θ₀ = 0, (E, *coordinates), one for every probe that ``lowered`` names."""
+    probes: dict[str, Tensor] = {}
+    for name, (reading, probe, _) in lowered.items():
+        if probe not in probes:
+            weight = params[name]
+            shape = reading.coordinates_shape(tuple(weight.shape))
+            probes[probe] = torch.zeros(examples, *shape, dtype=weight.dtype, device=weight.device)
+    return probes
+
+
+def unpack(lowered: Lowered, coordinates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Coordinates by probe, (B, …) each, as leaves in the parameters' order."""
+    leaves: dict[str, Tensor] = {}
+    for _, probe, names in lowered.values():
+        parts = (coordinates[probe],) if len(names) == 1 else coordinates[probe].unbind(1)
+        leaves |= dict(zip(names, parts, strict=True))
+    return leaves

@@ -15,9 +15,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from funcattrib.compose import Lowered, State, Transform, finalize_nothing, observe_nothing
+from funcattrib.compose import State, Transform, finalize_nothing, observe_nothing
 from funcattrib.errors import ChainError
-from funcattrib.lift import TwoSided
+from funcattrib.lift import Lowered, TwoSided, own
 from funcattrib.per_example import Grads, Leaf, Spec
 
 Moments = Mapping[str, tuple[Tensor, Tensor] | Tensor]
@@ -110,7 +110,7 @@ def _apply_adafactor(state: State, grads: Grads, eps: float) -> Grads:
 
 
 def _lower_adafactor(state: State, spec: Spec, eps: float) -> Lowered:
-    return {name: _sides(state["sums"][name], leaf.shape, eps) for name, leaf in spec.items()}
+    return {name: own(name, _sides(state["sums"][name], leaf.shape, eps)) for name, leaf in spec.items()}
 
 
 def _sides(moments: Tensor, shape: tuple[int, ...], eps: float) -> TwoSided:

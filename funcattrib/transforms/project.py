@@ -13,9 +13,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from funcattrib.compose import Lowered, State, Transform
+from funcattrib.compose import State, Transform
 from funcattrib.errors import ChainError
-from funcattrib.lift import TwoSided
+from funcattrib.lift import Lowered, TwoSided, own
 from funcattrib.per_example import Grads, Leaf, Spec
 from funcattrib.rng import generator, normal, rademacher
 
@@ -68,7 +68,7 @@ def _apply(state: State, grads: Grads) -> Grads:
 
 
 def _lower(state: State, spec: Spec) -> Lowered:
-    return {name: _sides(state[name]) for name in spec}
+    return {name: own(name, _sides(state[name])) for name in spec}
 
 
 def _sides(own: dict[str, Tensor | None]) -> TwoSided:

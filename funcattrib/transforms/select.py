@@ -4,9 +4,9 @@ import fnmatch
 from collections.abc import Iterable
 from functools import partial
 
-from funcattrib.compose import Lowered, State, Transform
+from funcattrib.compose import State, Transform
 from funcattrib.errors import ChainError
-from funcattrib.lift import TwoSided
+from funcattrib.lift import Lowered, TwoSided, own
 from funcattrib.per_example import Grads, Spec
 
 
@@ -43,7 +43,7 @@ def _apply(state: State, grads: Grads, include: tuple[str, ...], exclude: tuple[
 
 
 def _lower(state: State, spec: Spec, include: tuple[str, ...], exclude: tuple[str, ...]) -> Lowered:
-    return {name: TwoSided() for name in spec if _matches(name, include, exclude)}
+    return {name: own(name, TwoSided()) for name in spec if _matches(name, include, exclude)}
 
 
 def _matches(name: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> bool:

@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from funcattrib.lift.coordinates import OneHot, Reading
+from funcattrib.lift.coordinates import Reading
+from funcattrib.lift.factors import OneHot
 from funcattrib.lift.parameter import Rule
 from funcattrib.lift.tap import tap
 
