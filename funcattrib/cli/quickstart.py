@@ -1,0 +1,40 @@
+"""``funcattrib quickstart``: the main job on invented facts, without a download."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from funcattrib.errors import FuncattribError
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """Train a tiny model on invented facts and ask where it has them from.
+
+    Nothing is downloaded. OUT gets the facts and the questions as jsonl, the model, and the gradient store, which
+    `funcattrib query --index OUT/store` searches.
+    """
+
+    out: tyro.conf.Positional[Path] = Path("runs/quickstart")
+    """The folder to write."""
+    people: int = 40
+    """How many people to invent facts about."""
+    epochs: int = 32
+    """How often the model reads the facts."""
+    seed: int = 0
+    """Another seed: other facts, another model."""
+
+    def __post_init__(self) -> None:
+        """Check what a type cannot say."""
+        for name in ("people", "epochs"):
+            if (value := getattr(self, name)) < 1:
+                raise FuncattribError(f"expected --{name} of at least 1, found {value}")
+
+
+def run(config: Quickstart) -> int | None:
+    """Write OUT, and print what was found."""
+    from funcattrib.recipes.quickstart import quickstart
+
+    quickstart(config.out, people=config.people, epochs=config.epochs, seed=config.seed)
+    return None
