@@ -31,7 +31,8 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks.build
+	$(BIN)/python -m benchmarks.build --size 14m --out build-14m
+	$(BIN)/python -m benchmarks.build --size 70m --out build-70m
 	$(BIN)/python -m benchmarks.query
 
 clean:

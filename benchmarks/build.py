@@ -6,7 +6,7 @@
 No method can be below the floor: a projected gradient needs every layer's input and output gradient. Batches are
 taken in turn, step then floor, so that the machine's drift cancels in the ratio.
 
-    python -m benchmarks.build MODEL DOCS.jsonl [--token-batch-size 2048] [--documents 96] [--rounds 3]
+    python -m benchmarks.build [--size 14m] [--token-batch-size 2048] [--documents 96] [--rounds 3]
 """
 
 import argparse
@@ -17,39 +17,40 @@ import torch
 from torch import Tensor
 
 import funcattrib as fa
+from benchmarks import inputs
+from benchmarks.inputs import PYTHIA, pythia
 from benchmarks.report import write_result
-from funcattrib.data import Columns, load
+from funcattrib.data import Columns
 from funcattrib.kernels import linear_cross_entropy
-from funcattrib.loading import load_model
 from funcattrib.recipes.documents import Batches, read_documents
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("docs")
+    parser.add_argument("--size", choices=PYTHIA, default="14m")
     parser.add_argument("--token-batch-size", type=int, default=2048)
     parser.add_argument("--projection-dim", type=int, default=16)
     parser.add_argument("--documents", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--out", help="name of the result file under benchmarks/results")
     a = parser.parse_args()
 
-    loaded = load_model(a.model, device=a.device, precision=a.precision)
-    data = load(a.docs, f"train[:{a.documents}]")
-    documents = read_documents(data, loaded.tokenizer, Columns(), max_length=1024, truncation=True, vocab_size=None)
+    model = pythia(a.size, getattr(torch, a.dtype)).to(a.device)
+    documents = read_documents(
+        inputs.documents(a.documents), None, Columns(), max_length=1024, truncation=False, vocab_size=None
+    )
     batches = Batches(documents, range(len(documents.rows)), a.token_batch_size, a.device)
     tokens = int(documents.lengths.sum())
 
-    loss, params = fa.causal_lm_loss(loaded.model)
+    loss, params = fa.causal_lm_loss(model)
     step = fa.compose(fa.per_example_grad, fa.project(a.projection_dim)).bind(loss, params)
     described = loss.args[0]
     weights = {**described.parts.frozen, **described.parts.params}
     base = described.parts.skeleton.get_submodule(described.prefix)
     inside = {n.removeprefix(f"{described.prefix}."): w for n, w in weights.items() if n.startswith(described.prefix)}
-    embed = loaded.model.get_input_embeddings()
+    embed = model.get_input_embeddings()
 
     def floor(batch: dict[str, Tensor]) -> None:
         embedded = embed(batch["input_ids"]).detach().requires_grad_()
@@ -77,7 +78,7 @@ def main() -> None:
     seconds = statistics.median(ours for ours, _ in rounds)
     write_result(
         a.out,
-        task="build step against its floor (forward and activation backward, same fused head)",
+        task=f"Build step of Pythia-{a.size} against its floor (forward and activation backward, same fused head)",
         figures={
             "documents": a.documents,
             "tokens": tokens,
