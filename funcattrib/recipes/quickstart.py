@@ -77,7 +77,8 @@ def quickstart(out: str | Path, *, people: int = 40, epochs: int = 32, seed: int
     print(f"{len(sentences)} sentences state {len(questions)} invented facts about {people} people")
     print(f"a GPT-NeoX of {size:,} parameters, trained on them, answers {right:.0%} of the held-out questions")
 
-    # Cross-entropy has little left to say of a fact that is known by heart; the log-odds still do.
+    # The loss is of the completion alone, so a gradient is about the fact and not about how the sentence begins; of
+    # log-odds, which unlike cross-entropy do not fade once a sentence is known by heart.
     store = fa.collect_gradients(
         str(model_folder),
         str(facts),
