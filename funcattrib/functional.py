@@ -5,6 +5,7 @@ own) and the parameters in two dicts: those to attribute and the frozen rest. Th
 """
 
 import copy
+import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -49,7 +50,7 @@ def functionalize(model: nn.Module, modules: Iterable[str] | None = None, exclud
         exclude: globs over parameter names to leave out.
 
     Raises:
-        FuncattribError: no parameter matches.
+        FuncattribError: a glob matches no parameter, or nothing is left.
 
     Example:
         >>> parts = functionalize(nn.Sequential(nn.Linear(2, 3)), modules=["*.weight"])
@@ -70,23 +71,31 @@ def choose(model: nn.Module, modules: Iterable[str] | None = None, exclude: Iter
     """Names of the parameters that the globs select; a tied parameter answers to each of its names."""
     include, exclude = [modules] if isinstance(modules, str) else modules, list(exclude)
     include = ["*"] if include is not None and list(include) == ["all"] else include
+    aliases = [(name, tensor) for name, tensor in model.named_parameters(remove_duplicate=False)]
     first: dict[int, str] = {}
-    for name, tensor in model.named_parameters(remove_duplicate=False):
+    for name, tensor in aliases:
         first.setdefault(id(tensor), name)
+    for glob in [*(include or ()), *exclude]:
+        if not any(fnmatch.fnmatchcase(name, glob) for name, _ in aliases):
+            raise FuncattribError(_no_match(glob, [name for name, _ in aliases]))
     default = set() if include is not None else _block_matrices(model)
     chosen: set[str] = set()
-    for name, tensor in model.named_parameters(remove_duplicate=False):
+    for name, tensor in aliases:
         wanted = name in default if include is None else any(fnmatch.fnmatchcase(name, glob) for glob in include)
         if wanted and not any(fnmatch.fnmatchcase(name, glob) for glob in exclude):
             chosen.add(first[id(tensor)])
     if not chosen:
-        names = [name for name, _ in model.named_parameters()]
         what = "weight matrices in the model's blocks" if include is None else f"parameters matching {list(include)}"
         raise FuncattribError(
             f"expected {what}{f' and not {exclude}' if exclude else ''}, found none; "
-            f"name some with --modules, e.g. {names[0]!r}, or take --modules all"
+            f"name some with --modules, e.g. {aliases[0][0]!r}, or take --modules all"
         )
     return chosen
+
+
+def _no_match(glob: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(glob.strip("*."), names, n=1, cutoff=0.3) or names[:1]
+    return f"expected a parameter whose name matches {glob!r}, found none; did you mean {near[0]!r}?"
 
 
 def _block_matrices(model: nn.Module) -> set[str]:

@@ -159,7 +159,7 @@ def test_the_installed_command_answers(installed, tmp_path):
     assert "usage: funcattrib quickstart" in ran.stdout
 
 
-def installed_quickstart_runs(installed, tmp_path):
+def test_installed_quickstart_runs(installed, tmp_path):
     """Becomes a test (with the prefix test_) as soon as the command is there."""
     ran = outside([installed.script, "quickstart"], tmp_path, timeout=600)
     assert ran.returncode == 0, ran.stderr

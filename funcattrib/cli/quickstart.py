@@ -16,7 +16,7 @@ class Quickstart:
     `funcattrib query --index OUT/store` searches.
     """
 
-    out: tyro.conf.Positional[Path] = Path("runs/quickstart")
+    out: tyro.conf.Positional[Path] = Path("runs/facts")
     """The folder to write."""
     people: int = 40
     """How many people to invent facts about."""
