@@ -166,16 +166,24 @@ def vocabulary(model: nn.Module) -> int | None:
     return embedding.weight.shape[0] if embedding is not None else None
 
 
-def context_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """The model's context in tokens, from its configuration, else the tokenizer's; 2048 where neither says."""
+def context_length(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, *, asked: int | None = None
+) -> int:
+    """The longest document in tokens: what is asked for, else the model's context, the tokenizer's, or 2048.
+
+    Raises:
+        FuncattribError: more is asked for than the model's configuration allows.
+    """
     config = getattr(model, "config", None)
     text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
-    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
-        value = getattr(text, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
+    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+    own = next((value for name in names if isinstance(value := getattr(text, name, None), int) and value > 0), None)
+    if asked is not None:
+        if own is not None and asked > own:
+            raise FuncattribError(f"expected a longest document within the model's context of {own}, found {asked}")
+        return asked
     limit = getattr(tokenizer, "model_max_length", None)
-    return int(limit) if isinstance(limit, int) and 0 < limit < 10**9 else 2048
+    return own or (limit if isinstance(limit, int) and 0 < limit < 10**9 else 2048)
 
 
 def _locate(name: str) -> Path | str:

@@ -72,7 +72,7 @@ def check_model(
     Raises:
         FuncattribError: fewer than two documents, one below two tokens, or one longer than the model's context.
     """
-    longest = context_length(model, None)
+    longest = context_length(model)
     if len(lengths) < 2 or min(lengths) < 2 or max(lengths) > longest:
         raise FuncattribError(
             f"expected two or more lengths of 2 to {longest} tokens, the model's context; found "

@@ -87,7 +87,7 @@ def collect_gradients(
         load(data, split, subset=subset) if isinstance(data, str) else data,
         tokenizer,
         columns or Columns(),
-        max_length=max_length or context_length(model, tokenizer),
+        max_length=context_length(model, tokenizer, asked=max_length),
         truncation=truncation,
         vocab_size=vocabulary(model),
     )

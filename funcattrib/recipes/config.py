@@ -45,6 +45,11 @@ class DataConfig:
     max_length: int | None = None
     """Longest document in tokens; by default the model's context."""
 
+    def __post_init__(self) -> None:
+        """Check what a type cannot say."""
+        if self.max_length is not None and self.max_length < 1:
+            raise FuncattribError(f"expected --max-length of at least 1, found {self.max_length}")
+
 
 @dataclass(frozen=True)
 class GradientConfig:
