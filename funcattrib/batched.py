@@ -63,6 +63,11 @@ def collecting(model: nn.Module, names: Mapping[str, Any], chain: Chain, state: 
     collected = Collected(lowered)
 
     def lifted_forward(*args: Any, **kwargs: Any) -> Any:
+        if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            raise FuncattribError(
+                "expected gradient checkpointing off, found it on: what it repeats of the forward would not be lifted\n"
+                "call model.gradient_checkpointing_disable() around the block"
+            )
         current = {name: tensor for name, tensor in model.named_parameters() if name in lowered}
         probes = {
             name: probe.requires_grad_()
