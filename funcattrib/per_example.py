@@ -1,4 +1,4 @@
-"""Per-example gradients: ``vmap(grad(loss))``, of the parameters themselves or of probes in their lifted form.
+"""Per-example gradients: ``vmap(grad(loss))`` of the parameters, or one backward pass to a probe an example.
 
 plain     g_b      = ∂ loss(W, example_b) / ∂W                    (B, *shape of W)
 lifted    C(g_b)   = ∂ loss(W + C*(θ), example_b) / ∂θ at θ = 0    (B, *coordinates)
@@ -19,10 +19,14 @@ Grads = dict[str, Tensor]
 
 
 class Leaf(NamedTuple):
-    """Shape (without the example axis) and dtype of one entry of ``Grads``."""
+    """Shape (without the example axis) and dtype of one entry of ``Grads``.
+
+    ``split`` is the axis along which a parameter was divided into leaves (heads); its other axes are common to them.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    split: int | None = None
 
 
 Spec = dict[str, Leaf]
@@ -71,9 +75,22 @@ def rows(loss: Loss, params: Params, batch: Batch, lowered: Lowered | None = Non
     def of_probes(probes: Params, example: Example) -> Tensor:
         return loss(lift(params, lowered, probes), example)
 
-    probes = zero_probes(params, lowered)
-    grads, losses = vmap(grad_and_value(of_probes), in_dims=(None, 0))(probes, dict(batch))
-    return PerExample(unpack(lowered, {name: grad[:, 0] for name, grad in grads.items()}), losses)
+    # One probe an example: the losses are independent of each other's probes, so one ordinary backward pass gives
+    # every example's gradient, and frees what it has used as it goes (torch.func.grad keeps its graph).
+    size = next(iter(batch.values())).shape[0]
+    probes = {
+        name: probe.expand(size, *probe.shape).clone().requires_grad_()
+        for name, probe in zero_probes(params, lowered).items()
+    }
+    with torch.enable_grad():
+        losses = vmap(of_probes)(probes, dict(batch))
+    if not losses.requires_grad:  # the loss uses none of them
+        return PerExample(unpack(lowered, {name: probe.detach()[:, 0] for name, probe in probes.items()}), losses)
+    read = torch.autograd.grad(
+        losses, list(probes.values()), torch.ones_like(losses), allow_unused=True, materialize_grads=True
+    )
+    coordinates = {name: grad[:, 0] for name, grad in zip(probes, read, strict=True)}
+    return PerExample(unpack(lowered, coordinates), losses.detach())
 
 
 def spec(params: Params) -> Spec:

@@ -6,10 +6,12 @@ operation in it has a batching rule, so that the same code serves ``vmap(grad(..
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 Read = Callable[..., Tensor]
 
@@ -44,9 +46,17 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], y: Tensor, theta: Tensor, read: Read, *kept: Any
+        info: Any, in_dims: tuple[Any, ...], y: Tensor, theta: Tensor, read: Read, *kept: Tensor | None
     ) -> tuple[Tensor, int]:
-        # Forward does nothing but pass y on; theta and what is kept play no part in it.
-        size = info.batch_size
+        size, dims = info.batch_size, in_dims[3:]
         y = y.movedim(in_dims[0], 0) if in_dims[0] is not None else y.expand(size, *y.shape)
-        return y.view_as(y), 0
+        if in_dims[1] is None:  # one probe for all: a grad transform outside reads it, forward has nothing to do
+            return y.view_as(y), 0
+        front = [k if axis is None or k is None else k.movedim(axis, 0) for k, axis in zip(kept, dims, strict=True)]
+        over = (0, *(None if axis is None or k is None else 0 for k, axis in zip(kept, dims, strict=True)))
+        return _Tap.apply(y, theta.movedim(in_dims[1], 0), partial(_read_each, read, over), *front), 0
+
+
+def _read_each(read: Read, over: tuple[int | None, ...], g: Tensor, *kept: Tensor | None) -> Tensor:
+    """``read`` for every entry of the axis that vmap hid."""
+    return vmap(read, in_dims=over)(g, *kept)

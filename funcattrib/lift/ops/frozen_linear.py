@@ -53,6 +53,8 @@ class _FrozenLinear(torch.autograd.Function):
         x, weight, bias, theta, reading, in_out, examples = operands
         size = info.batch_size
         x = x.movedim(in_dims[0], 0) if in_dims[0] is not None else x.expand(size, *x.shape)
+        if in_dims[3] is not None:
+            theta = fold(theta, in_dims[3], size)
         y, kept = _FrozenLinear.apply(x, weight, bias, theta, reading, in_out, size * examples)
         return (y, unfold(kept, size)), (0, 0)
 
