@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from funcattrib.transforms import cast as cast
     from funcattrib.transforms import project as project
     from funcattrib.transforms import select as select
+    from funcattrib.transforms import sketch as sketch
     from funcattrib.transforms import unit_norm as unit_norm
 
 # Public name -> the submodule that defines it. The block above says the same to type checkers; a test compares them.
@@ -59,6 +60,7 @@ _EXPORTS = {
     "per_example_grad": "per_example",
     "project": "transforms",
     "select": "transforms",
+    "sketch": "transforms",
     "unit_norm": "transforms",
 }
 

@@ -120,6 +120,8 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "project_wide": lambda: fa.project(1000),
     "adafactor_norm": fa.adafactor_norm,
     "unit_norm": fa.unit_norm,
+    "sketch": lambda: fa.sketch(12, seed=1),
+    "sketch_sparse": lambda: fa.sketch(12, sparsity=3),
     "select": lambda: fa.select(["*.weight", "matrix"], exclude=["*dense.weight"]),
     "cast_float16": lambda: fa.cast("float16"),
     "cast_bfloat16": lambda: fa.cast("bfloat16"),

@@ -4,5 +4,6 @@ from funcattrib.transforms.cast import cast
 from funcattrib.transforms.normalize import adafactor_norm, unit_norm
 from funcattrib.transforms.project import project
 from funcattrib.transforms.select import select
+from funcattrib.transforms.sketch import sketch
 
-__all__ = ["adafactor_norm", "cast", "project", "select", "unit_norm"]
+__all__ = ["adafactor_norm", "cast", "project", "select", "sketch", "unit_norm"]

@@ -10,12 +10,14 @@ from funcattrib.transforms.cast import cast
 from funcattrib.transforms.normalize import adafactor_norm, unit_norm
 from funcattrib.transforms.project import project
 from funcattrib.transforms.select import select
+from funcattrib.transforms.sketch import sketch
 
 FACTORIES: dict[str, Callable[..., Transform]] = {
     "adafactor_norm": adafactor_norm,
     "cast": cast,
     "project": project,
     "select": select,
+    "sketch": sketch,
     "unit_norm": unit_norm,
 }
 

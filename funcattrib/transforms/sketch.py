@@ -1,0 +1,65 @@
+"""One random sketch of the whole gradient, all leaves together: TRAK's global projection.
+
+    C(G) = Σ_w S_w vec(G_w), (k,)        E⟨C(G), C(G′)⟩ = Σ_w ⟨G_w, G′_w⟩
+
+S = (S_w)_w is a sparse Johnson–Lindenstrauss transform: a column has ``sparsity`` entries ±1/√sparsity, one in each of
+so many blocks of k/sparsity rows, hashed from (seed, leaf name, position) as it goes. Nothing of size k × parameters is
+ever held: each weight's gradient is formed in its turn, a few rows at a time; after ``project``, its small coordinates.
+
+References: TRAK, arXiv 2303.14186; SJLT of gradients, GraSS, arXiv 2505.18976.
+"""
+
+from functools import partial
+
+import torch
+
+from funcattrib.compose import State, Transform
+from funcattrib.errors import ChainError
+from funcattrib.lift import Lowered, Lowering
+from funcattrib.lift.sketched import Sketched
+from funcattrib.per_example import Grads, Leaf, Spec
+
+LEAF = "sketch"
+
+
+def sketch(k: int = 4096, seed: int = 0, sparsity: int = 1) -> Transform:
+    """Sketch all leaves together into one leaf, ``sketch`` (k,).
+
+    Args:
+        k: length of the result.
+        seed: of the hash.
+        sparsity: entries a column; more cost as many times as much and make the sketch a little less noisy.
+
+    Raises:
+        ChainError: k or sparsity below 1, or k no multiple of sparsity.
+
+    Example:
+        >>> grads = {"w": torch.ones(7, 3, 5), "b": torch.ones(7, 3)}
+        >>> sketch(8).apply(None, grads)["sketch"].shape
+        torch.Size([7, 8])
+    """
+    if k < 1 or sparsity < 1 or k % sparsity:
+        raise ChainError(f"expected a sketch of k ≥ 1 in blocks of equal height, found k={k}, sparsity={sparsity}")
+    return Transform(
+        "sketch",
+        init=partial(_init, k=k, seed=seed, sparsity=sparsity),
+        apply=partial(_apply, k=k, seed=seed, sparsity=sparsity),
+        lower=partial(_lower, k=k, seed=seed, sparsity=sparsity),
+    )
+
+
+def _init(spec: Spec, k: int, seed: int, sparsity: int) -> tuple[State, Spec]:
+    return None, {LEAF: Leaf((k,), next(iter(spec.values())).dtype)}
+
+
+def _apply(state: State, grads: Grads, k: int, seed: int, sparsity: int) -> Grads:
+    dtype = next(iter(grads.values())).dtype
+    parts = [
+        Sketched(name, tuple(grad.shape[1:]), k, seed, sparsity).of_gradient(grad).to(dtype)
+        for name, grad in grads.items()
+    ]
+    return {LEAF: torch.stack(parts).sum(0)}
+
+
+def _lower(state: State, spec: Spec, k: int, seed: int, sparsity: int) -> Lowered:
+    return {name: Lowering(Sketched(name, leaf.shape, k, seed, sparsity), LEAF, (LEAF,)) for name, leaf in spec.items()}
