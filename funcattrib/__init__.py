@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from funcattrib.compose import Spec as Spec
     from funcattrib.compose import Transform as Transform
     from funcattrib.compose import compose as compose
+    from funcattrib.curvature import gram_of as gram_of
+    from funcattrib.curvature import mix as mix
     from funcattrib.errors import ChainError as ChainError
     from funcattrib.errors import DataError as DataError
     from funcattrib.errors import FuncattribError as FuncattribError
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from funcattrib.store import open_store as open_store
     from funcattrib.transforms import adafactor_norm as adafactor_norm
     from funcattrib.transforms import cast as cast
+    from funcattrib.transforms import precondition as precondition
     from funcattrib.transforms import project as project
     from funcattrib.transforms import select as select
     from funcattrib.transforms import sketch as sketch
@@ -56,8 +59,11 @@ _EXPORTS = {
     "collect_gradients": "recipes.collect",
     "compose": "compose",
     "functionalize": "functional",
+    "gram_of": "curvature",
+    "mix": "curvature",
     "open_store": "store",
     "per_example_grad": "per_example",
+    "precondition": "transforms",
     "project": "transforms",
     "select": "transforms",
     "sketch": "transforms",

@@ -269,9 +269,9 @@ def _extend(maps: Mapping[str, Lowering], stage: Lowered) -> dict[str, Lowering]
 
 
 def settings(stage: Transform) -> dict[str, Any]:
-    """The hyper-parameters bound to a transform's ``init`` or ``apply`` with ``partial``, as plain values."""
+    """The hyper-parameters bound to a transform's functions with ``partial``, as plain values."""
     bound: dict[str, Any] = {}
-    for function in (stage.init, stage.apply):
+    for function in (stage.init, stage.finalize, stage.apply):
         if isinstance(function, partial):
             bound |= {key: value for key, value in function.keywords.items() if _is_plain(value)}
     return bound

@@ -123,6 +123,11 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "sketch": lambda: fa.sketch(12, seed=1),
     "sketch_sparse": lambda: fa.sketch(12, sparsity=3),
     "select": lambda: fa.select(["*.weight", "matrix"], exclude=["*dense.weight"]),
+    "precondition": lambda: fa.precondition(),
+    "precondition_inverse": lambda: fa.precondition(power=-1, damping=0.3, damping_kind="absolute"),
+    "precondition_pseudo": lambda: fa.precondition(damping=0.5, damping_kind="pseudoinverse"),
+    "precondition_all": lambda: fa.precondition(groups="all"),
+    "precondition_groups": lambda: fa.precondition(groups={"layer": ["layer.*"]}),
     "cast_float16": lambda: fa.cast("float16"),
     "cast_bfloat16": lambda: fa.cast("bfloat16"),
 }

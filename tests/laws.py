@@ -7,7 +7,7 @@ from torch import Tensor
 
 import funcattrib as fa
 from funcattrib import tree
-from funcattrib.compose import Chain, Transform
+from funcattrib.compose import Chain, Transform, settings
 from funcattrib.lift import unpack
 from funcattrib.per_example import Grads, Spec
 
@@ -101,7 +101,8 @@ def state_survives_a_file(transform: Transform, spec: Spec, folder) -> None:
 
 
 def other_leaves_do_not_matter(transform: Transform, spec: Spec) -> None:
-    if transform.name in ("unit_norm", "sketch"):  # over all leaves together, on purpose
+    joint = settings(transform).get("groups", "parameter") != "parameter"
+    if transform.name in ("unit_norm", "sketch") or joint:  # over all leaves together, on purpose
         return
     values = grads(4, spec)
     whole = transform.apply(fitted(transform, [values], spec), values)

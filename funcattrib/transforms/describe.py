@@ -8,6 +8,7 @@ from funcattrib.errors import ChainError
 from funcattrib.per_example import Source
 from funcattrib.transforms.cast import cast
 from funcattrib.transforms.normalize import adafactor_norm, unit_norm
+from funcattrib.transforms.precondition import precondition
 from funcattrib.transforms.project import project
 from funcattrib.transforms.select import select
 from funcattrib.transforms.sketch import sketch
@@ -15,6 +16,7 @@ from funcattrib.transforms.sketch import sketch
 FACTORIES: dict[str, Callable[..., Transform]] = {
     "adafactor_norm": adafactor_norm,
     "cast": cast,
+    "precondition": precondition,
     "project": project,
     "select": select,
     "sketch": sketch,

@@ -1,0 +1,6 @@
+"""Curvature: fitted operators and what is made of them."""
+
+from funcattrib.curvature.gram import gram_of, spectrum
+from funcattrib.curvature.mix import Mixed, mix
+
+__all__ = ["Mixed", "gram_of", "mix", "spectrum"]
