@@ -69,12 +69,11 @@ def collecting(model: nn.Module, names: Mapping[str, Any], chain: Chain, state: 
                 "call model.gradient_checkpointing_disable() around the block"
             )
         current = {name: tensor for name, tensor in model.named_parameters() if name in lowered}
-        probes = {
-            name: probe.requires_grad_()
-            for name, probe in zero_probes(current, lowered, _batch_size(args, kwargs)).items()
-        }
+        examples, *rest = _batch_shape(args, kwargs)
+        probes = {name: probe.requires_grad_() for name, probe in zero_probes(current, lowered, examples).items()}
         collected.probes.append(probes)
-        leaves = {f"model.{name}": leaf for name, leaf in lift(current, lowered, probes).items()}
+        lifted = lift(current, lowered, probes, tokens=rest[0] if rest else None)
+        leaves = {f"model.{name}": leaf for name, leaf in lifted.items()}
         return torch.func.functional_call(within, leaves, args, kwargs)
 
     model.forward = lifted_forward
@@ -103,9 +102,10 @@ def _grad(probe: Tensor) -> Tensor:
     return torch.zeros_like(probe) if probe.grad is None else probe.grad
 
 
-def _batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def _batch_shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Size:
+    """Of the model's first input: examples, and tokens where it has them."""
     named = [kwargs[name] for name in ("input_ids", "inputs_embeds") if name in kwargs]
     for value in (*args, *named, *kwargs.values()):
         if isinstance(value, Tensor) and value.ndim:
-            return value.shape[0]
+            return value.shape
     raise FuncattribError("expected a tensor with a batch axis among the model's arguments, found none")

@@ -218,7 +218,7 @@ def test_entries_that_are_clipped_or_not_finite_are_counted(tmp_path: Path, capl
 def test_a_finished_run_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(tmp_path / "run")
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*")}
-    monkeypatch.setattr(collect, "rows_of", None)
+    monkeypatch.setattr(collect, "fill", None)
     build(tmp_path / "run")
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*")} == before
 

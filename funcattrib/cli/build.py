@@ -22,6 +22,8 @@ class Build:
     model: ModelConfig
     data: DataConfig
     gradients: GradientConfig = field(default_factory=GradientConfig)
+    state: Path | None = None
+    """A state that `funcattrib fit` left; by default the normalizer is fitted here."""
     overwrite: bool = False
     """Begin anew where RUN holds another run."""
 
@@ -29,26 +31,18 @@ class Build:
 @reports_on_stderr()
 def run(config: Build) -> int | None:
     """Build the store and say what it holds."""
-    from funcattrib.data import Columns
     from funcattrib.recipes.collect import collect_gradients
-    from funcattrib.recipes.load import load_from
+    from funcattrib.recipes.load import load_from, source_of
 
     loaded = load_from(config.model)
-    data = config.data
     store = collect_gradients(
         loaded.model,
-        data.dataset,
+        config.data.dataset,
         path=config.run,
-        tokenizer=loaded.tokenizer,
-        columns=Columns(data.prompt_column, data.completion_column, data.conversation_column),
-        split=data.split,
-        subset=data.subset,
-        truncation=data.truncation,
-        max_length=data.max_length,
+        state=config.state,
         overwrite=config.overwrite,
         config=settings(replace(config, overwrite=False), command="build"),  # a replay must not wipe what it made
-        model_name=loaded.name,
-        revision=loaded.revision,
+        **source_of(loaded, config.data),
         **asdict(config.gradients),
     )
     say_store(store)

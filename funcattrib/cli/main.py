@@ -34,7 +34,15 @@ COMMANDS: dict[str, Command] = {
     "build": Command(
         "funcattrib.cli.build", "Compute every training example's gradient and store it in RUN.", resumable=True
     ),
+    "fit": Command(
+        "funcattrib.cli.fit", "Fit the statistics of a chain of transforms and keep them in OUT.", resumable=True
+    ),
     "query": Command("funcattrib.cli.query", "Find the training examples whose gradients align with a text's."),
+    "trackstar": Command(
+        "funcattrib.cli.trackstar",
+        "Score every training example against a data set of queries, by TrackStar.",
+        resumable=True,
+    ),
     "inspect": Command("funcattrib.cli.inspect", "Say what RUN holds, and whether it is whole."),
     "check": Command("funcattrib.cli.check", "Check that a model's gradients do not depend on their batch."),
     "quickstart": Command(

@@ -35,12 +35,20 @@ def own(name: str, reading: Reading) -> Lowering:
     return Lowering(reading, name, (name,))
 
 
-def lift(params: Params, lowered: Lowered, probes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``params`` with a lifted leaf for every name in ``lowered``."""
-    return {
-        name: Lifted(weight, probes[lowered[name].probe], lowered[name].reading, RULES) if name in lowered else weight
-        for name, weight in params.items()
-    }
+def lift(
+    params: Params, lowered: Lowered, probes: Mapping[str, Tensor], tokens: int | None = None
+) -> dict[str, Tensor]:
+    """``params`` with a lifted leaf for every name in ``lowered``.
+
+    Args:
+        tokens: of every example, where a batch of them is known to be the model's input.
+    """
+
+    def leaf(name: str, weight: Tensor) -> Tensor:
+        reading, probe, _ = lowered[name]
+        return Lifted(weight, probes[probe], reading, RULES, tokens)
+
+    return {name: leaf(name, weight) if name in lowered else weight for name, weight in params.items()}
 
 
 def zero_probes(params: Params, lowered: Lowered, examples: int = 1) -> dict[str, Tensor]:

@@ -24,18 +24,22 @@ class Lifted(Tensor):
         theta: the zero-valued probe.
         reading: C.
         rules: operation → rule.
+        tokens: of every example, where known: an input of E · tokens rows is then the examples one after the other.
     """
 
     weight: Tensor
     theta: Tensor
     reading: Reading
     rules: Mapping[Any, Rule]
+    tokens: int | None
 
     @staticmethod
-    def __new__(cls, weight: Tensor, theta: Tensor, reading: Reading, rules: Mapping[Any, Rule]) -> "Lifted":
+    def __new__(
+        cls, weight: Tensor, theta: Tensor, reading: Reading, rules: Mapping[Any, Rule], tokens: int | None = None
+    ) -> "Lifted":
         """A tensor that shares W's storage and metadata."""
         leaf = Tensor._make_subclass(cls, weight, weight.requires_grad)
-        leaf.weight, leaf.theta, leaf.reading, leaf.rules = weight, theta, reading, rules
+        leaf.weight, leaf.theta, leaf.reading, leaf.rules, leaf.tokens = weight, theta, reading, rules, tokens
         return leaf
 
     @classmethod

@@ -1,15 +1,14 @@
 """From rows of a data set to padded batches of tokens, and to what a store tells of each example."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import datasets
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from funcattrib.data import Columns, Rows, TokenizeReport, collate, plan, tokenize
+from funcattrib.data import Columns, Rows, TokenizeReport, collate, fingerprint, tokenize
 from funcattrib.per_example import Batch
 
 Records: TypeAlias = datasets.Dataset | Sequence[Mapping[str, Any]]
@@ -42,20 +41,20 @@ class Documents(NamedTuple):
         ids = part["id"][:] if "id" in part.column_names else list(rows)
         return {"id": [str(i) for i in ids], **shown}
 
+    def facts(self) -> dict[str, Any]:
+        """Columns, a fingerprint of the tokens and labels, and counts."""
+        return {
+            "prompt_column": self.columns.prompt_column,
+            "completion_column": self.columns.completion_column,
+            "conversation_column": self.columns.conversation_column,
+            "fingerprint": fingerprint(self.tokens),
+            "documents": self.report.documents,
+            "tokens": self.report.tokens,
+        }
 
-class Batches:
-    """Batches of some documents by a token budget; can be iterated again and again."""
-
-    def __init__(self, documents: Documents, indices: Sequence[int], budget: int, device: torch.device | str) -> None:
-        self.documents, self.indices, self.device = documents, np.asarray(indices), device
-        self.plan = plan(documents.lengths[self.indices], budget)
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for chosen in self.plan:
-            yield dict(self.documents.batch(self.indices[chosen].tolist(), self.device))
+    def notes(self) -> dict[str, Any]:
+        """What tokenising found."""
+        return {"report": self.report._asdict()}
 
 
 def read_documents(
@@ -77,18 +76,6 @@ def read_documents(
     rows = Rows(tokens)
     pad = getattr(tokenizer, "pad_token_id", None)
     return Documents(source, tokens, rows, rows.lengths, report, columns, pad or 0, tokenizer)
-
-
-def spread(count: int, most: int) -> list[int]:
-    """At most ``most`` of ``count`` row numbers, evenly spaced (all where ``most`` is 0).
-
-    Example:
-        >>> spread(10, 4)
-        [0, 2, 5, 7]
-    """
-    if not most or most >= count:
-        return list(range(count))
-    return [i * count // most for i in range(most)]
 
 
 def _text_columns(columns: Columns) -> list[str]:

@@ -1,12 +1,28 @@
-"""The model that a command's flags ask for."""
+"""The model and the documents that a command's flags ask for."""
 
 from dataclasses import asdict
+from typing import Any
 
+from funcattrib.data import Columns
 from funcattrib.loading import Loaded, load_model
-from funcattrib.recipes.config import ModelConfig
+from funcattrib.recipes.config import DataConfig, ModelConfig
 
 
 def load_from(config: ModelConfig) -> Loaded:
     """Load the model of ``config``."""
     settings = asdict(config)
     return load_model(settings.pop("model"), **settings)
+
+
+def source_of(loaded: Loaded, data: DataConfig) -> dict[str, Any]:
+    """Keyword settings of ``collect_gradients`` that say which documents, and what belongs to them."""
+    return {
+        "tokenizer": loaded.tokenizer,
+        "columns": Columns(data.prompt_column, data.completion_column, data.conversation_column),
+        "split": data.split,
+        "subset": data.subset,
+        "truncation": data.truncation,
+        "max_length": data.max_length,
+        "model_name": loaded.name,
+        "revision": loaded.revision,
+    }

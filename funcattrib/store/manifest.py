@@ -37,6 +37,7 @@ _IDENTITY = (
     "model",
     "data",
     "loss",
+    "computed_with",
     "chain",
     "seed",
     "leaves",
@@ -56,6 +57,7 @@ class Manifest:
         model: id, revision or fingerprint, and whatever else settles its weights.
         data: id, split, columns, content fingerprint, documents, tokens.
         loss: kind, reduction and other settings of the loss.
+        computed_with: what else the rows' bits depend on: the tokens of a batch, the documents a state was fitted on.
         chain: the stages in order, each a dict of its settings.
         seed: of every random draw.
         leaves: the columns of a row, in order and without gaps.
@@ -80,6 +82,7 @@ class Manifest:
     rows: int
     rows_per_shard: int
     dtype: str = "float16"
+    computed_with: dict[str, Any] = field(default_factory=dict)
     score_convention: str = SCORE_CONVENTION
     extra: dict[str, Any] = field(default_factory=dict)
     funcattrib_version: str = __version__

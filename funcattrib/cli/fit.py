@@ -1,0 +1,47 @@
+"""``funcattrib fit``: a chain's statistics, fitted on a data set."""
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import tyro
+
+from funcattrib.cli.config_file import settings
+from funcattrib.cli.say import reports_on_stderr
+from funcattrib.recipes.config import DataConfig, GradientConfig, ModelConfig
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Fit the statistics of a chain of transforms and keep them in OUT.
+
+    `funcattrib build --state OUT` computes rows with them.
+    """
+
+    out: tyro.conf.Positional[Path]
+    """The folder to write."""
+    model: ModelConfig
+    data: DataConfig
+    gradients: GradientConfig = field(default_factory=GradientConfig)
+    overwrite: bool = False
+    """Begin anew where OUT holds something else."""
+
+
+@reports_on_stderr()
+def run(config: Fit) -> int | None:
+    """Fit, and say what was fitted."""
+    from funcattrib.recipes.collect import fit_gradients
+    from funcattrib.recipes.load import load_from, source_of
+
+    loaded = load_from(config.model)
+    fitted = fit_gradients(
+        loaded.model,
+        config.data.dataset,
+        path=config.out,
+        overwrite=config.overwrite,
+        config=settings(replace(config, overwrite=False), command="fit"),
+        **source_of(loaded, config.data),
+        **asdict(config.gradients),
+    )
+    chain = " → ".join(stage["name"] for stage in fitted.manifest.chain) or "no transforms"
+    print(f"{fitted.path}: the state of {chain}, for {len(fitted.leaves)} leaves")
+    return None

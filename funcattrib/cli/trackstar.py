@@ -1,0 +1,88 @@
+"""``funcattrib trackstar``: scores of a data set against queries, by TrackStar."""
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from funcattrib.cli.config_file import settings
+from funcattrib.cli.say import reports_on_stderr
+from funcattrib.recipes.config import DataConfig, GradientConfig, ModelConfig
+
+
+@dataclass(frozen=True)
+class Trackstar:
+    """Score every training example against a data set of queries, by TrackStar.
+
+    The same command continues a run that was interrupted.
+    """
+
+    out: tyro.conf.Positional[Path]
+    """The folder to write: the scores, and the gradients in a sub-folder."""
+    model: ModelConfig
+    data: DataConfig
+    query_dataset: str
+    """The queries: whatever --dataset takes."""
+    query_split: str | None = None
+    """A split of the queries."""
+    query_prompt_column: str | None = None
+    """The queries' column of text; by default --prompt-column."""
+    query_completion_column: str | None = None
+    """The queries' column whose tokens alone count in their loss; by default --completion-column."""
+    score: Literal["individual", "mean"] = "individual"
+    """A column for every query, or one for their mean gradient."""
+    mixing_rank: int = 1000
+    """Directions common to the queries that the mixed preconditioner weighs down."""
+    damping: float = 0.1
+    """Damping of the preconditioner, in units of the mean eigenvalue."""
+    optimizer_state: Path | None = None
+    """An optimizer's saved state: its second moments take the place of a pass over the data."""
+    gradients: GradientConfig = field(default_factory=lambda: GradientConfig(loss="log_odds", normalizer="adafactor"))
+    overwrite: bool = False
+    """Begin anew where OUT holds another run."""
+    top_k: int = 3
+    """Training examples to show for the first queries."""
+
+
+@reports_on_stderr()
+def run(config: Trackstar) -> int | None:
+    """Score, and show the first queries' proponents."""
+    from funcattrib.data import Columns
+    from funcattrib.recipes.load import load_from, source_of
+    from funcattrib.recipes.trackstar import trackstar
+    from funcattrib.report.scores import scores_table
+
+    loaded = load_from(config.model)
+    source = source_of(loaded, config.data)
+    gradients = asdict(config.gradients)
+    del gradients["normalizer"]
+    if not gradients["modules"]:
+        del gradients["modules"]
+    moments = None
+    if config.optimizer_state is not None:
+        from funcattrib.optimizer_state import optimizer_state
+
+        moments = optimizer_state(config.optimizer_state, loaded.model)
+    scores = trackstar(
+        loaded.model,
+        config.data.dataset,
+        config.query_dataset,
+        path=config.out,
+        query_columns=Columns(
+            config.query_prompt_column or config.data.prompt_column,
+            config.query_completion_column or config.data.completion_column,
+            config.data.conversation_column,
+        ),
+        query_split=config.query_split,
+        score=config.score,
+        mixing_rank=config.mixing_rank,
+        damping=config.damping,
+        moments=moments,
+        config=settings(replace(config, overwrite=False), command="trackstar"),
+        overwrite=config.overwrite,
+        **source,
+        **gradients,
+    )
+    print(scores_table(scores, config.top_k))
+    return None

@@ -1,0 +1,213 @@
+"""From what a user names (a model, data, settings) to what is computed, and the manifest that says so."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from funcattrib import tree
+from funcattrib.compose import Chain, State, compose
+from funcattrib.data import Columns, load
+from funcattrib.errors import ChainError, FuncattribError
+from funcattrib.functional import Loss, Params
+from funcattrib.loading import context_length, fingerprint, load_model, model_identity, vocabulary
+from funcattrib.losses import causal_lm_loss
+from funcattrib.per_example import per_example_grad
+from funcattrib.recipes.config import GradientConfig
+from funcattrib.recipes.documents import Records, read_documents
+from funcattrib.recipes.examples import Examples
+from funcattrib.recipes.work import Corpus, Work, template
+from funcattrib.store import Manifest, lay_out, open_store
+from funcattrib.transforms import adafactor_norm, project
+
+log = logging.getLogger(__name__)
+
+Model: TypeAlias = nn.Module | str | tuple[Loss, Params]
+"""A causal language model, its hub id or folder, or a loss of one's own with the parameters to attribute."""
+
+_SHARD_ROWS = 1024
+_SHARD_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which documents, and what belongs to them.
+
+    Attributes:
+        data: a data set, a list of records, or whatever ``--dataset`` takes.
+        tokenizer: the model's own where the model is a name.
+        columns: which columns to read; ``text`` by default.
+        split, subset: of ``data``, where that is a name.
+        truncation: cut documents longer than ``max_length``.
+        max_length: by default the model's context.
+        model_name, revision: what the manifest calls the model.
+        quiet: no report, no progress.
+    """
+
+    data: Records | str
+    tokenizer: PreTrainedTokenizerBase | None = None
+    columns: Columns | None = None
+    split: str | None = None
+    subset: str | None = None
+    truncation: bool = False
+    max_length: int | None = None
+    model_name: str | None = None
+    revision: str | None = None
+    quiet: bool = False
+
+
+class Prepared(NamedTuple):
+    """What is computed, and the manifest of what comes out."""
+
+    work: Work
+    manifest: Manifest
+
+
+def prepare(
+    model: Model, source: Source, gradients: GradientConfig, chain: Chain | None, state: str | Path | None
+) -> Prepared:
+    """Load, tokenise and check everything; nothing is computed or written yet.
+
+    Raises:
+        FuncattribError: bad input of any kind.
+    """
+    loss, params, identity, corpus = (
+        _own_loss(model, source) if isinstance(model, tuple) else _language_model(model, source, gradients)
+    )
+    chain = chain or chain_of(gradients)
+    spec = chain.init(per_example_grad.spec(params))[1]
+    leaves = lay_out({name: leaf.shape for name, leaf in spec.items()})
+    rows_per_shard = gradients.rows_per_shard or max(1, min(_SHARD_ROWS, _SHARD_BYTES // (4 * leaves[-1].stop)))
+    fitted_on = {"state": _state_hash(state)} if state is not None else {"fit_documents": gradients.fit_documents}
+    manifest = Manifest(
+        model=identity,
+        data={
+            "id": source.data if isinstance(source.data, str) else "in memory",
+            "split": source.split,
+            "subset": source.subset,
+            **corpus.facts(),
+        },
+        loss={
+            "kind": "own" if isinstance(model, tuple) else gradients.loss,
+            "reduction": gradients.loss_reduction,
+            "label_smoothing": gradients.label_smoothing,
+            "modules": list(gradients.modules),
+            "exclude": list(gradients.exclude),
+        },
+        computed_with={"token_batch_size": gradients.token_batch_size, **fitted_on},
+        chain=chain.describe(),
+        seed=gradients.seed,
+        leaves=leaves,
+        dtype=gradients.dtype,
+        rows=len(corpus.lengths),
+        rows_per_shard=rows_per_shard,
+        extra=corpus.notes(),
+    )
+    return Prepared(Work(loss, params, chain, corpus, gradients.token_batch_size, source.quiet), manifest)
+
+
+def chain_of(gradients: GradientConfig) -> Chain:
+    """The chain that the settings ask for: normalizer, then projection (TrackStar's order)."""
+    stages: list[Any] = [adafactor_norm()] if gradients.normalizer == "adafactor" else []
+    if gradients.projection_dim:
+        stages.append(project(gradients.projection_dim, kind=gradients.projection_type, seed=gradients.seed))
+    return compose(per_example_grad, *stages)
+
+
+def given_state(path: str | Path, prepared: Prepared) -> State:
+    """The state that ``funcattrib fit`` (or an earlier build) left at ``path``.
+
+    Raises:
+        ChainError: it was fitted for another model, chain, or set of parameters; the message names which.
+    """
+    fitted = open_store(path)
+    wanted, found = prepared.manifest, fitted.manifest
+    for what, ours, theirs in (
+        ("model", wanted.model["fingerprint"], found.model["fingerprint"]),
+        ("chain", wanted.chain, found.chain),
+        ("leaves", [leaf.name for leaf in wanted.leaves], [leaf.name for leaf in found.leaves]),
+    ):
+        if ours != theirs:
+            raise ChainError(
+                f"expected a state for this {what}, found one for another at {path} ({_difference(ours, theirs)}); "
+                "fit one with the same settings"
+            )
+    return tree.restore(template(prepared.work), fitted.state())
+
+
+def settings_of(values: Mapping[str, Any]) -> GradientConfig:
+    """Keyword settings as a ``GradientConfig``.
+
+    Raises:
+        FuncattribError: an unknown setting, or a value out of range.
+    """
+    known = GradientConfig.__dataclass_fields__
+    if unknown := sorted(values.keys() - known.keys()):
+        raise FuncattribError(f"expected settings among {', '.join(known)}; found {unknown[0]!r}")
+    globs = {
+        name: (value,) if isinstance(value, str) else tuple(value or ())
+        for name, value in values.items()
+        if name in ("modules", "exclude")
+    }
+    return GradientConfig(**{**values, **globs})
+
+
+_Parts = tuple[Loss, Mapping[str, Tensor], dict[str, Any], Corpus]
+
+
+def _language_model(model: nn.Module | str, source: Source, gradients: GradientConfig) -> _Parts:
+    tokenizer, name = source.tokenizer, source.model_name
+    if isinstance(model, str):
+        name = model
+        loaded = load_model(model)
+        model, tokenizer = loaded.model, tokenizer or loaded.tokenizer
+    documents = read_documents(
+        load(source.data, source.split, subset=source.subset) if isinstance(source.data, str) else source.data,
+        tokenizer,
+        source.columns or Columns(),
+        max_length=context_length(model, tokenizer, asked=source.max_length),
+        truncation=source.truncation,
+        vocab_size=vocabulary(model),
+    )
+    if not source.quiet:
+        for line in documents.report.lines():
+            log.info(line)
+    loss, params = causal_lm_loss(
+        model,
+        reduction=gradients.loss_reduction,
+        kind=gradients.loss,
+        label_smoothing=gradients.label_smoothing,
+        modules=gradients.modules or None,
+        exclude=gradients.exclude,
+    )
+    return loss, params, model_identity(model, name, source.revision), documents
+
+
+def _own_loss(model: tuple[Loss, Params], source: Source) -> _Parts:
+    loss, params = model
+    if not callable(loss) or not params:
+        raise FuncattribError(
+            "expected a loss function and a dict of parameters, found something else or no parameters"
+        )
+    records = load(source.data, source.split, subset=source.subset) if isinstance(source.data, str) else source.data
+    name = source.model_name or getattr(loss, "__qualname__", type(loss).__name__)
+    dtype = str(next(iter(params.values())).dtype).removeprefix("torch.")
+    identity = {"id": name, "revision": None, "architecture": "own loss", "dtype": dtype}
+    return loss, params, {**identity, "fingerprint": fingerprint(params)}, Examples(records)
+
+
+def _state_hash(path: str | Path) -> str | None:
+    """SHA-256 of the state file, by which stores made with different states are told apart."""
+    kept = open_store(path).manifest.state
+    return None if kept is None else kept.sha256
+
+
+def _difference(ours: Any, theirs: Any) -> str:
+    if isinstance(ours, str):
+        return f"fingerprint {theirs[:12]}, here {ours[:12]}"
+    names = [entry["name"] if isinstance(entry, dict) else entry for entry in theirs]
+    return f"{len(names)} of them: {', '.join(map(str, names[:3]))}{', …' if names[3:] else ''}"

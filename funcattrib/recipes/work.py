@@ -1,0 +1,135 @@
+"""Computing rows: documents through a chain, batch by batch, in the data set's order.
+
+Every command that visits a corpus stands on this file: fit a chain's state, compute the rows of some documents, fill a
+store's pending shards.
+"""
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from funcattrib.compose import Chain, State
+from funcattrib.data import plan
+from funcattrib.functional import Loss, Params
+from funcattrib.per_example import Batch, PerExample, per_example_grad
+from funcattrib.progress import Progress
+from funcattrib.store import StoreWriter
+
+Count = Callable[[int, int], None]
+"""Called with the tokens and documents just finished."""
+
+
+class Corpus(Protocol):
+    """What rows are computed from: ``Documents`` of tokens, or ``Examples`` for a loss of the user's own."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, (rows,)."""
+
+    def batch(self, indices: Sequence[int], device: torch.device | str = "cpu") -> Batch:
+        """Documents stacked and padded."""
+
+    def shown(self, rows: range) -> dict[str, Any]:
+        """What a store keeps of each document to show it."""
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest keeps of the data: a content fingerprint and counts."""
+
+    def notes(self) -> dict[str, Any]:
+        """What is told of the data beside that, and not compared."""
+
+
+class Work(NamedTuple):
+    """What one process computes: a loss, its parameters, the chain, the documents, the tokens of a batch."""
+
+    loss: Loss
+    params: Params
+    chain: Chain
+    corpus: Corpus
+    budget: int
+    quiet: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self.params.values())).device
+
+
+def template(work: Work) -> State:
+    """The chain's state before fitting: the shapes that a saved state must have."""
+    return work.chain.init(per_example_grad.spec(work.params))[0]
+
+
+def fit_state(work: Work, most: int) -> State:
+    """The chain's state, fitted on at most ``most`` documents spread evenly over the corpus (all where 0)."""
+    passes = sum(stage.fitted for stage in work.chain.stages)
+    if not passes:
+        return template(work)
+    lengths = work.corpus.lengths
+    chosen = np.asarray(spread(len(lengths), most))
+    with progress(work, "fit", int(lengths[chosen].sum()) * passes) as bar:
+        return work.chain.fit(work.loss, work.params, Batches(work, chosen, bar.update))
+
+
+def fill(work: Work, writer: StoreWriter, state: State) -> None:
+    """Compute and hand over every pending shard."""
+    lengths = work.corpus.lengths
+    compute = work.chain.bind(work.loss, work.params, state)
+    before = sum(int(lengths[list(writer.shard_range(i))].sum()) for i in writer.finished)
+    with progress(work, "build", int(lengths.sum()), before) as bar:
+        for shard in writer.pending:
+            span = writer.shard_range(shard)
+            matrix, losses = rows_of(work, compute, span, bar.update)
+            shown = work.corpus.shown(span)
+            writer.put(shard, matrix, {**shown, "loss": losses.numpy(), "tokens": lengths[list(span)]})
+
+
+def rows_of(
+    work: Work, compute: Callable[[Batch], PerExample], rows: Sequence[int], count: Count
+) -> tuple[Tensor, Tensor]:
+    """(matrix (rows, D) float32 on the CPU, losses (rows,)) of some documents, in their order."""
+    matrix, losses = torch.zeros(0), torch.zeros(len(rows))
+    lengths = work.corpus.lengths[list(rows)]
+    for chosen in plan(lengths, work.budget):
+        result = compute(work.corpus.batch([rows[i] for i in chosen], work.device))
+        flat = torch.cat([grad.flatten(1).float() for grad in result.grads.values()], 1).cpu()
+        if not len(matrix):
+            matrix = flat.new_empty(len(rows), flat.shape[1])
+        matrix[chosen], losses[chosen] = flat, result.losses.float().cpu()
+        count(int(lengths[chosen].sum()), len(chosen))
+    return matrix, losses
+
+
+class Batches:
+    """Batches of some documents by the token budget, counted as they are used; can be iterated again and again."""
+
+    def __init__(self, work: Work, indices: np.ndarray, count: Count) -> None:
+        self.work, self.indices, self.count = work, indices, count
+        self.plan = plan(work.corpus.lengths[indices], work.budget)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for chosen in self.plan:
+            rows = self.indices[chosen]
+            yield self.work.corpus.batch(rows.tolist(), self.work.device)
+            self.count(int(self.work.corpus.lengths[rows].sum()), len(rows))
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most ``most`` of ``count`` row numbers, evenly spaced (all where ``most`` is 0).
+
+    Example:
+        >>> spread(10, 4)
+        [0, 2, 5, 7]
+    """
+    if not most or most >= count:
+        return list(range(count))
+    return [i * count // most for i in range(most)]
+
+
+def progress(work: Work, label: str, tokens: int, done: int = 0) -> Progress:
+    """A line on stderr, or nothing where the work is quiet."""
+    return Progress(tokens, label=label, done=done, stream=io.StringIO() if work.quiet else None)
