@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from funcattrib.store import open_store as open_store
     from funcattrib.transforms import adafactor_norm as adafactor_norm
     from funcattrib.transforms import cast as cast
+    from funcattrib.transforms import clip as clip
     from funcattrib.transforms import precondition as precondition
     from funcattrib.transforms import project as project
     from funcattrib.transforms import select as select
@@ -56,6 +57,7 @@ _EXPORTS = {
     "adafactor_norm": "transforms",
     "cast": "transforms",
     "causal_lm_loss": "losses",
+    "clip": "transforms",
     "collect_gradients": "recipes.collect",
     "compose": "compose",
     "functionalize": "functional",

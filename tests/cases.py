@@ -128,6 +128,8 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "precondition_pseudo": lambda: fa.precondition(damping=0.5, damping_kind="pseudoinverse"),
     "precondition_all": lambda: fa.precondition(groups="all"),
     "precondition_groups": lambda: fa.precondition(groups={"layer": ["layer.*"]}),
+    "clip": lambda: fa.clip(12.0),
     "cast_float16": lambda: fa.cast("float16"),
     "cast_bfloat16": lambda: fa.cast("bfloat16"),
+    "cast_int8": lambda: fa.cast("int8"),
 }

@@ -101,8 +101,9 @@ def state_survives_a_file(transform: Transform, spec: Spec, folder) -> None:
 
 
 def other_leaves_do_not_matter(transform: Transform, spec: Spec) -> None:
-    joint = settings(transform).get("groups", "parameter") != "parameter"
-    if transform.name in ("unit_norm", "sketch") or joint:  # over all leaves together, on purpose
+    bound = settings(transform)
+    joint = bound.get("groups", "parameter") != "parameter" or bound.get("dtype") == "int8"
+    if transform.name in ("unit_norm", "sketch", "clip") or joint:  # over all leaves together, on purpose
         return
     values = grads(4, spec)
     whole = transform.apply(fitted(transform, [values], spec), values)

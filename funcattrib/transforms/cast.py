@@ -1,4 +1,10 @@
-"""Change of floating-point type, saturating at the target's largest finite value."""
+"""Change of number format: floating-point types, saturating at the largest finite value, and a grid of 255 levels.
+
+    float16, bfloat16, float32   x ↦ x in that type, clamped to its finite range
+    int8                         x ↦ s round(x / s), s = max|x| / 127 over all leaves of a row together
+
+The store's dtype int8 has the same grid, so that rows from ``cast("int8")`` are stored in it as they are.
+"""
 
 from functools import partial
 from typing import Literal, get_args
@@ -8,13 +14,17 @@ from torch import Tensor
 
 from funcattrib.compose import State, Transform
 from funcattrib.errors import ChainError
-from funcattrib.per_example import Grads, Leaf, Spec
+from funcattrib.per_example import Grads, Spec
 
-Precision = Literal["float16", "bfloat16", "float32"]
+Precision = Literal["float16", "bfloat16", "float32", "int8"]
 
 
 def cast(dtype: Precision = "float16") -> Transform:
-    """Cast every leaf to ``dtype``; finite values beyond its range become its largest ones.
+    """Cast every leaf to ``dtype``; finite values beyond a floating-point type's range become its largest ones.
+
+    Args:
+        dtype: a floating-point type, or ``int8``: values on a row's grid of 255 levels, as float32 (the bytes are the
+            store's, ``dtype="int8"``). A row with an infinity or a NaN becomes NaN there, as in the store.
 
     Raises:
         ChainError: an unknown dtype.
@@ -22,6 +32,8 @@ def cast(dtype: Precision = "float16") -> Transform:
     Example:
         >>> cast("float16").apply(None, {"w": torch.tensor([[1e6]])})["w"]
         tensor([[65504.]], dtype=torch.float16)
+        >>> cast("int8").apply(None, {"w": torch.tensor([[127.0, 1.4]]), "v": torch.tensor([[-0.6]])})
+        {'w': tensor([[127.,   1.]]), 'v': tensor([[-1.]])}
     """
     if dtype not in get_args(Precision):
         raise ChainError(f"expected a dtype of {', '.join(get_args(Precision))}, found {dtype!r}")
@@ -37,8 +49,21 @@ def saturate(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _init(spec: Spec, dtype: Precision) -> tuple[State, Spec]:
-    return None, {name: Leaf(leaf.shape, getattr(torch, dtype)) for name, leaf in spec.items()}
+    kept_as = torch.float32 if dtype == "int8" else getattr(torch, dtype)
+    return None, {name: leaf._replace(dtype=kept_as) for name, leaf in spec.items()}
 
 
 def _apply(state: State, grads: Grads, dtype: Precision) -> Grads:
+    if dtype == "int8":
+        return _on_grid(grads)
     return {name: saturate(grad, getattr(torch, dtype)) for name, grad in grads.items()}
+
+
+def _on_grid(grads: Grads) -> Grads:
+    """Every row rounded to the 255 multiples of its own s."""
+    rows = {name: saturate(grad, torch.float32).flatten(1) for name, grad in grads.items()}
+    largest = torch.stack([row.abs().amax(1) for row in rows.values()]).amax(0)
+    scale = torch.where(largest.isfinite(), largest, torch.nan)[:, None] / 127
+    # A row of zeros, or of values too small for a scale, is zero; a scale of NaN makes its row NaN.
+    steps = {name: torch.where(scale > 0, row / scale, 0.0).round().clamp(-127, 127) for name, row in rows.items()}
+    return {name: (step * scale).reshape(grads[name].shape) for name, step in steps.items()}

@@ -7,6 +7,7 @@ from funcattrib.compose import Chain, Transform, compose
 from funcattrib.errors import ChainError
 from funcattrib.per_example import Source
 from funcattrib.transforms.cast import cast
+from funcattrib.transforms.clip import clip
 from funcattrib.transforms.normalize import adafactor_norm, unit_norm
 from funcattrib.transforms.precondition import precondition
 from funcattrib.transforms.project import project
@@ -16,6 +17,7 @@ from funcattrib.transforms.sketch import sketch
 FACTORIES: dict[str, Callable[..., Transform]] = {
     "adafactor_norm": adafactor_norm,
     "cast": cast,
+    "clip": clip,
     "precondition": precondition,
     "project": project,
     "select": select,
