@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from funcattrib.attention import attention_configs as attention_configs
     from funcattrib.compose import Chain as Chain
     from funcattrib.compose import Grads as Grads
     from funcattrib.compose import Leaf as Leaf
@@ -27,22 +28,27 @@ if TYPE_CHECKING:
     from funcattrib.errors import StoreError as StoreError
     from funcattrib.functional import functionalize as functionalize
     from funcattrib.losses import causal_lm_loss as causal_lm_loss
+    from funcattrib.optimizer_state import optimizer_state as optimizer_state
     from funcattrib.per_example import per_example_grad as per_example_grad
     from funcattrib.query.attributor import Attributor as Attributor
     from funcattrib.query.faiss_index import FaissConfig as FaissConfig
     from funcattrib.recipes.collect import collect_gradients as collect_gradients
     from funcattrib.store import open_store as open_store
+    from funcattrib.transforms import AttentionConfig as AttentionConfig
     from funcattrib.transforms import adafactor_norm as adafactor_norm
+    from funcattrib.transforms import adam_norm as adam_norm
     from funcattrib.transforms import cast as cast
     from funcattrib.transforms import clip as clip
     from funcattrib.transforms import precondition as precondition
     from funcattrib.transforms import project as project
     from funcattrib.transforms import select as select
     from funcattrib.transforms import sketch as sketch
+    from funcattrib.transforms import split_heads as split_heads
     from funcattrib.transforms import unit_norm as unit_norm
 
 # Public name -> the submodule that defines it. The block above says the same to type checkers; a test compares them.
 _EXPORTS = {
+    "AttentionConfig": "transforms",
     "Attributor": "query.attributor",
     "Chain": "compose",
     "ChainError": "errors",
@@ -55,6 +61,8 @@ _EXPORTS = {
     "StoreError": "errors",
     "Transform": "compose",
     "adafactor_norm": "transforms",
+    "adam_norm": "transforms",
+    "attention_configs": "attention",
     "cast": "transforms",
     "causal_lm_loss": "losses",
     "clip": "transforms",
@@ -64,11 +72,13 @@ _EXPORTS = {
     "gram_of": "curvature",
     "mix": "curvature",
     "open_store": "store",
+    "optimizer_state": "optimizer_state",
     "per_example_grad": "per_example",
     "precondition": "transforms",
     "project": "transforms",
     "select": "transforms",
     "sketch": "transforms",
+    "split_heads": "transforms",
     "unit_norm": "transforms",
 }
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from funcattrib.errors import ChainError
 from funcattrib.functional import Loss, Params
-from funcattrib.lift import Lowered, Lowering, Measured, TwoSided, own
+from funcattrib.lift import Lowered, Lowering, Measured, TwoSided, each, own
 from funcattrib.lift.uses import single_use
 from funcattrib.per_example import Batch, Grads, Leaf, PerExample, Source, Spec
 from funcattrib.tree import map_tensors
@@ -52,6 +52,7 @@ class Transform(NamedTuple):
         lower: the same as a linear map per parameter, where it is one. Parameters left out are dropped.
         measure: leaf by leaf, gradients (B, *shape) → the statistic (B, …) that ``observe`` folds. Where given, the
             statistic is read in the backward pass and the gradients are never held together.
+        precedes: names of stages that this one can only stand before; ``compose`` moves it before the first of them.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Transform(NamedTuple):
     apply: Callable[[State, Grads], Grads] = lambda state, grads: grads
     lower: Callable[[State, Spec], Lowered] | None = None
     measure: Callable[[Tensor], Tensor] | None = None
+    precedes: tuple[str, ...] = ()
 
     @property
     def fitted(self) -> bool:
@@ -158,6 +160,9 @@ Stage = Transform | Chain | Source | Callable[..., Any]
 def compose(*stages: Stage) -> Chain:
     """Chain stages left to right; nested chains flatten, so composition is associative.
 
+    A stage that can only stand before some others (``split_heads`` before ``project``) is moved before the first of
+    them, with those between left in their order.
+
     Args:
         stages: optionally a source first (``per_example_grad``), then transforms, or factories of transforms
             (``adafactor_norm``), which are called with their defaults.
@@ -183,7 +188,16 @@ def compose(*stages: Stage) -> Chain:
             transforms.extend(resolved.stages)
         elif isinstance(resolved, Transform):
             transforms.append(resolved)
-    return Chain(source, tuple(transforms))
+    return Chain(source, _in_order(transforms))
+
+
+def _in_order(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
+    """Every stage that can only precede others moved before the first of those."""
+    ordered: list[Transform] = []
+    for stage in transforms:
+        at = next((i for i, earlier in enumerate(ordered) if earlier.name in stage.precedes), len(ordered))
+        ordered.insert(at, stage)
+    return tuple(ordered)
 
 
 def fit(chain: Chain, loss: Loss, params: Params, batches: Iterable[Batch]) -> tuple[State, ...]:
@@ -261,10 +275,18 @@ def _extend(maps: Mapping[str, Lowering], stage: Lowered) -> dict[str, Lowering]
     """Every parameter's map with a stage's behind it; None where the two do not combine."""
     extended = {}
     for name, how in maps.items():
-        if len(how.leaves) > 1 or how.probe != name:
+        if how.probe != name:
             return None
-        if (second := stage.get(how.leaves[0])) is not None:
-            extended[name] = second._replace(reading=second.reading.after(how.reading))
+        seconds = {leaf: stage[leaf] for leaf in how.leaves if leaf in stage}
+        if len(how.leaves) == 1:
+            for leaf, second in seconds.items():
+                probe = name if second.probe == leaf else second.probe
+                extended[name] = second._replace(reading=second.reading.after(how.reading), probe=probe)
+        elif any(second.probe != leaf or second.leaves != (leaf,) for leaf, second in seconds.items()):
+            return None
+        elif seconds:
+            behind = [seconds[leaf].reading if leaf in seconds else None for leaf in how.leaves]
+            extended[name] = Lowering(each(how.reading, behind), name, tuple(seconds))
     return extended
 
 

@@ -114,11 +114,21 @@ def regression_batch(lengths: tuple[int, ...] = (7, 4, 10)) -> dict[str, Tensor]
     return {"input_ids": ids, "attention_mask": mask.long(), "target": torch.linspace(-1, 1, len(lengths))}
 
 
+HEADS = {
+    "matrix": fa.AttentionConfig(3, 3, head_dim=1),
+    "layer.dense": fa.AttentionConfig(2, 2, order="qkv head"),
+    "out": fa.AttentionConfig(2, 2),
+    "vector": fa.AttentionConfig(1, 8),
+}
+"""For the leaves of ``laws.VECTORS``."""
+
 TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "project": lambda: fa.project(5),
     "project_normal": lambda: fa.project(5, kind="normal", seed=3),
     "project_wide": lambda: fa.project(1000),
     "adafactor_norm": fa.adafactor_norm,
+    "adam_norm": fa.adam_norm,
+    "split_heads": lambda: fa.split_heads(HEADS),
     "unit_norm": fa.unit_norm,
     "sketch": lambda: fa.sketch(12, seed=1),
     "sketch_sparse": lambda: fa.sketch(12, sparsity=3),

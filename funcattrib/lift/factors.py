@@ -61,7 +61,10 @@ def product(second: Side, first: Side) -> Side:
         return first if second is None else second
     if second.ndim == 1:
         return second * first if first.ndim == 1 else second[:, None] * first
-    return second * first if first.ndim == 1 else second @ first
+    if first.ndim == 1:
+        return second * first
+    dtype = torch.promote_types(second.dtype, first.dtype)  # statistics are in float64, draws in float32
+    return second.to(dtype) @ first.to(dtype)
 
 
 def length(side: Side, n: int) -> int:

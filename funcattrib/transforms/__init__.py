@@ -1,11 +1,25 @@
 """Transforms of per-example gradients, one family a file."""
 
+from funcattrib.transforms.adam import adam_norm
 from funcattrib.transforms.cast import cast
 from funcattrib.transforms.clip import clip
+from funcattrib.transforms.heads import AttentionConfig, split_heads
 from funcattrib.transforms.normalize import adafactor_norm, unit_norm
 from funcattrib.transforms.precondition import precondition
 from funcattrib.transforms.project import project
 from funcattrib.transforms.select import select
 from funcattrib.transforms.sketch import sketch
 
-__all__ = ["adafactor_norm", "cast", "clip", "precondition", "project", "select", "sketch", "unit_norm"]
+__all__ = [
+    "AttentionConfig",
+    "adafactor_norm",
+    "adam_norm",
+    "cast",
+    "clip",
+    "precondition",
+    "project",
+    "select",
+    "sketch",
+    "split_heads",
+    "unit_norm",
+]

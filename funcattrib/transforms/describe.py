@@ -6,8 +6,10 @@ from typing import Any
 from funcattrib.compose import Chain, Transform, compose
 from funcattrib.errors import ChainError
 from funcattrib.per_example import Source
+from funcattrib.transforms.adam import adam_norm
 from funcattrib.transforms.cast import cast
 from funcattrib.transforms.clip import clip
+from funcattrib.transforms.heads import split_heads
 from funcattrib.transforms.normalize import adafactor_norm, unit_norm
 from funcattrib.transforms.precondition import precondition
 from funcattrib.transforms.project import project
@@ -16,12 +18,14 @@ from funcattrib.transforms.sketch import sketch
 
 FACTORIES: dict[str, Callable[..., Transform]] = {
     "adafactor_norm": adafactor_norm,
+    "adam_norm": adam_norm,
     "cast": cast,
     "clip": clip,
     "precondition": precondition,
     "project": project,
     "select": select,
     "sketch": sketch,
+    "split_heads": split_heads,
     "unit_norm": unit_norm,
 }
 

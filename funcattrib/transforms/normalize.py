@@ -9,7 +9,6 @@ The first is a linear map with two diagonal sides, so before a projection it cos
 References: Adafactor, arXiv 1804.04235; TrackStar, arXiv 2410.17413.
 """
 
-from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -19,16 +18,15 @@ from funcattrib.compose import State, Transform, finalize_nothing, observe_nothi
 from funcattrib.errors import ChainError
 from funcattrib.lift import Lowered, TwoSided, own
 from funcattrib.per_example import Grads, Leaf, Spec
-
-Moments = Mapping[str, tuple[Tensor, Tensor] | Tensor]
-"""Parameter name → (r (O,), c (I,)) for a matrix, v (n,) for a vector."""
+from funcattrib.transforms.moments import Moment, Moments, add_up, average, factors, start
 
 
 def adafactor_norm(moments: Moments | None = None, eps: float = 1e-30) -> Transform:
     """Divide by the root of Adafactor's factored second moments.
 
     Args:
-        moments: r and c of each matrix, v of each vector; fitted in a pass over data when not given.
+        moments: r and c of each matrix, or v of its entries, whose means they are; v of each vector. Fitted in a pass
+            over data when not given; ``optimizer_state`` reads an optimizer's.
         eps: added to each moment.
 
     Raises:
@@ -43,9 +41,9 @@ def adafactor_norm(moments: Moments | None = None, eps: float = 1e-30) -> Transf
     given = moments is not None
     return Transform(
         "adafactor_norm",
-        init=partial(_init_adafactor, moments=moments, eps=eps) if given else partial(_init_adafactor, eps=eps),
-        observe=observe_nothing if given else _observe_adafactor,
-        finalize=finalize_nothing if given else _finalize_adafactor,
+        init=partial(_init_adafactor, moments),
+        observe=observe_nothing if given else add_up,
+        finalize=finalize_nothing if given else average,
         apply=partial(_apply_adafactor, eps=eps),
         lower=partial(_lower_adafactor, eps=eps),
         measure=None if given else _mean_squares,
@@ -63,46 +61,22 @@ def unit_norm() -> Transform:
     return Transform("unit_norm", apply=_apply_unit_norm)
 
 
-def _init_adafactor(spec: Spec, eps: float, moments: Moments | None = None) -> tuple[State, Spec]:
-    return {
-        "sums": {name: _moment_sums(name, leaf, moments) for name, leaf in spec.items()},
-        "count": torch.full((), 0.0 if moments is None else 1.0, dtype=torch.float64),
-    }, spec
+def _init_adafactor(moments: Moments | None, spec: Spec) -> tuple[State, Spec]:
+    for name, leaf in spec.items():
+        if len(leaf.shape) not in (1, 2):
+            raise ChainError(f"needs matrices or vectors; {name} has shape {leaf.shape}")
+    return start(spec, moments, _factors), spec
 
 
-def _moment_sums(name: str, leaf: Leaf, moments: Moments | None) -> Tensor:
-    """Sums of r and c one after the other, in float64, zero before fitting."""
-    if len(leaf.shape) not in (1, 2):
-        raise ChainError(f"needs matrices or vectors; {name} has shape {leaf.shape}")
-    size = sum(leaf.shape)
-    if moments is None:
-        return torch.zeros(size, dtype=torch.float64)
-    if name not in moments:
-        raise ChainError(f"needs moments of {name}, found none for it")
-    own = moments[name]
-    sides = (own,) if isinstance(own, Tensor) else tuple(own)
-    if tuple(len(side) for side in sides) != leaf.shape:
-        raise ChainError(f"needs moments of {name} with lengths {leaf.shape}, found {tuple(len(s) for s in sides)}")
-    return torch.cat([side.detach().to(torch.float64) for side in sides])
+def _factors(leaf: Leaf, moment: Moment | None) -> Tensor:
+    """r and c one after the other."""
+    return torch.zeros(sum(leaf.shape), dtype=torch.float64) if moment is None else torch.cat(factors(moment))
 
 
 def _mean_squares(grad: Tensor) -> Tensor:
     """(B, O, I) → (B, O + I): mean over columns, mean over rows; (B, n) → squares."""
     squares = grad * grad
     return squares if grad.ndim == 2 else torch.cat([squares.mean(2), squares.mean(1)], 1)
-
-
-def _observe_adafactor(state: State, measured: Grads) -> State:
-    sums = {
-        name: total + measured[name].sum(0, dtype=torch.float64).to(total.device)
-        for name, total in state["sums"].items()
-    }
-    return {"sums": sums, "count": state["count"] + len(next(iter(measured.values())))}
-
-
-def _finalize_adafactor(state: State) -> State:
-    mean = {name: total / state["count"] for name, total in state["sums"].items()}
-    return {"sums": mean, "count": torch.ones_like(state["count"])}
 
 
 def _apply_adafactor(state: State, grads: Grads, eps: float) -> Grads:

@@ -3,7 +3,8 @@
     matrix   C(G) = L G Rᵀ, (p, q)        vector   C(g) = L g, (p,)        E⟨C(G), C(G′)⟩ = ⟨G, G′⟩
 
 L and R have entries ±1/√p (Rademacher) or N(0, 1/p), drawn from (seed, parameter name, side) alone. A side no longer
-than k is left as it is.
+than k is left as it is. Leaves that one parameter was divided into (heads) each have a side of their own along the axis
+that was divided, and share the parameter's along the other.
 
 References: LoGra, arXiv 2405.13954; TrackStar, arXiv 2410.17413.
 """
@@ -18,6 +19,7 @@ from funcattrib.errors import ChainError
 from funcattrib.lift import Lowered, TwoSided, own
 from funcattrib.per_example import Grads, Leaf, Spec
 from funcattrib.rng import generator, normal, rademacher
+from funcattrib.transforms.heads import whole
 
 Kind = Literal["rademacher", "normal"]
 _DRAW = {"rademacher": rademacher, "normal": normal}
@@ -49,14 +51,22 @@ def project(k: int = 16, kind: Kind = "rademacher", seed: int = 0) -> Transform:
 
 
 def _init(spec: Spec, k: int, kind: Kind, seed: int) -> tuple[State, Spec]:
-    state, projected = {}, {}
+    state: dict[str, dict[str, Tensor | None]] = {}
+    projected: Spec = {}
     for name, leaf in spec.items():
         if len(leaf.shape) not in (1, 2):
             raise ChainError(f"needs matrices or vectors; {name} has shape {leaf.shape}")
-        sides = dict(zip(("left", "right"), leaf.shape, strict=False))
-        state[name] = {side: _draw(name, side, n, k, kind, seed) for side, n in sides.items()}
-        projected[name] = Leaf(tuple(min(n, k) for n in leaf.shape), leaf.dtype)
+        for axis, (side, n) in enumerate(zip(("left", "right"), leaf.shape, strict=False)):
+            drawn = state.setdefault(_source(name, leaf, axis), {})
+            if side not in drawn:
+                drawn[side] = _draw(_source(name, leaf, axis), side, n, k, kind, seed)
+        projected[name] = leaf._replace(shape=tuple(min(n, k) for n in leaf.shape))
     return state, projected
+
+
+def _source(name: str, leaf: Leaf, axis: int) -> str:
+    """Whose draw a side is: the leaf's own, or its parameter's where the leaf is one part along another axis."""
+    return name if leaf.split in (None, axis) else whole(name)
 
 
 def _draw(name: str, side: str, n: int, k: int, kind: Kind, seed: int) -> Tensor | None:
@@ -64,12 +74,13 @@ def _draw(name: str, side: str, n: int, k: int, kind: Kind, seed: int) -> Tensor
 
 
 def _apply(state: State, grads: Grads) -> Grads:
-    return {name: _sides(state[name]).of_gradient(grad) for name, grad in grads.items()}
+    return {name: _sides(state, name).of_gradient(grad) for name, grad in grads.items()}
 
 
 def _lower(state: State, spec: Spec) -> Lowered:
-    return {name: own(name, _sides(state[name])) for name in spec}
+    return {name: own(name, _sides(state, name)) for name in spec}
 
 
-def _sides(own: dict[str, Tensor | None]) -> TwoSided:
-    return TwoSided(own["left"], own.get("right"))
+def _sides(state: State, name: str) -> TwoSided:
+    sides = {**state.get(whole(name), {}), **state.get(name, {})}
+    return TwoSided(sides["left"], sides.get("right"))

@@ -1,0 +1,84 @@
+"""Normalisation by Adam's second moments.
+
+    v = E[G²], entry by entry        C(G) = G ⊙ (√v + ε)⁻¹
+
+A linear map that is not two-sided: each weight's gradient is formed in its turn and dropped, never all of them. An
+entry that never had a gradient (v = 0) is left at zero, as a row or column is by ``adafactor_norm``.
+
+The sums are in float64, 8 bytes a parameter: as much as Adam's own state takes in training, so a model that could be
+trained with Adam can be fitted, and small terms are not lost in long passes.
+
+Reference: Adam, arXiv 1412.6980.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from funcattrib.compose import State, Transform, finalize_nothing, observe_nothing
+from funcattrib.lift import Lowered, Reading, Scale, TwoSided, own
+from funcattrib.per_example import Grads, Leaf, Spec
+from funcattrib.transforms.moments import Moment, Moments, add_up, average, entries, start
+
+
+def adam_norm(moments: Moments | None = None, eps: float = 1e-8) -> Transform:
+    """Divide every entry by the root of its second moment.
+
+    Args:
+        moments: v of each leaf (``optimizer_state`` reads an optimizer's), or Adafactor's factors of it; fitted in a
+            pass over data when not given.
+        eps: added to the root.
+
+    Raises:
+        ChainError: moments that are missing or do not fit.
+
+    Example:
+        >>> stage = adam_norm({"w": torch.tensor([[4.0, 0.25]])}, eps=0)
+        >>> state, _ = stage.init({"w": Leaf((1, 2), torch.float32)})
+        >>> stage.apply(state, {"w": torch.ones(1, 1, 2)})["w"]
+        tensor([[[0.5000, 2.0000]]])
+    """
+    given = moments is not None
+    return Transform(
+        "adam_norm",
+        init=partial(_init, moments),
+        observe=observe_nothing if given else add_up,
+        finalize=finalize_nothing if given else average,
+        apply=partial(_apply, eps=eps),
+        lower=partial(_lower, eps=eps),
+        measure=None if given else _squares,
+    )
+
+
+def _init(moments: Moments | None, spec: Spec) -> tuple[State, Spec]:
+    return start(spec, moments, _entries), spec
+
+
+def _entries(leaf: Leaf, moment: Moment | None) -> Tensor:
+    return torch.zeros(leaf.shape, dtype=torch.float64) if moment is None else entries(moment)
+
+
+def _squares(grad: Tensor) -> Tensor:
+    """(B, *shape) → the mean square over these examples for each of them: their sum is that of the squares.
+
+    One tensor of the weight's shape, seen B times, so that squares do not add up to (B, every parameter).
+    """
+    squares = grad.to(torch.promote_types(grad.dtype, torch.float32)).square()
+    return squares.mean(0, keepdim=True).expand_as(squares)
+
+
+def _apply(state: State, grads: Grads, eps: float) -> Grads:
+    return {name: grad * _factor(state["sums"][name], eps).to(grad.dtype) for name, grad in grads.items()}
+
+
+def _lower(state: State, spec: Spec, eps: float) -> Lowered:
+    return {name: own(name, _reading(_factor(state["sums"][name], eps))) for name in spec}
+
+
+def _reading(factor: Tensor) -> Reading:
+    return TwoSided(factor) if factor.ndim == 1 else Scale(factor)
+
+
+def _factor(v: Tensor, eps: float) -> Tensor:
+    return torch.where(v > 0, 1 / (v.sqrt() + eps), 0.0)

@@ -1,0 +1,161 @@
+"""Gradients of attention weights taken apart by head.
+
+    rows      C(G)_h = G[rows of head h]         query, key, value, fused or apart: heads are outputs
+    columns   C(G)_h = G[:, columns of head h]   the output projection: heads are inputs
+
+A leaf ``…q_proj.weight`` becomes ``…q_proj.weight#h0``, ``#h1``, …: stages that follow (``project``, ``select``, …) see
+each head as a leaf of its own. Weights stored (in, out), as HF ``Conv1D``'s, have rows and columns the other way round.
+"""
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+from funcattrib.compose import State, Transform
+from funcattrib.errors import ChainError
+from funcattrib.lift import Heads, Lowered, Lowering, Split, TwoSided, own
+from funcattrib.per_example import Grads, Leaf, Spec
+
+Order = Literal["head", "head qkv", "qkv head"]
+_MARK = "#"
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How the heads lie along an axis of one weight.
+
+    Attributes:
+        num_heads: heads that this weight has: with grouped queries, keys and values have fewer than queries.
+        head_size: rows (or columns) of one head; of each of query, key and value where they are fused.
+        head_dim: the axis: 0 rows, 1 columns. 2 is rows as well: the last axis of a linear layer's output (example,
+            token, feature).
+        order: ``head`` (head, size); fused weights have ``head qkv`` (head, 3, size), as GPT-NeoX, or ``qkv head``
+            (3, head, size), as GPT-2.
+    """
+
+    num_heads: int
+    head_size: int
+    head_dim: int = 0
+    order: Order = "head"
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a weight."""
+        if self.num_heads < 1 or self.head_size < 1:
+            raise ChainError(f"expected num_heads and head_size from 1, found {self.num_heads} and {self.head_size}")
+        if self.head_dim not in (0, 1, 2):
+            raise ChainError(f"expected head_dim 0 (rows) or 1 (columns), found {self.head_dim}")
+        if self.order not in get_args(Order):
+            raise ChainError(f"expected an order of {', '.join(map(repr, get_args(Order)))}, found {self.order!r}")
+
+
+def split_heads(config: Mapping[str, AttentionConfig | Mapping[str, Any]]) -> Transform:
+    """Divide the weights of attention modules into one leaf a head.
+
+    Before or after ``project`` it gives each head's own projection: ``compose`` moves it before. The side that heads do
+    not divide is projected alike for all heads of a weight; each head's own side is drawn from its own name.
+
+    Args:
+        config: glob → how heads lie. A glob names modules, and means their ``weight``, or parameters; the leading
+            part of a name may be left out. ``attention_configs(model)`` reads it off a model.
+
+    Raises:
+        ChainError: nothing matches; a weight whose axis the heads do not fill; a leaf that is divided already.
+
+    Example:
+        >>> import torch
+        >>> stage = split_heads({"q_proj": AttentionConfig(num_heads=2, head_size=3)})
+        >>> _, spec = stage.init({"layer.q_proj.weight": Leaf((6, 4), torch.float32)})
+        >>> {name: leaf.shape for name, leaf in spec.items()}
+        {'layer.q_proj.weight#h0': (3, 4), 'layer.q_proj.weight#h1': (3, 4)}
+    """
+    given = {glob: one if isinstance(one, AttentionConfig) else AttentionConfig(**one) for glob, one in config.items()}
+    plain = {glob: asdict(one) for glob, one in given.items()}
+    return Transform(
+        "split_heads",
+        init=partial(_init, config=plain),
+        apply=partial(_apply, config=plain),
+        lower=partial(_lower, config=plain),
+        precedes=("project",),
+    )
+
+
+def whole(name: str) -> str:
+    """The parameter that a leaf is, or is a head of.
+
+    Example:
+        >>> whole("layer.q_proj.weight#h3"), whole("layer.q_proj.weight")
+        ('layer.q_proj.weight', 'layer.q_proj.weight')
+    """
+    return name.partition(_MARK)[0]
+
+
+Config = Mapping[str, Mapping[str, Any]]
+
+
+def _init(spec: Spec, config: Config) -> tuple[State, Spec]:
+    divided: Spec = {}
+    for name, leaf in spec.items():
+        heads = _heads(name, leaf.shape, config)
+        if heads is None:
+            divided[name] = leaf
+            continue
+        shape = (*leaf.shape[: heads.axis], heads.size, *leaf.shape[heads.axis + 1 :])
+        divided |= {part: Leaf(shape, leaf.dtype, heads.axis) for part in _leaves(name, heads)}
+    if divided == spec:
+        some = f", e.g. {next(iter(spec))}" if spec else ""
+        raise ChainError(f"splits none of the {len(spec)} leaves (globs {', '.join(config)}){some}")
+    return None, divided
+
+
+def _apply(state: State, grads: Grads, config: Config) -> Grads:
+    divided: Grads = {}
+    for name, grad in grads.items():
+        heads = _heads(name, tuple(grad.shape[1:]), config)
+        if heads is None:
+            divided[name] = grad
+        else:
+            divided |= dict(zip(_leaves(name, heads), Split(heads).of_gradient(grad).unbind(1), strict=True))
+    return divided
+
+
+def _lower(state: State, spec: Spec, config: Config) -> Lowered:
+    lowered: dict[str, Lowering] = {}
+    for name, leaf in spec.items():
+        heads = _heads(name, leaf.shape, config)
+        if heads is None:
+            lowered[name] = own(name, TwoSided())
+        elif heads.number == 1:  # one head is the whole weight
+            lowered[name] = Lowering(TwoSided(), name, _leaves(name, heads))
+        else:
+            lowered[name] = Lowering(Split(heads), name, _leaves(name, heads))
+    return lowered
+
+
+def _leaves(name: str, heads: Heads) -> tuple[str, ...]:
+    return tuple(f"{name}{_MARK}h{number}" for number in range(heads.number))
+
+
+def _heads(name: str, shape: tuple[int, ...], config: Config) -> Heads | None:
+    """How the leaf ``name`` is divided, None where no glob names it."""
+    found = next((one for glob, one in config.items() if _matches(name, glob)), None)
+    if found is None:
+        return None
+    one = AttentionConfig(**found)
+    axis, fused = one.head_dim % 2, 1 if one.order == "head" else 3
+    if _MARK in name or len(shape) not in (1, 2):
+        what = "is one part of its weight already" if _MARK in name else f"has shape {shape}"
+        raise ChainError(f"needs whole matrices or vectors; {name} {what}")
+    n, filled = shape[axis] if axis < len(shape) else 0, one.num_heads * one.head_size * fused
+    if n != filled:
+        product = f"{one.num_heads} × {one.head_size}{' × 3' if fused == 3 else ''} = {filled}"
+        hint = "; order='head qkv' or 'qkv head' is for fused weights" if fused == 1 and n == 3 * filled else ""
+        raise ChainError(f"needs {product} {'columns' if axis else 'rows'} in {name}, found shape {shape}{hint}")
+    blocks = 3 if one.order == "qkv head" else 1
+    return Heads(axis, one.num_heads, one.head_size * fused, blocks)
+
+
+def _matches(name: str, glob: str) -> bool:
+    targets = {name, name.removesuffix(".weight")}
+    return any(fnmatch.fnmatchcase(target, pattern) for target in targets for pattern in (glob, f"*.{glob}"))
