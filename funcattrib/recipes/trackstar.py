@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from funcattrib.compose import Chain, State, compose
-from funcattrib.curvature.mix import mix
+from funcattrib.curvature import gram_of, mix
 from funcattrib.data import Columns
 from funcattrib.functional import choose
-from funcattrib.per_example import Grads, Leaf, per_example_grad
+from funcattrib.per_example import Grads, Leaf, Spec, per_example_grad
 from funcattrib.recipes.collect import collect_gradients
 from funcattrib.recipes.documents import Records
 from funcattrib.score import Scores, open_scores, scores_manifest
@@ -82,7 +82,7 @@ def trackstar(
     )
     mixed = mix(gram_of_store(query), gram_of_store(train), mixing_rank)
     after = compose(precondition(gram=mixed.gram, power=-0.5, damping=damping), unit_norm)
-    state = after.init({name: Leaf(tuple(leaf.shape), torch.float32) for name, leaf in train.leaves.items()})[0]
+    state = after.init(_spec(train))[0]
     columns = torch.cat([_rows(after, state, query, block) for block in query.matrix().blocks(_BLOCK_ROWS)])
     told = [dict(entry) for entry in query.examples]
     if score == "mean":
@@ -95,6 +95,7 @@ def trackstar(
             "score": score,
             "mixing_rank": mixing_rank,
             "mixing_weight": mixed.weight,
+            "mixing_component": mixed.component,
             "damping": damping,
         },
         queries=told,
@@ -123,20 +124,23 @@ def blocks_and_head(model: nn.Module, exclude: Any = ()) -> list[str]:
 
 def gram_of_store(store: GradientStore) -> dict[str, Tensor]:
     """H = E[c cᵀ] of every leaf over the rows of a store, (D, D) float64."""
-    widths = {name: leaf.stop - leaf.start for name, leaf in store.leaves.items()}
-    grams = {name: torch.zeros(width, width, dtype=torch.float64) for name, width in widths.items()}
+    stage = precondition()
+    state = stage.init(_spec(store))[0]
     for block in store.matrix().blocks(_BLOCK_ROWS):
-        rows = block.to(torch.float64)
-        for name, leaf in store.leaves.items():
-            part = rows[:, leaf.start : leaf.stop]
-            grams[name].addmm_(part.T, part)
-    return {name: gram / max(1, len(store)) for name, gram in grams.items()}
+        state = stage.observe(state, _leaves(store, block))
+    return gram_of(state)
+
+
+def _spec(store: GradientStore) -> Spec:
+    return {name: Leaf(tuple(leaf.shape), torch.float32) for name, leaf in store.leaves.items()}
+
+
+def _leaves(store: GradientStore, block: Tensor) -> Grads:
+    """Rows of a store (n, D) as leaves, float32."""
+    rows = block.to(torch.float32)
+    return {name: rows[:, leaf.start : leaf.stop].unflatten(1, leaf.shape) for name, leaf in store.leaves.items()}
 
 
 def _rows(after: Chain, state: State, store: GradientStore, block: Tensor) -> Tensor:
     """Rows of a store (n, D) with the last stages applied, float32."""
-    block = block.to(torch.float32)
-    grads: Grads = {
-        name: block[:, leaf.start : leaf.stop].unflatten(1, leaf.shape) for name, leaf in store.leaves.items()
-    }
-    return torch.cat([grad.flatten(1) for grad in after.apply(state, grads).values()], 1)
+    return torch.cat([grad.flatten(1) for grad in after.apply(state, _leaves(store, block)).values()], 1)
