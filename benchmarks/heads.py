@@ -19,8 +19,7 @@ import funcattrib as fa
 from benchmarks import inputs
 from benchmarks.inputs import PYTHIA, pythia
 from benchmarks.report import write_result
-from funcattrib.data import Columns
-from funcattrib.recipes.documents import Batches, read_documents
+from funcattrib.data import collate, plan
 
 
 def main() -> None:
@@ -35,11 +34,13 @@ def main() -> None:
     a = parser.parse_args()
 
     model = pythia(a.size, torch.float32).to(a.device)
-    documents = read_documents(
-        inputs.documents(a.documents), None, Columns(), max_length=1024, truncation=False, vocab_size=None
-    )
-    batches = list(Batches(documents, range(len(documents.rows)), a.token_batch_size, a.device))
-    tokens = int(documents.lengths.sum())
+    rows = [{**row, "labels": row["input_ids"]} for row in inputs.documents(a.documents)]
+    lengths = [len(row["input_ids"]) for row in rows]
+    tokens = sum(lengths)
+    batches = [
+        {key: value.to(a.device) for key, value in collate([rows[i] for i in batch], pad_id=0).items()}
+        for batch in plan(lengths, a.token_batch_size)
+    ]
 
     loss, params = fa.causal_lm_loss(model)
     project, split = fa.project(a.projection_dim), fa.split_heads(fa.attention_configs(model))
