@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from funcattrib.transforms import project as project
     from funcattrib.transforms import select as select
     from funcattrib.transforms import sketch as sketch
+    from funcattrib.transforms import split_experts as split_experts
     from funcattrib.transforms import split_heads as split_heads
     from funcattrib.transforms import unit_norm as unit_norm
 
@@ -78,6 +79,7 @@ _EXPORTS = {
     "project": "transforms",
     "select": "transforms",
     "sketch": "transforms",
+    "split_experts": "transforms",
     "split_heads": "transforms",
     "unit_norm": "transforms",
 }

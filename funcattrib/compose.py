@@ -50,8 +50,8 @@ class Transform(NamedTuple):
         finalize: what is done once after the pass, e.g. an eigendecomposition.
         apply: pure, row by row.
         lower: the same as a linear map per parameter, where it is one. Parameters left out are dropped.
-        measure: leaf by leaf, gradients (B, *shape) → the statistic (B, …) that ``observe`` folds. Where given, the
-            statistic is read in the backward pass and the gradients are never held together.
+        measure: leaf by leaf, its name and gradients (B, *shape) → the statistic (B, …) that ``observe`` folds. Where
+            given, the statistic is read in the backward pass and the gradients are never held together.
         precedes: names of stages that this one can only stand before; ``compose`` moves it before the first of them.
     """
 
@@ -61,7 +61,7 @@ class Transform(NamedTuple):
     finalize: Callable[[State], State] = finalize_nothing
     apply: Callable[[State, Grads], Grads] = lambda state, grads: grads
     lower: Callable[[State, Spec], Lowered] | None = None
-    measure: Callable[[Tensor], Tensor] | None = None
+    measure: Callable[[str, Tensor], Tensor] | None = None
     precedes: tuple[str, ...] = ()
 
     @property
@@ -244,16 +244,16 @@ def statistics(
     }
     if depth < len(before.stages) or not whole or source.name != "torch":
         bound = before.bind(loss, params, state)
-        return lambda batch: {name: stage.measure(grad) for name, grad in bound(batch).grads.items()}  # type: ignore[misc]
+        return lambda batch: {name: stage.measure(name, grad) for name, grad in bound(batch).grads.items()}  # type: ignore[misc]
     inside = single_use(loss, params, whole, {key: value[0] for key, value in batch.items()})
     measured = {
-        name: own(name, Measured(how.reading, stage.measure)) if name in inside else how
+        name: own(name, Measured(how.reading, partial(stage.measure, name))) if name in inside else how
         for name, how in lowered.items()
     }
 
     def read(batch: Batch) -> Grads:
         grads = source.rows(loss, params, batch, measured).grads
-        return {name: grad if name in inside else stage.measure(grad) for name, grad in grads.items()}  # type: ignore[misc]
+        return {name: grad if name in inside else stage.measure(name, grad) for name, grad in grads.items()}  # type: ignore[misc]
 
     return read
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from funcattrib.errors import FuncattribError
-from funcattrib.kernels import register_attention
+from funcattrib.kernels import register_attention, register_experts
 
 Params = Mapping[str, Tensor]
 Example = Mapping[str, Tensor]
@@ -140,3 +140,5 @@ def _prepare(model: PreTrainedModel) -> None:
         model.config.pad_token_id = None
     if model._can_set_attn_implementation():
         model.set_attn_implementation(register_attention())
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation(register_experts())

@@ -53,6 +53,11 @@ CAUSAL = {
     "mamba": Causal(
         "Mamba", {**_SMALL, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4}
     ),
+    "mixtral": Causal("Mixtral", {**_SMALL, **_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": Causal(
+        "Qwen3Moe",
+        {**_SMALL, **_GROUPED, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
+    ),
     "gemma2": Causal("Gemma2", {**_SMALL, **_GROUPED, "sliding_window": 4, "query_pre_attn_scalar": 6}),
     "cohere": Causal("Cohere", {**_SMALL, **_GROUPED, "logit_scale": 0.25}),
 }
@@ -132,6 +137,7 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "unit_norm": fa.unit_norm,
     "sketch": lambda: fa.sketch(12, seed=1),
     "sketch_sparse": lambda: fa.sketch(12, sparsity=3),
+    "split_experts": fa.split_experts,
     "select": lambda: fa.select(["*.weight", "matrix"], exclude=["*dense.weight"]),
     "precondition": lambda: fa.precondition(),
     "precondition_inverse": lambda: fa.precondition(power=-1, damping=0.3, damping_kind="absolute"),

@@ -55,7 +55,7 @@ def test_equals_the_dense_matrix_on_a_model(sparsity: int) -> None:
 
 
 @pytest.mark.parametrize("before", [fa.project(5), fa.select(["*.weight"]), fa.unit_norm()], ids=lambda t: t.name)
-@pytest.mark.parametrize("model", ["gpt2", "llama_tied"])
+@pytest.mark.parametrize("model", ["gpt2", "llama_tied", "mamba"])
 def test_lowered_is_plain_behind_other_stages(model: str, before) -> None:
     loss, params = fa.causal_lm_loss(cases.causal(model), modules="all")
     chain = fa.compose(fa.per_example_grad, before, fa.sketch(32, sparsity=2), fa.unit_norm)

@@ -1,4 +1,4 @@
-"""Kernels with explicit leading example axes: attention and the fused cross-entropy head.
+"""Kernels with explicit leading example axes: attention, experts and the fused cross-entropy head.
 
 Each is an ``autograd.Function`` whose ``vmap`` rule folds the vmapped axis into the example axis, so one
 kernel serves ``vmap(grad(...))`` and ordinary batched autograd.
@@ -6,5 +6,6 @@ kernel serves ``vmap(grad(...))`` and ordinary batched autograd.
 
 from funcattrib.kernels.attention import attention, register_attention
 from funcattrib.kernels.cross_entropy import linear_cross_entropy
+from funcattrib.kernels.experts import expert_linear, register_experts
 
-__all__ = ["attention", "linear_cross_entropy", "register_attention"]
+__all__ = ["attention", "expert_linear", "linear_cross_entropy", "register_attention", "register_experts"]

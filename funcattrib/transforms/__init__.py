@@ -3,6 +3,7 @@
 from funcattrib.transforms.adam import adam_norm
 from funcattrib.transforms.cast import cast
 from funcattrib.transforms.clip import clip
+from funcattrib.transforms.experts import split_experts
 from funcattrib.transforms.heads import AttentionConfig, split_heads
 from funcattrib.transforms.normalize import adafactor_norm, unit_norm
 from funcattrib.transforms.precondition import precondition
@@ -20,6 +21,7 @@ __all__ = [
     "project",
     "select",
     "sketch",
+    "split_experts",
     "split_heads",
     "unit_norm",
 ]

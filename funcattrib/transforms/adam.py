@@ -55,11 +55,11 @@ def _init(moments: Moments | None, spec: Spec) -> tuple[State, Spec]:
     return start(spec, moments, _entries), spec
 
 
-def _entries(leaf: Leaf, moment: Moment | None) -> Tensor:
+def _entries(name: str, leaf: Leaf, moment: Moment | None) -> Tensor:
     return torch.zeros(leaf.shape, dtype=torch.float64) if moment is None else entries(moment)
 
 
-def _squares(grad: Tensor) -> Tensor:
+def _squares(name: str, grad: Tensor) -> Tensor:
     """(B, *shape) → the mean square over these examples for each of them: their sum is that of the squares.
 
     One tensor of the weight's shape, seen B times, so that squares do not add up to (B, every parameter).

@@ -9,6 +9,7 @@ from funcattrib.per_example import Source
 from funcattrib.transforms.adam import adam_norm
 from funcattrib.transforms.cast import cast
 from funcattrib.transforms.clip import clip
+from funcattrib.transforms.experts import split_experts
 from funcattrib.transforms.heads import split_heads
 from funcattrib.transforms.normalize import adafactor_norm, unit_norm
 from funcattrib.transforms.precondition import precondition
@@ -25,6 +26,7 @@ FACTORIES: dict[str, Callable[..., Transform]] = {
     "project": project,
     "select": select,
     "sketch": sketch,
+    "split_experts": split_experts,
     "split_heads": split_heads,
     "unit_norm": unit_norm,
 }

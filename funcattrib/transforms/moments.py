@@ -19,14 +19,14 @@ from funcattrib.per_example import Grads, Leaf, Spec
 
 Moment = tuple[Tensor, Tensor] | Tensor
 Moments = Mapping[str, Moment]
-"""Parameter name → (r (O,), c (I,)) or v (O, I) of a matrix, v (n,) of a vector."""
+"""Parameter name → (r (O,), c (I,)) or v (O, I) of a matrix, v (n,) of a vector; a stack's axis comes before."""
 
 
-def start(spec: Spec, moments: Moments | None, of: Callable[[Leaf, Moment | None], Tensor]) -> State:
+def start(spec: Spec, moments: Moments | None, of: Callable[[str, Leaf, Moment | None], Tensor]) -> State:
     """The state of a stage before its pass, or with given moments.
 
     Args:
-        of: a leaf and its moment → what the stage keeps of it, in float64; zeros without a moment.
+        of: a leaf's name, the leaf and its moment → what the stage keeps of it, in float64; zeros without a moment.
 
     Raises:
         ChainError: a moment that is missing or does not fit.
@@ -41,7 +41,7 @@ def start(spec: Spec, moments: Moments | None, of: Callable[[Leaf, Moment | None
             moment = moments[name]
             if _shape(moment) != leaf.shape:
                 raise ChainError(f"needs moments of {name} for shape {leaf.shape}, found shape {_shape(moment)}")
-        sums[name] = of(leaf, moment)
+        sums[name] = of(name, leaf, moment)
     return {"sums": sums, "count": torch.full((), 0.0 if moments is None else 1.0, dtype=torch.float64)}
 
 

@@ -1,6 +1,7 @@
 """Normalisation of gradients: by Adafactor's factored second moments, and to unit length.
 
     adafactor   r = E[mean_j G²], c = E[mean_i G²]     G ↦ diag(r + ε)^-½ G diag(c + ε)^-½ · √mean(r)
+    kernels     the same on (o, i · spatial), shape kept; stacks of experts: each of the matrices
     vectors     v = E[g²]                              g ↦ g (v + ε)^-½
     unit norm   g ↦ g / ‖g‖ over all leaves together; a zero gradient stays zero
 
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from funcattrib.compose import State, Transform, finalize_nothing, observe_nothing
 from funcattrib.errors import ChainError
-from funcattrib.lift import Lowered, TwoSided, own
+from funcattrib.lift import Lowered, Reading, TwoSided, own
 from funcattrib.per_example import Grads, Leaf, Spec
-from funcattrib.transforms.moments import Moment, Moments, add_up, average, factors, start
+from funcattrib.transforms import kinds
+from funcattrib.transforms.moments import Moment, Moments, add_up, average, entries, factors, start
 
 
 def adafactor_norm(moments: Moments | None = None, eps: float = 1e-30) -> Transform:
@@ -30,7 +32,7 @@ def adafactor_norm(moments: Moments | None = None, eps: float = 1e-30) -> Transf
         eps: added to each moment.
 
     Raises:
-        ChainError: leaves that are neither matrices nor vectors; moments that are missing or do not fit.
+        ChainError: scalars; moments that are missing or do not fit.
 
     Example:
         >>> stage = adafactor_norm({"w": (torch.tensor([4.0, 4.0]), torch.tensor([1.0]))})
@@ -63,36 +65,48 @@ def unit_norm() -> Transform:
 
 def _init_adafactor(moments: Moments | None, spec: Spec) -> tuple[State, Spec]:
     for name, leaf in spec.items():
-        if len(leaf.shape) not in (1, 2):
-            raise ChainError(f"needs matrices or vectors; {name} has shape {leaf.shape}")
+        if not leaf.shape:
+            raise ChainError(f"needs vectors, matrices, kernels or stacks; {name} is a scalar")
     return start(spec, moments, _factors), spec
 
 
-def _factors(leaf: Leaf, moment: Moment | None) -> Tensor:
-    """r and c one after the other."""
-    return torch.zeros(sum(leaf.shape), dtype=torch.float64) if moment is None else torch.cat(factors(moment))
+def _factors(name: str, leaf: Leaf, moment: Moment | None) -> Tensor:
+    """r and c one after the other; (x, o + i) of a stack."""
+    stack = kinds.is_stack(name, leaf.shape)
+    if moment is None:
+        size = sum(kinds.sides(name, leaf.shape))
+        return torch.zeros((leaf.shape[0], size) if stack else size, dtype=torch.float64)
+    if len(leaf.shape) > 2 and not stack:
+        moment = entries(moment).flatten(1)
+    return torch.cat(factors(moment), -1)
 
 
-def _mean_squares(grad: Tensor) -> Tensor:
-    """(B, O, I) → (B, O + I): mean over columns, mean over rows; (B, n) → squares."""
+def _mean_squares(name: str, grad: Tensor) -> Tensor:
+    """(B, …, O, I) → (B, …, O + I): mean over columns, mean over rows; (B, n) → squares."""
     squares = grad * grad
-    return squares if grad.ndim == 2 else torch.cat([squares.mean(2), squares.mean(1)], 1)
+    if grad.ndim == 2:
+        return squares
+    if not kinds.is_stack(name, tuple(grad.shape[1:])):
+        squares = squares.flatten(2)
+    return torch.cat([squares.mean(-1), squares.mean(-2)], -1)
 
 
 def _apply_adafactor(state: State, grads: Grads, eps: float) -> Grads:
-    return {name: _sides(state["sums"][name], grad.shape[1:], eps).of_gradient(grad) for name, grad in grads.items()}
+    maps = {name: _map(name, state["sums"][name], tuple(grad.shape[1:]), eps) for name, grad in grads.items()}
+    return {name: maps[name].of_gradient(grad) for name, grad in grads.items()}
 
 
 def _lower_adafactor(state: State, spec: Spec, eps: float) -> Lowered:
-    return {name: own(name, _sides(state["sums"][name], leaf.shape, eps)) for name, leaf in spec.items()}
+    return {name: own(name, _map(name, state["sums"][name], leaf.shape, eps)) for name, leaf in spec.items()}
 
 
-def _sides(moments: Tensor, shape: tuple[int, ...], eps: float) -> TwoSided:
+def _map(name: str, moments: Tensor, shape: tuple[int, ...], eps: float) -> Reading:
     """diag(r)^-½ √mean(r) and diag(c)^-½; a row or column that never had a gradient is left at zero."""
     if len(shape) == 1:
         return TwoSided(_inverse_root(moments, eps))
-    r, c = moments.split(list(shape))
-    return TwoSided(_inverse_root(r, eps) * float(r.mean().sqrt()), _inverse_root(c, eps))
+    r, c = moments.split(list(kinds.sides(name, shape)), -1)
+    left, right = _inverse_root(r, eps) * r.mean(-1, keepdim=True).sqrt(), _inverse_root(c, eps)
+    return kinds.normalisation(name, shape, left, right)
 
 
 def _inverse_root(moment: Tensor, eps: float) -> Tensor:

@@ -1,6 +1,7 @@
 """Random projection of every leaf, on both sides.
 
     matrix   C(G) = L G Rᵀ, (p, q)        vector   C(g) = L g, (p,)        E⟨C(G), C(G′)⟩ = ⟨G, G′⟩
+    kernel   as a matrix (o, i · spatial)     stack of experts   each of its matrices by the same L and R, (x, p, q)
 
 L and R have entries ±1/√p (Rademacher) or N(0, 1/p), drawn from (seed, parameter name, side) alone. A side no longer
 than k is left as it is. Leaves that one parameter was divided into (heads) each have a side of their own along the axis
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from funcattrib.compose import State, Transform
 from funcattrib.errors import ChainError
-from funcattrib.lift import Lowered, TwoSided, own
+from funcattrib.lift import Lowered, Reading, TwoSided, own
 from funcattrib.per_example import Grads, Leaf, Spec
 from funcattrib.rng import generator, normal, rademacher
+from funcattrib.transforms import kinds
 from funcattrib.transforms.heads import whole
 
 Kind = Literal["rademacher", "normal"]
@@ -26,7 +28,7 @@ _DRAW = {"rademacher": rademacher, "normal": normal}
 
 
 def project(k: int = 16, kind: Kind = "rademacher", seed: int = 0) -> Transform:
-    """Project each matrix to (k, k) and each vector to (k,).
+    """Project each matrix to (k, k), a convolution's kernel likewise, each vector to (k,), and each expert of a stack.
 
     Args:
         k: coordinates a side.
@@ -54,13 +56,15 @@ def _init(spec: Spec, k: int, kind: Kind, seed: int) -> tuple[State, Spec]:
     state: dict[str, dict[str, Tensor | None]] = {}
     projected: Spec = {}
     for name, leaf in spec.items():
-        if len(leaf.shape) not in (1, 2):
-            raise ChainError(f"needs matrices or vectors; {name} has shape {leaf.shape}")
-        for axis, (side, n) in enumerate(zip(("left", "right"), leaf.shape, strict=False)):
+        if not leaf.shape:
+            raise ChainError(f"needs vectors, matrices, kernels or stacks; {name} is a scalar")
+        lengths = kinds.sides(name, leaf.shape)
+        for axis, (side, n) in enumerate(zip(("left", "right"), lengths, strict=False)):
             drawn = state.setdefault(_source(name, leaf, axis), {})
             if side not in drawn:
                 drawn[side] = _draw(_source(name, leaf, axis), side, n, k, kind, seed)
-        projected[name] = leaf._replace(shape=tuple(min(n, k) for n in leaf.shape))
+        shape = kinds.projected(name, leaf.shape, tuple(min(n, k) for n in lengths))
+        projected[name] = leaf._replace(shape=shape)
     return state, projected
 
 
@@ -74,13 +78,13 @@ def _draw(name: str, side: str, n: int, k: int, kind: Kind, seed: int) -> Tensor
 
 
 def _apply(state: State, grads: Grads) -> Grads:
-    return {name: _sides(state, name).of_gradient(grad) for name, grad in grads.items()}
+    return {name: _map(state, name, tuple(grad.shape[1:])).of_gradient(grad) for name, grad in grads.items()}
 
 
 def _lower(state: State, spec: Spec) -> Lowered:
-    return {name: own(name, _sides(state, name)) for name in spec}
+    return {name: own(name, _map(state, name, leaf.shape)) for name, leaf in spec.items()}
 
 
-def _sides(state: State, name: str) -> TwoSided:
+def _map(state: State, name: str, shape: tuple[int, ...]) -> Reading:
     sides = {**state.get(whole(name), {}), **state.get(name, {})}
-    return TwoSided(sides["left"], sides.get("right"))
+    return kinds.projection(name, shape, TwoSided(sides["left"], sides.get("right")))

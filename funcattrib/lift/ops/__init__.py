@@ -2,9 +2,16 @@
 
 from typing import Any
 
-from funcattrib.lift.ops import cross_entropy, embedding, linear, norm
+from funcattrib.lift.ops import conv, cross_entropy, embedding, experts, linear, norm
 from funcattrib.lift.parameter import Rule
 
-RULES: dict[Any, Rule] = {**linear.RULES, **embedding.RULES, **norm.RULES, **cross_entropy.RULES}
+RULES: dict[Any, Rule] = {
+    **linear.RULES,
+    **conv.RULES,
+    **embedding.RULES,
+    **norm.RULES,
+    **experts.RULES,
+    **cross_entropy.RULES,
+}
 
 __all__ = ["RULES"]
