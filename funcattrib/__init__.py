@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from funcattrib.losses import causal_lm_loss as causal_lm_loss
     from funcattrib.optimizer_state import optimizer_state as optimizer_state
     from funcattrib.per_example import per_example_grad as per_example_grad
+    from funcattrib.per_token import per_token_grad as per_token_grad
     from funcattrib.query.attributor import Attributor as Attributor
     from funcattrib.query.faiss_index import FaissConfig as FaissConfig
     from funcattrib.recipes.collect import collect_gradients as collect_gradients
@@ -75,6 +76,7 @@ _EXPORTS = {
     "open_store": "store",
     "optimizer_state": "optimizer_state",
     "per_example_grad": "per_example",
+    "per_token_grad": "per_token",
     "precondition": "transforms",
     "project": "transforms",
     "select": "transforms",

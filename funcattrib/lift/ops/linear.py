@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from funcattrib.errors import ChainError
 from funcattrib.lift.coordinates import Reading
 from funcattrib.lift.ops.frozen_linear import frozen_linear
 from funcattrib.lift.parameter import Lifted, Rule, plain
+from funcattrib.lift.per_token import summed
 from funcattrib.lift.tap import tap
 
 
@@ -21,6 +23,7 @@ def _linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if isinstance(x, Lifted):
         return NotImplemented
     if _frozen(weight):
+        by_example(x, weight)
         y = frozen_linear(x, weight.weight, plain(bias), weight.theta, weight.reading, False)
         return tap_bias(y, bias)
     y = F.linear(x, plain(weight), plain(bias))
@@ -39,7 +42,8 @@ def _addmm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return tap_bias(y, bias)
     y = torch.addmm(plain(bias), x, plain(weight))
     if isinstance(weight, Lifted):
-        kept: Any = weight.reading.keep_rows(by_example(x, weight))
+        flat = x.reshape(weight.theta.shape[0], -1, x.shape[-1])  # HF Conv1D flattens examples in their order
+        kept: Any = weight.reading.keep_rows(flat)
         y = tap(y, weight.theta, partial(_read_cols, weight.reading, weight.theta.shape[0]), kept)
     return tap_bias(y, bias)
 
@@ -57,8 +61,27 @@ def tap_bias(y: Tensor, bias: Any) -> Tensor:
 
 
 def by_example(x: Tensor, leaf: Lifted) -> Tensor:
-    """(…, i) → (E, N, i)."""
-    return x.reshape(leaf.theta.shape[0], -1, x.shape[-1])
+    """(…, i) → (E, N, i).
+
+    Raises:
+        ChainError: one probe an example, and no axis of ``x`` that counts examples (gathered tokens).
+    """
+    examples = leaf.theta.shape[0]
+    flattened = x.ndim == 2 and leaf.tokens is not None and x.shape[0] == examples * leaf.tokens
+    if examples > 1 and x.shape[0] != examples and not flattened:
+        raise ChainError(
+            f"expected an input of {examples} examples for an attributed parameter, found shape {tuple(x.shape)}: the "
+            "model gathers tokens across examples; leave this parameter out, or collect with per_example_grad"
+        )
+    return x.reshape(examples, -1, x.shape[-1])
+
+
+def _matmul(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """W @ x with x (…, in, tokens), as Mamba writes it."""
+    weight, x = args[:2]
+    if not isinstance(weight, Lifted) or not isinstance(x, Tensor) or isinstance(x, Lifted) or x.ndim < 3:
+        return NotImplemented
+    return _linear((x.mT, weight), {}).mT if weight.ndim == 2 else NotImplemented
 
 
 def _read_rows(reading: Reading, examples: int, g: Tensor, cols: Tensor) -> Tensor:
@@ -70,7 +93,7 @@ def _read_cols(reading: Reading, examples: int, g: Tensor, rows: Tensor) -> Tens
 
 
 def _read_bias(reading: Reading, examples: int, g: Tensor) -> Tensor:
-    return reading.read(reading.keep_rows(g.reshape(examples, -1, g.shape[-1]).sum(1, keepdim=True)), None)
+    return reading.read(reading.keep_rows(summed(reading, g.reshape(examples, -1, g.shape[-1]))), None)
 
 
 def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -78,4 +101,10 @@ def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any])
     return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
 
 
-RULES: dict[Any, Rule] = {F.linear: _linear, torch.addmm: _addmm}
+RULES: dict[Any, Rule] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    torch.matmul: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+}

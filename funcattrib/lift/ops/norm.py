@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from funcattrib.lift.coordinates import Reading
 from funcattrib.lift.ops.linear import tap_bias
 from funcattrib.lift.parameter import Lifted, Rule, plain
+from funcattrib.lift.per_token import summed
 from funcattrib.lift.tap import tap
 
 
@@ -61,7 +62,7 @@ def _add(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return NotImplemented
     leaf, other = (first, second) if isinstance(first, Lifted) else (second, first)
     if isinstance(other, (int, float)):
-        return Lifted(leaf.weight + other, leaf.theta, leaf.reading, leaf.rules)
+        return Lifted(leaf.weight + other, leaf.theta, leaf.reading, leaf.rules, leaf.tokens)
     if not isinstance(other, Tensor) or isinstance(other, Lifted) or leaf.ndim != 1 or other.ndim < 2:
         return NotImplemented
     return tap_bias(other + leaf.weight, leaf) if other.shape[-1] == leaf.shape[0] else NotImplemented
@@ -70,7 +71,7 @@ def _add(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _cast(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     leaf, *rest = args
     cast = getattr(leaf.weight, name)(*rest, **kwargs)
-    return Lifted(cast, leaf.theta, leaf.reading, leaf.rules)
+    return Lifted(cast, leaf.theta, leaf.reading, leaf.rules, leaf.tokens)
 
 
 def _tap_scale(y: Tensor, x: Tensor, leaf: Lifted) -> Tensor:
@@ -78,8 +79,8 @@ def _tap_scale(y: Tensor, x: Tensor, leaf: Lifted) -> Tensor:
 
 
 def _read_scale(reading: Reading, examples: int, g: Tensor, x: Tensor) -> Tensor:
-    summed = (g * x).reshape(examples, -1, g.shape[-1]).sum(1, keepdim=True)
-    return reading.read(reading.keep_rows(summed), None)
+    rows = (g * x).reshape(examples, -1, g.shape[-1])
+    return reading.read(reading.keep_rows(summed(reading, rows)), None)
 
 
 RULES: dict[Any, Rule] = {
