@@ -1,6 +1,6 @@
 """Exact top-10 of 32 queries over 200,000 × 2,304 float16 rows, beside a plain matrix product of that size.
 
-    python benchmarks/query.py [--rounds 9]
+    python -m benchmarks.query [--rounds 9]
 
 Every round runs each measurement once, in turn; ratios are taken within a round. The store is written to a temporary
 folder (0.9 GB) and is in the page cache when it is measured; the float32 matrix of the plain product takes 1.8 GB.
@@ -11,19 +11,16 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-import funcattrib
+from benchmarks.report import header
 from funcattrib.query import store_blocks, topk
 from funcattrib.store import GradientStore, Manifest, create_store, lay_out, open_store
 
@@ -121,35 +118,15 @@ def check(resident: Tensor, store: GradientStore, queries: Tensor, k: int) -> st
 
 
 def describe(asked: argparse.Namespace) -> str:
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    measured = ("funcattrib/query/topk.py", "funcattrib/store", "benchmarks/query.py")
-    commit = git("rev-parse", "--short", "HEAD") + (" with changes" if git("status", "--porcelain", *measured) else "")
-    command = ["python", "benchmarks/query.py"]
-    for name in ("rows", "width", "queries", "k", "rounds"):
-        command += [f"--{name}", str(getattr(asked, name))]
     load = ", ".join(f"{load:.1f}" for load in os.getloadavg())
-    return "\n".join(
-        [
-            f"# Exact top-{asked.k} of {asked.queries} queries over {asked.rows:,} × {asked.width:,} float16 rows",
-            "",
-            f"* {datetime.date.today()}, commit {commit}",
-            f"* {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; load average at the start {load}",
-            f"* Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, "
-            f"funcattrib {funcattrib.__version__}",
-            f"* `{' '.join(command)}`",
-            f"* medians over {asked.rounds} rounds; ratios are medians of the ratios within a round; page cache warm",
-            "",
-            "",
-        ]
-    )
-
-
-def git(*arguments: str) -> str:
-    run = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    return run.stdout.strip()
+    lines = [
+        f"# Exact top-{asked.k} of {asked.queries} queries over {asked.rows:,} × {asked.width:,} float16 rows",
+        "",
+        *header(),
+        f"* {torch.get_num_threads()} threads; load average at the start {load}",
+        f"* medians over {asked.rounds} rounds; ratios are medians of the ratios within a round; page cache warm",
+    ]
+    return "\n".join([*lines, "", ""])
 
 
 if __name__ == "__main__":

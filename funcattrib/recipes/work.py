@@ -15,9 +15,12 @@ from torch import Tensor
 from funcattrib.compose import Chain, State
 from funcattrib.data import plan
 from funcattrib.functional import Loss, Params
+from funcattrib.memory import trim
 from funcattrib.per_example import Batch, PerExample, per_example_grad
 from funcattrib.progress import Progress
 from funcattrib.store import StoreWriter
+
+_TRIM_EVERY = 8  # batches: often enough to bound what is held, too seldom to be noticed in the time
 
 Count = Callable[[int, int], None]
 """Called with the tokens and documents just finished."""
@@ -94,7 +97,9 @@ def rows_of(
     """(matrix (rows, D) float32 on the CPU, losses (rows,)) of some documents, in their order."""
     matrix, losses = torch.zeros(0), torch.zeros(len(rows))
     lengths = work.corpus.lengths[list(rows)]
-    for chosen in plan(lengths, work.budget):
+    for number, chosen in enumerate(plan(lengths, work.budget)):
+        if number % _TRIM_EVERY == 0:
+            trim()
         result = compute(work.corpus.batch([rows[i] for i in chosen], work.device))
         flat = torch.cat([grad.flatten(1).float() for grad in result.grads.values()], 1).cpu()
         if not len(matrix):
