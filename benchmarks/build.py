@@ -20,9 +20,9 @@ import funcattrib as fa
 from benchmarks import inputs
 from benchmarks.inputs import PYTHIA, pythia
 from benchmarks.report import write_result
-from funcattrib.data import Columns
+from funcattrib.data import Columns, plan
 from funcattrib.kernels import linear_cross_entropy
-from funcattrib.recipes.documents import Batches, read_documents
+from funcattrib.recipes.documents import read_documents
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     documents = read_documents(
         inputs.documents(a.documents), None, Columns(), max_length=1024, truncation=False, vocab_size=None
     )
-    batches = Batches(documents, range(len(documents.rows)), a.token_batch_size, a.device)
+    batches = [documents.batch(chosen, a.device) for chosen in plan(documents.lengths, a.token_batch_size)]
     tokens = int(documents.lengths.sum())
 
     loss, params = fa.causal_lm_loss(model)
@@ -65,7 +65,7 @@ def main() -> None:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    for batch in list(batches)[:2]:
+    for batch in batches[:2]:
         timed(step, batch), timed(floor, batch)
     rounds = []
     for _ in range(a.rounds):

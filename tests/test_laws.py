@@ -41,7 +41,7 @@ def chains():
     yield ("adafactor_norm", "project", "project_normal", "unit_norm", "cast_float16")
 
 
-@pytest.mark.parametrize("names", chains(), ids="-".join)
+@pytest.mark.parametrize("names", list(chains()), ids="-".join)
 @pytest.mark.parametrize("modules", [None, "all"])
 def test_a_lowered_chain_is_the_plain_chain(names, modules) -> None:
     loss, params = fa.causal_lm_loss(cases.causal("llama_tied"), modules=modules)
