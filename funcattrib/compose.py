@@ -78,10 +78,8 @@ class Chain(NamedTuple):
 
     def init(self, spec: Spec) -> tuple[tuple[State, ...], Spec]:
         """States before fitting, and the spec of the result."""
-        states = []
-        for stage, given in zip(self.stages, self._specs(spec), strict=False):
-            states.append(stage.init(given)[0])
-        return tuple(states), self._specs(spec)[-1]
+        states, specs = self._walk(spec)
+        return states, specs[-1]
 
     def fit(self, loss: Loss, params: Params, batches: Iterable[Batch] = ()) -> tuple[State, ...]:
         """One pass over ``batches`` for each fitted stage, upstream stages frozen; returns the chain's state.
@@ -143,15 +141,17 @@ class Chain(NamedTuple):
         device = next(iter(params.values())).device
         return map_tensors(lambda tensor: tensor.to(device), state)
 
-    def _specs(self, spec: Spec) -> list[Spec]:
-        """The spec before every stage, and after the last."""
-        specs = [spec]
+    def _walk(self, spec: Spec) -> tuple[tuple[State, ...], list[Spec]]:
+        """Every stage's first state; the spec before every stage, and after the last."""
+        states, specs = [], [spec]
         for number, stage in enumerate(self.stages, 1):
             try:
-                specs.append(stage.init(specs[-1])[1])
+                state, following = stage.init(specs[-1])
             except ChainError as error:
                 raise ChainError(f"stage {number} ({stage.name}) {error}") from None
-        return specs
+            states.append(state)
+            specs.append(following)
+        return tuple(states), specs
 
 
 Stage = Transform | Chain | Source | Callable[..., Any]
@@ -261,7 +261,7 @@ def statistics(
 def lower(chain: Chain, spec: Spec, state: tuple[State, ...]) -> tuple[Lowered, int]:
     """The longest linear prefix as one map per parameter (the identity without one), and how many stages it covers."""
     maps = {name: own(name, TwoSided()) for name in spec}
-    specs = chain._specs(spec)
+    _, specs = chain._walk(spec)
     depth = 0
     for stage, own_state, given in zip(chain.stages, state, specs, strict=False):
         further = None if stage.lower is None else _extend(maps, stage.lower(own_state, given))
