@@ -8,16 +8,16 @@ A transform sees what precedes it: its ``init`` receives the spec that the previ
 statistics are fitted on the gradients that reach it, everything before it frozen.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from funcattrib.errors import ChainError
+from funcattrib.fitting import fit
 from funcattrib.functional import Loss, Params
-from funcattrib.lift import Lowered, Lowering, Measured, TwoSided, each, own
-from funcattrib.lift.uses import single_use
+from funcattrib.lift import Lowered, Lowering, TwoSided, each, own
 from funcattrib.per_example import Batch, Grads, Leaf, PerExample, Source, Spec
 from funcattrib.tree import map_tensors
 
@@ -94,10 +94,9 @@ class Chain(NamedTuple):
 
     def bind(self, loss: Loss, params: Params, state: tuple[State, ...] | None = None) -> Callable[[Batch], PerExample]:
         """The chain as a function of the batch alone, lowered once."""
-        source = self._started()
-        spec = source.spec(params)
-        state = self._state(spec, params, state)
-        lowered, depth = lower(self, spec, state)
+        source = self.started()
+        state = self._state(source.spec(params), params, state)
+        lowered, depth = self.lowered(params, state)
         return partial(_rows, source, loss, params, lowered, self.stages[depth:], state[depth:])
 
     def __call__(self, loss: Loss, params: Params, batch: Batch, state: tuple[State, ...] | None = None) -> Grads:
@@ -106,7 +105,7 @@ class Chain(NamedTuple):
 
     def plain(self, loss: Loss, params: Params, batch: Batch, state: tuple[State, ...] | None = None) -> Grads:
         """The same without lowering: full gradients, then every stage's ``apply``. Slow; the tests' oracle."""
-        source = self._started()
+        source = self.started()
         state = self._state(source.spec(params), params, state)
         return self.apply(state, source(loss, params, batch))
 
@@ -120,7 +119,17 @@ class Chain(NamedTuple):
         """Name and settings of every stage, as the manifest keeps them."""
         return [{"name": stage.name, **settings(stage)} for stage in self.stages]
 
-    def _started(self) -> Source:
+    def lowered(self, params: Params, state: tuple[State, ...] | None = None) -> tuple[Lowered, int]:
+        """The longest linear prefix as one map per parameter, and how many stages it covers; see ``lower``."""
+        spec = self.started().spec(params)
+        return lower(self, spec, self._state(spec, params, state))
+
+    def started(self) -> Source:
+        """The source.
+
+        Raises:
+            ChainError: a chain of transforms alone.
+        """
         if self.source is None:
             raise ChainError(
                 "expected a chain that starts at a source, found transforms alone; compose(per_example_grad, …)"
@@ -200,64 +209,6 @@ def _in_order(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
     return tuple(ordered)
 
 
-def fit(chain: Chain, loss: Loss, params: Params, batches: Iterable[Batch]) -> tuple[State, ...]:
-    """See ``Chain.fit``."""
-    source = chain._started()
-    spec = source.spec(params)
-    state = list(chain.init(spec)[0])
-    to_fit = [i for i, stage in enumerate(chain.stages) if stage.fitted]
-    if len(to_fit) > 1 and isinstance(batches, Iterator):
-        raise ChainError(
-            f"expected batches that can be iterated {len(to_fit)} times, found a one-shot iterator; pass a list"
-        )
-    for at in to_fit:
-        stage = chain.stages[at]
-        before = Chain(source, chain.stages[:at])
-        own, seen = state[at], 0
-        read: Callable[[Batch], Grads] | None = None
-        for batch in batches:
-            read = read or statistics(before, stage, loss, params, tuple(state[:at]), batch)
-            own = stage.observe(own, read(batch))
-            seen += 1
-        if not seen:
-            raise ChainError(f"expected batches to fit {stage.name} on, found none")
-        state[at] = stage.finalize(own)
-    return tuple(state)
-
-
-def statistics(
-    before: Chain, stage: Transform, loss: Loss, params: Params, state: tuple[State, ...], batch: Batch
-) -> Callable[[Batch], Grads]:
-    """What ``stage.observe`` folds, as a function of the batch: gradients after ``before``, or their measure.
-
-    Where everything before the stage is linear and a weight is used once, its statistic is read inside the
-    backward pass; for the other weights the gradients are read and measured afterwards.
-    """
-    if stage.measure is None:
-        bound = before.bind(loss, params, state)
-        return lambda batch: bound(batch).grads
-    source = before._started()
-    spec = source.spec(params)
-    lowered, depth = lower(before, spec, before._state(spec, params, state))
-    whole = {
-        name for name, how in lowered.items() if how.leaves == (name,) == (how.probe,) and len(spec[name].shape) > 1
-    }
-    if depth < len(before.stages) or not whole or source.name != "torch":
-        bound = before.bind(loss, params, state)
-        return lambda batch: {name: stage.measure(name, grad) for name, grad in bound(batch).grads.items()}  # type: ignore[misc]
-    inside = single_use(loss, params, whole, {key: value[0] for key, value in batch.items()})
-    measured = {
-        name: own(name, Measured(how.reading, partial(stage.measure, name))) if name in inside else how
-        for name, how in lowered.items()
-    }
-
-    def read(batch: Batch) -> Grads:
-        grads = source.rows(loss, params, batch, measured).grads
-        return {name: grad if name in inside else stage.measure(name, grad) for name, grad in grads.items()}  # type: ignore[misc]
-
-    return read
-
-
 def lower(chain: Chain, spec: Spec, state: tuple[State, ...]) -> tuple[Lowered, int]:
     """The longest linear prefix as one map per parameter (the identity without one), and how many stages it covers."""
     maps = {name: own(name, TwoSided()) for name in spec}
@@ -325,4 +276,4 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, list, tuple, Mapping))
 
 
-__all__ = ["Chain", "Grads", "Leaf", "Spec", "State", "Transform", "compose", "fit", "lower", "settings", "statistics"]
+__all__ = ["Chain", "Grads", "Leaf", "Spec", "State", "Transform", "compose", "lower", "settings"]

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import funcattrib as fa
-from funcattrib.compose import lower, statistics
+from funcattrib.compose import lower
 from funcattrib.errors import ChainError
+from funcattrib.fitting import statistics
 from funcattrib.lift import Scale
 from tests import cases, laws
 
