@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from funcattrib.errors import FuncattribError
 from funcattrib.functional import Example, Functional, Loss, Params, functionalize
-from funcattrib.kernels.cross_entropy import IGNORED, Head, Kind, linear_cross_entropy
+from funcattrib.kernels.cross_entropy import linear_cross_entropy
+from funcattrib.kernels.head_tokens import IGNORED
+from funcattrib.kernels.logit_loss import Head, Kind
 
 Reduction = Literal["sum", "mean"]
 

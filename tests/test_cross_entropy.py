@@ -4,24 +4,39 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from funcattrib.kernels.cross_entropy import Head, linear_cross_entropy
+from funcattrib.kernels.cross_entropy import Reference, linear_cross_entropy
+from funcattrib.kernels.logit_loss import Head
 
 EXAMPLES, TOKENS, WIDTH, VOCABULARY = 3, 200, 8, 37  # more tokens than one chunk
 
 
+def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    z = hidden @ weight.T if bias is None else hidden @ weight.T + bias
+    z = z * scale
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
 def plain(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, factor: Tensor | None, head: Head
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    factor: Tensor | None,
+    head: Head,
+    reference: Reference | None,
 ) -> Tensor:
     """Σ over labelled tokens, written from the definitions."""
-    z = hidden @ weight.T if bias is None else hidden @ weight.T + bias
-    z = z * head.scale
-    z = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+    z = logits(hidden, weight, bias, head.scale, head.softcap)
     labelled = target != -100
     y = torch.nn.functional.one_hot(target.clamp(min=0), VOCABULARY).to(z.dtype)
     if head.kind == "ce":
         wanted = (1 - head.smoothing) * y + head.smoothing / VOCABULARY
         per_token = -(wanted * torch.log_softmax(z, -1)).sum(-1)
+    elif head.kind == "kl":
+        q = torch.distributions.Categorical(logits=logits(*reference, *head.reference))
+        per_token = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=z), q)
     else:
         p = (y * torch.softmax(z, -1)).sum(-1)
         per_token = -(p.log() - (1 - p).log())
@@ -39,6 +54,9 @@ def inputs() -> dict[str, Tensor]:
         "weight": (VOCABULARY, WIDTH),
         "bias": (VOCABULARY,),
         "factor": (EXAMPLES, TOKENS),
+        "reference_hidden": (EXAMPLES, TOKENS, WIDTH + 3),
+        "reference_weight": (VOCABULARY, WIDTH + 3),
+        "reference_bias": (VOCABULARY,),
     }
     tensors = {n: torch.randn(*shape, generator=generator, dtype=torch.float64) for n, shape in draw.items()}
     tensors["factor"][0, :50] = 0
@@ -52,6 +70,8 @@ HEADS = {
     "soft-capped": Head(softcap=1.5, scale=2.0),
     "log-odds": Head(kind="log_odds"),
     "log-odds, soft-capped": Head(kind="log_odds", softcap=3.0),
+    "divergence": Head(kind="kl"),
+    "divergence, soft-capped": Head(kind="kl", scale=0.5, softcap=2.0, reference=(0.7, 1.5)),
 }
 
 
@@ -63,9 +83,16 @@ HEADS = {
 def test_loss_and_gradients(name, extras, dtype) -> None:
     head, x = HEADS[name], inputs()
     bias, factor = (x[n] if n in extras else None for n in ("bias", "factor"))
+    reference = None
+    if head.kind == "kl":
+        reference = Reference(*(x[f"reference_{n}"].to(dtype) for n in ("hidden", "weight")), None)
+        if bias is not None:
+            reference = reference._replace(bias=x["reference_bias"].to(dtype))
+    exact_reference = reference and Reference(*(t if t is None else t.double() for t in reference))
     leaves = [t for t in (x["hidden"], x["weight"], bias) if t is not None]
     leaves = [t.to(dtype).double().requires_grad_() for t in leaves]
-    expected = plain(leaves[0], leaves[1], leaves[2] if bias is not None else None, x["target"], factor, head)
+    own_bias = leaves[2] if bias is not None else None
+    expected = plain(leaves[0], leaves[1], own_bias, x["target"], factor, head, exact_reference)
     scale = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
     wanted = torch.autograd.grad((expected * scale).sum(), leaves)
     close = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
@@ -76,19 +103,25 @@ def test_loss_and_gradients(name, extras, dtype) -> None:
     own = [t.detach().to(dtype).requires_grad_() for t in leaves]
     own_bias = own[2] if bias is not None else None
     own_factor = None if factor is None else factor.to(dtype)
-    loss = linear_cross_entropy(own[0], own[1], x["target"], own_bias, own_factor, head)
+    loss = linear_cross_entropy(own[0], own[1], x["target"], own_bias, own_factor, head, reference)
     check(loss, expected.detach())
     for a, b in zip(torch.autograd.grad((loss * scale.to(loss.dtype)).sum(), own), wanted, strict=True):
         check(a, b)
 
-    def one(parameters, hidden, target, factor):
+    def one(parameters, hidden, target, factor, reference_hidden):
         a = None if own_factor is None else factor[None]
         b = parameters[1] if bias is not None else None
-        return linear_cross_entropy(hidden[None], parameters[0], target[None], b, a, head)[0]
+        r = reference and reference._replace(hidden=reference_hidden[None])
+        return linear_cross_entropy(hidden[None], parameters[0], target[None], b, a, head, r)[0]
 
     parameters = tuple(t.detach() for t in own[1:])
-    rows = vmap(grad(one, argnums=(0, 1)), in_dims=(None, 0, 0, 0))(
-        parameters, own[0].detach(), x["target"], own_factor if own_factor is not None else x["hidden"][..., 0]
+    unused = x["hidden"]
+    rows = vmap(grad(one, argnums=(0, 1)), in_dims=(None, 0, 0, 0, 0))(
+        parameters,
+        own[0].detach(),
+        x["target"],
+        own_factor if own_factor is not None else unused[..., 0],
+        unused if reference is None else reference.hidden,
     )
     check((rows[1] * scale.to(dtype)[:, None, None]), wanted[0])
     for ours, exact in zip(rows[0], wanted[1:], strict=True):
@@ -103,3 +136,33 @@ def test_certain_tokens_stay_finite() -> None:
         torch.testing.assert_close(loss, torch.tensor([4 * expected]))
     wrong = linear_cross_entropy(hidden, weight, torch.tensor([[1, 2, 3, 0]]))
     torch.testing.assert_close(wrong, torch.tensor([800.0]))
+
+
+def test_the_same_distribution_has_no_divergence() -> None:
+    x, head = inputs(), Head(kind="kl")
+    hidden, weight = x["hidden"].float() * 5, x["weight"].float()
+    hidden.requires_grad_()
+    loss = linear_cross_entropy(
+        hidden, weight, x["target"], head=head, reference=Reference(hidden.detach(), weight.clone())
+    )
+    assert not loss.any()
+    assert not torch.autograd.grad(loss.sum(), hidden)[0].any()
+
+
+def test_gradients_of_the_weight_are_summed_as_they_come() -> None:
+    """In batched autograd no gradient an example is held: one (V, d) is all there is beside the chunk."""
+    examples, vocabulary, width = 64, 500, 64
+    hidden = torch.randn(examples, 4, width)
+    weight = torch.randn(vocabulary, width, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.randint(0, vocabulary, (examples, 4))).sum()
+    made = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            made.append(out.numel() if isinstance(out, Tensor) else 0)
+            return out
+
+    with Sizes():
+        torch.autograd.grad(loss, weight)
+    assert max(made) <= max(vocabulary * width, 2 * 128 * vocabulary)

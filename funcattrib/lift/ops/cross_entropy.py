@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcattrib.kernels.cross_entropy import Head, head_loss, head_weight_gradient, linear_cross_entropy
+from funcattrib.kernels.cross_entropy import head_loss, linear_cross_entropy
+from funcattrib.kernels.head_gradient import read_weight_gradients
+from funcattrib.kernels.head_tokens import Operands
+from funcattrib.kernels.logit_loss import Head
 from funcattrib.lift.coordinates import Reading, Then, TwoSided
 from funcattrib.lift.factors import Side
 from funcattrib.lift.ops.linear import by_example
@@ -20,24 +23,24 @@ from funcattrib.lift.tap import tap
 
 
 def _head(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    hidden, weight, target, bias, token_weights, head = args
+    hidden, weight, target, bias, token_weights, head, reference = args
     dense_bias = bias.dense("the head's bias") if isinstance(bias, Lifted) else bias
     if not isinstance(weight, Lifted):
-        return linear_cross_entropy(hidden, weight, target, dense_bias, token_weights, head)
+        return linear_cross_entropy(hidden, weight, target, dense_bias, token_weights, head, reference)
+    x = Operands(hidden, plain(weight), target, dense_bias, token_weights, *(reference or ()))
     reading = weight.reading
     left = _left(reading)
     if isinstance(reading, PerToken) and (left is None or left.ndim == 1):
         whole = torch.eye(weight.shape[0], dtype=weight.dtype, device=weight.device)
-        loss, rows = head_loss(hidden, plain(weight), target, dense_bias, token_weights, whole, head)
+        loss, rows = head_loss(x, whole, head)
         kept_whole: Any = reading.keep_cols(by_example(hidden, weight))
         return tap(loss, weight.theta, partial(_read_whole, reading, weight.theta.shape[0]), rows, kept_whole)
     if left is not None and left.ndim == 2:
-        loss, rows = head_loss(hidden, plain(weight), target, dense_bias, token_weights, left, head)
+        loss, rows = head_loss(x, left, head)
         kept: Any = reading.keep_cols(by_example(hidden, weight))
         return tap(loss, weight.theta, partial(_read, reading, weight.theta.shape[0]), rows, kept)
-    loss, _ = head_loss(hidden, plain(weight), target, dense_bias, token_weights, None, head)
-    formed = partial(_read_formed, reading, head)
-    return tap(loss, weight.theta, formed, hidden, plain(weight), target, dense_bias, token_weights)
+    loss, _ = head_loss(x, None, head)
+    return tap(loss, weight.theta, partial(_read_formed, reading, head), *x)
 
 
 def _left(reading: Reading) -> Side:
@@ -59,17 +62,8 @@ def _read(reading: Reading, examples: int, g: Tensor, rows: Tensor, cols: Tensor
     return reading.read(scaled.reshape(examples, -1, rows.shape[-1]), cols)
 
 
-def _read_formed(
-    reading: Reading,
-    head: Head,
-    g: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    token_weights: Tensor | None,
-) -> Tensor:
-    return head_weight_gradient(g, hidden, weight, target, bias, token_weights, head, reading.of_gradient)
+def _read_formed(reading: Reading, head: Head, g: Tensor, *operands: Any) -> Tensor:
+    return read_weight_gradients(g, Operands(*operands), head, reading.of_gradient)
 
 
 RULES: dict[Any, Rule] = {linear_cross_entropy: _head}
