@@ -13,7 +13,7 @@ from torch import nn
 import funcattrib as fa
 from funcattrib.data import Columns
 from funcattrib.query.attributor import Attributor
-from funcattrib.recipes import collect
+from funcattrib.recipes import collect, work
 from funcattrib.store import StoreWriter
 from tests import cases, tiny
 from tests.store_run import contents
@@ -129,14 +129,14 @@ def test_normalizer_is_fitted_once_and_kept(tmp_path: Path, monkeypatch: pytest.
     assert_rows(whole, torch.stack(rows), 1e-4)
 
     put, fits = StoreWriter.put, []
-    fit = fa.Chain.fit
+    passes = work.passes
 
     def dies(writer: StoreWriter, shard: int, *rest: object) -> None:
         if shard == 2:
             raise KeyboardInterrupt
         put(writer, shard, *rest)
 
-    monkeypatch.setattr(fa.Chain, "fit", lambda *args: fits.append(1) or fit(*args))
+    monkeypatch.setattr(work, "passes", lambda *args: (fits.append(1) or state for state in passes(*args)))
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(StoreWriter, "put", dies)
         build(tmp_path / "run", **settings)

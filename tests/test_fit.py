@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import funcattrib as fa
+from funcattrib import fitting
 from funcattrib.recipes.collect import collect_gradients, fit_gradients
 from tests import cases
+from tests.store_run import contents
 
 ROWS = [{"input_ids": [3, 5, 7, 9, 11, 2][: 2 + i % 5]} for i in range(12)]
 COMMON = {"normalizer": "adafactor", "projection_dim": 4, "quiet": True, "dtype": "float32"}
@@ -34,6 +36,73 @@ def test_a_state_that_does_not_fit_is_refused_by_name(what, name, settings, tmp_
     fitted = fit_gradients(cases.causal("gpt_neox"), ROWS, path=tmp_path / "state", **COMMON)
     with pytest.raises(fa.ChainError, match=f"a state for this {what}"):
         collect_gradients(cases.causal(name), ROWS, path=tmp_path / "run", state=fitted.path, **{**COMMON, **settings})
+
+
+TWO_PASSES = {**COMMON, "precondition": "parameter", "token_batch_size": 12, "rows_per_shard": 5}
+
+
+def observed(monkeypatch: pytest.MonkeyPatch, dies_at: int | None = None) -> list[str]:
+    """The name of the stage of every batch that is folded into a state; dies before that of number ``dies_at``."""
+    seen: list[str] = []
+    build = fitting.statistics
+
+    def watched(before, stage, *rest):
+        read = build(before, stage, *rest)
+
+        def counted(batch):
+            if len(seen) == dies_at:
+                raise KeyboardInterrupt
+            seen.append(stage.name)
+            return read(batch)
+
+        return counted
+
+    monkeypatch.setattr(fitting, "statistics", watched)
+    return seen
+
+
+@pytest.mark.parametrize("collect", [fit_gradients, collect_gradients])
+def test_a_fit_that_was_killed_goes_on_with_the_pass_it_was_in(collect, tmp_path, monkeypatch) -> None:
+    model = cases.causal("gpt_neox")
+    with monkeypatch.context() as patched:
+        whole = observed(patched)
+        collect(model, ROWS, path=tmp_path / "whole", **TWO_PASSES)
+    batches = len(whole) // 2
+    assert whole == ["adafactor_norm"] * batches + ["precondition"] * batches
+    assert batches > 2
+    again: list[str] = []
+    for dies_at in (batches - 1, batches + 1, None):  # in the first pass, in the second after the first anew, never
+        with monkeypatch.context() as patched:
+            seen = observed(patched, dies_at)
+            if dies_at is None:
+                collect(model, ROWS, path=tmp_path / "run", **TWO_PASSES)
+            else:
+                with pytest.raises(KeyboardInterrupt):
+                    collect(model, ROWS, path=tmp_path / "run", **TWO_PASSES)
+            again.append("".join(name[2] for name in seen))
+    assert again == ["a" * (batches - 1), "a" * batches + "e", "e" * batches]
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        seen = observed(patched)
+        collect(model, ROWS, path=tmp_path / "run", **TWO_PASSES)
+    assert not seen
+
+
+def test_an_interrupted_fit_is_no_state_yet(tmp_path, monkeypatch) -> None:
+    model = cases.causal("gpt_neox")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        observed(patched, 8)
+        fit_gradients(model, ROWS, path=tmp_path / "state", **TWO_PASSES)
+    with (
+        pytest.raises(fa.ChainError, match=r"a fitted state at .*, found an interrupted run"),
+        pytest.warns(UserWarning, match="unfinished"),
+    ):
+        collect_gradients(model, ROWS, path=tmp_path / "run", state=tmp_path / "state", **TWO_PASSES)
+    assert not (tmp_path / "run").exists()
+    # Another run in its place starts at the first pass.
+    seen = observed(monkeypatch)
+    fit_gradients(model, ROWS, path=tmp_path / "state", overwrite=True, **{**TWO_PASSES, "damping": 0.2})
+    assert seen.count("adafactor_norm") == seen.count("precondition") > 0
 
 
 def test_a_loss_of_ones_own_fills_a_store(tmp_path) -> None:

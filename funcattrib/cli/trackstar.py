@@ -8,7 +8,7 @@ import tyro
 
 from funcattrib.cli.config_file import settings
 from funcattrib.cli.say import reports_on_stderr
-from funcattrib.recipes.config import DataConfig, GradientConfig, ModelConfig
+from funcattrib.recipes.config import DataConfig, ModelConfig, RowConfig
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Trackstar:
     """Damping of the preconditioner, in units of the mean eigenvalue."""
     optimizer_state: Path | None = None
     """An optimizer's saved state: its second moments take the place of a pass over the data."""
-    gradients: GradientConfig = field(default_factory=lambda: GradientConfig(loss="log_odds", normalizer="adafactor"))
+    gradients: RowConfig = field(default_factory=lambda: RowConfig(loss="log_odds"))
     overwrite: bool = False
     """Begin anew where OUT holds another run."""
     top_k: int = 3
@@ -56,7 +56,6 @@ def run(config: Trackstar) -> int | None:
     loaded = load_from(config.model)
     source = source_of(loaded, config.data)
     gradients = asdict(config.gradients)
-    del gradients["normalizer"]
     if not gradients["modules"]:
         del gradients["modules"]
     moments = None

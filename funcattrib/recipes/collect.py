@@ -9,13 +9,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from funcattrib import tree
-from funcattrib.compose import Chain, State
+from funcattrib.compose import Chain
 from funcattrib.recipes.documents import Records
 from funcattrib.recipes.explain import explained
-from funcattrib.recipes.prepare import Model, Prepared, Source, given_state, prepare, settings_of
-from funcattrib.recipes.work import fill, fit_state, template
-from funcattrib.store import GradientStore, Manifest, StoreWriter, create_store, open_store
+from funcattrib.recipes.prepare import Model, Source, prepare, settings_of, state_of
+from funcattrib.recipes.work import fill, fit_state
+from funcattrib.store import GradientStore, Manifest, create_store, open_store
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +65,7 @@ def collect_gradients(
             writer.save_config(config)
         if writer.pending:
             with explained():
-                fitted = _state(prepared, writer, state, gradients.fit_documents)
-                fill(prepared.work, writer, fitted)
+                fill(prepared.work, writer, state_of(prepared, writer, gradients.fit_documents))
         finished = writer.finish()
     if not source.quiet:
         _warn(finished)
@@ -86,6 +84,8 @@ def fit_gradients(
 ) -> GradientStore:
     """Fit a chain's state on a data set and keep it at ``path``: a store with a state and no rows.
 
+    The state is kept after every pass over the data; the same call goes on with the pass that was interrupted.
+
     Arguments and errors are those of ``collect_gradients``, whose ``state`` takes the folder.
     """
     source, gradients = _split(data, settings)
@@ -93,20 +93,11 @@ def fit_gradients(
     with create_store(path, replace(prepared.manifest, rows=0), overwrite=overwrite) as writer:
         if config is not None:
             writer.save_config(config)
-        if writer.load_state() is None:
+        if not writer.manifest.complete:
             with explained():
-                writer.save_state(tree.flatten(fit_state(prepared.work, gradients.fit_documents)))
+                fit_state(prepared.work, gradients.fit_documents, writer)
         writer.finish()
     return open_store(path)
-
-
-def _state(prepared: Prepared, writer: StoreWriter, given: str | Path | None, fit_documents: int) -> State:
-    """The chain's state: what an earlier run saved, or the one given, or fitted now; saved with the rows."""
-    if (saved := writer.load_state()) is not None:
-        return tree.restore(template(prepared.work), saved)
-    fitted = fit_state(prepared.work, fit_documents) if given is None else given_state(given, prepared)
-    writer.save_state(tree.flatten(fitted))
-    return fitted
 
 
 def _split(data: Records | str, settings: Mapping[str, Any]) -> tuple[Source, Any]:

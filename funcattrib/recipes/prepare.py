@@ -10,19 +10,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from funcattrib import tree
-from funcattrib.compose import Chain, State, compose
+from funcattrib.compose import Chain, State
 from funcattrib.data import Columns, load
 from funcattrib.errors import ChainError, FuncattribError
 from funcattrib.functional import Loss, Params
 from funcattrib.loading import context_length, fingerprint, load_model, model_identity, vocabulary
 from funcattrib.losses import causal_lm_loss
 from funcattrib.per_example import per_example_grad
+from funcattrib.recipes.chains import chain_of
 from funcattrib.recipes.config import GradientConfig
 from funcattrib.recipes.documents import Records, read_documents
 from funcattrib.recipes.examples import Examples
-from funcattrib.recipes.work import Corpus, Work, template
-from funcattrib.store import Manifest, lay_out, open_store
-from funcattrib.transforms import adafactor_norm, project
+from funcattrib.recipes.work import Corpus, Work, fit_state, template
+from funcattrib.store import GradientStore, Manifest, StoreWriter, lay_out, open_store
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +61,11 @@ class Source:
 
 
 class Prepared(NamedTuple):
-    """What is computed, and the manifest of what comes out."""
+    """What is computed, the manifest of what comes out, and the store whose state was given."""
 
     work: Work
     manifest: Manifest
+    given: GradientStore | None
 
 
 def prepare(
@@ -75,14 +76,14 @@ def prepare(
     Raises:
         FuncattribError: bad input of any kind.
     """
-    loss, params, identity, corpus = (
+    loss, params, module, identity, corpus = (
         _own_loss(model, source) if isinstance(model, tuple) else _language_model(model, source, gradients)
     )
-    chain = chain or chain_of(gradients)
-    spec = chain.init(per_example_grad.spec(params))[1]
+    chain = chain or chain_of(gradients, module)
+    first, spec = chain.init(per_example_grad.spec(params))
+    given = None if state is None else open_store(state)
     leaves = lay_out({name: leaf.shape for name, leaf in spec.items()})
     rows_per_shard = gradients.rows_per_shard or max(1, min(_SHARD_ROWS, _SHARD_BYTES // (4 * leaves[-1].stop)))
-    fitted_on = {"state": _state_hash(state)} if state is not None else {"fit_documents": gradients.fit_documents}
     manifest = Manifest(
         model=identity,
         data={
@@ -98,7 +99,7 @@ def prepare(
             "modules": list(gradients.modules),
             "exclude": list(gradients.exclude),
         },
-        computed_with={"token_batch_size": gradients.token_batch_size, **fitted_on},
+        computed_with={"token_batch_size": gradients.token_batch_size, **_fitted_on(chain, first, given, gradients)},
         chain=chain.describe(),
         seed=gradients.seed,
         leaves=leaves,
@@ -107,25 +108,27 @@ def prepare(
         rows_per_shard=rows_per_shard,
         extra=corpus.notes(),
     )
-    return Prepared(Work(loss, params, chain, corpus, gradients.token_batch_size, source.quiet), manifest)
+    prepared = Prepared(Work(loss, params, chain, corpus, gradients.token_batch_size, source.quiet), manifest, given)
+    if given is not None:
+        _check_given(manifest, given)
+    return prepared
 
 
-def chain_of(gradients: GradientConfig) -> Chain:
-    """The chain that the settings ask for: normalizer, then projection (TrackStar's order)."""
-    stages: list[Any] = [adafactor_norm()] if gradients.normalizer == "adafactor" else []
-    if gradients.projection_dim:
-        stages.append(project(gradients.projection_dim, kind=gradients.projection_type, seed=gradients.seed))
-    return compose(per_example_grad, *stages)
+def state_of(prepared: Prepared, writer: StoreWriter, fit_documents: int) -> State:
+    """The chain's state: what an earlier run saved, or the one given, or fitted now; saved with the rows."""
+    if prepared.given is None or writer.load_state() is not None:
+        return fit_state(prepared.work, fit_documents, writer)
+    saved = prepared.given.state()
+    state = tree.restore(template(prepared.work), saved)
+    writer.save_state(saved)
+    return state
 
 
-def given_state(path: str | Path, prepared: Prepared) -> State:
-    """The state that ``funcattrib fit`` (or an earlier build) left at ``path``.
-
-    Raises:
-        ChainError: it was fitted for another model, chain, or set of parameters; the message names which.
-    """
-    fitted = open_store(path)
-    wanted, found = prepared.manifest, fitted.manifest
+def _check_given(wanted: Manifest, given: GradientStore) -> None:
+    """Refuse a state that was fitted for another model, chain, or set of parameters; the message names which."""
+    found, path = given.manifest, given.path
+    if found.state is None:
+        raise ChainError(f"expected a fitted state at {path}, found an interrupted run; finish it with its own command")
     for what, ours, theirs in (
         ("model", wanted.model["fingerprint"], found.model["fingerprint"]),
         ("chain", wanted.chain, found.chain),
@@ -136,7 +139,6 @@ def given_state(path: str | Path, prepared: Prepared) -> State:
                 f"expected a state for this {what}, found one for another at {path} ({_difference(ours, theirs)}); "
                 "fit one with the same settings"
             )
-    return tree.restore(template(prepared.work), fitted.state())
 
 
 def settings_of(values: Mapping[str, Any]) -> GradientConfig:
@@ -151,12 +153,12 @@ def settings_of(values: Mapping[str, Any]) -> GradientConfig:
     globs = {
         name: (value,) if isinstance(value, str) else tuple(value or ())
         for name, value in values.items()
-        if name in ("modules", "exclude")
+        if name in ("modules", "exclude", "split_attention_modules")
     }
     return GradientConfig(**{**values, **globs})
 
 
-_Parts = tuple[Loss, Mapping[str, Tensor], dict[str, Any], Corpus]
+_Parts = tuple[Loss, Mapping[str, Tensor], nn.Module | Params, dict[str, Any], Corpus]
 
 
 def _language_model(model: nn.Module | str, source: Source, gradients: GradientConfig) -> _Parts:
@@ -184,7 +186,7 @@ def _language_model(model: nn.Module | str, source: Source, gradients: GradientC
         modules=gradients.modules or None,
         exclude=gradients.exclude,
     )
-    return loss, params, model_identity(model, name, source.revision), documents
+    return loss, params, model, model_identity(model, name, source.revision), documents
 
 
 def _own_loss(model: tuple[Loss, Params], source: Source) -> _Parts:
@@ -197,13 +199,23 @@ def _own_loss(model: tuple[Loss, Params], source: Source) -> _Parts:
     name = source.model_name or getattr(loss, "__qualname__", type(loss).__name__)
     dtype = str(next(iter(params.values())).dtype).removeprefix("torch.")
     identity = {"id": name, "revision": None, "architecture": "own loss", "dtype": dtype}
-    return loss, params, {**identity, "fingerprint": fingerprint(params)}, Examples(records)
+    return loss, params, params, {**identity, "fingerprint": fingerprint(params)}, Examples(records)
 
 
-def _state_hash(path: str | Path) -> str | None:
-    """SHA-256 of the state file, by which stores made with different states are told apart."""
-    kept = open_store(path).manifest.state
-    return None if kept is None else kept.sha256
+def _fitted_on(chain: Chain, first: State, given: GradientStore | None, gradients: GradientConfig) -> dict[str, Any]:
+    """What a state comes from: the one given by its file's SHA-256, or documents and the numbers a stage was given.
+
+    Stores made with different moments or Gram matrices are told apart by it.
+    """
+    if given is not None:
+        return {"state": None if given.manifest.state is None else given.manifest.state.sha256}
+    numbers = {
+        f"{at}/{name}": tensor
+        for at, (stage, own) in enumerate(zip(chain.stages, first, strict=True))
+        if not stage.fitted
+        for name, tensor in tree.flatten(own).items()
+    }
+    return {"fit_documents": gradients.fit_documents, **({"given": fingerprint(numbers)} if numbers else {})}
 
 
 def _difference(ours: Any, theirs: Any) -> str:

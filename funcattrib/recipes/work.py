@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from funcattrib import tree
 from funcattrib.compose import Chain, State
 from funcattrib.data import plan
+from funcattrib.fitting import passes
 from funcattrib.functional import Loss, Params
 from funcattrib.memory import trim
 from funcattrib.per_example import Batch, PerExample, per_example_grad
@@ -67,15 +69,29 @@ def template(work: Work) -> State:
     return work.chain.init(per_example_grad.spec(work.params))[0]
 
 
-def fit_state(work: Work, most: int) -> State:
-    """The chain's state, fitted on at most ``most`` documents spread evenly over the corpus (all where 0)."""
-    passes = sum(stage.fitted for stage in work.chain.stages)
-    if not passes:
-        return template(work)
+def fit_state(work: Work, most: int, writer: StoreWriter) -> State:
+    """The chain's state, fitted on at most ``most`` documents spread evenly over the corpus (all where 0).
+
+    It is saved after every pass, and an interrupted fit goes on with the pass that it was in.
+    """
+    if (saved := writer.load_state()) is not None:
+        return tree.restore(template(work), saved)
+    state, done = template(work), 0
+    if (partial := writer.load_fit()) is not None:
+        state, done = tree.restore(state, partial[0]), partial[1]
+    wanted = sum(stage.fitted for stage in work.chain.stages)
     lengths = work.corpus.lengths
     chosen = np.asarray(spread(len(lengths), most))
-    with progress(work, "fit", int(lengths[chosen].sum()) * passes) as bar:
-        return work.chain.fit(work.loss, work.params, Batches(work, chosen, bar.update))
+    tokens = int(lengths[chosen].sum())
+    if done < wanted:
+        with progress(work, "fit", tokens * wanted, tokens * done) as bar:
+            batches = Batches(work, chosen, bar.update)
+            for after in passes(work.chain, work.loss, work.params, batches, state, done):
+                state, done = after, done + 1
+                if done < wanted:
+                    writer.save_fit(tree.flatten(state), done)
+    writer.save_state(tree.flatten(state))
+    return state
 
 
 def fill(work: Work, writer: StoreWriter, state: State) -> None:

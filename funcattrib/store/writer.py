@@ -27,7 +27,10 @@ from funcattrib.store.manifest import FILE, Manifest
 from funcattrib.store.write_shard import Job, write_shard
 
 STATE = "state.safetensors"
+FIT = "fit.safetensors"  # a state that still lacks passes over the data, until there is a STATE
 CONFIG = "config.yaml"
+
+_PASSES = "passes"  # of the tensors in FIT; a state's own are numbered by stage
 
 # Shards that wait while one is written: enough to overlap, and a bound on memory.
 _WAITING = 2
@@ -106,9 +109,23 @@ class StoreWriter:
 
     def save_state(self, state: Mapping[str, Tensor]) -> None:
         """Save the chain's fitted state as `state.safetensors`; on a complete store, do nothing."""
-        if self.manifest.complete:
-            return
-        with replacing(self.path / STATE) as temporary:
+        if not self.manifest.complete:
+            self._save(state, STATE)
+            (self.path / FIT).unlink(missing_ok=True)
+
+    def save_fit(self, state: Mapping[str, Tensor], passes: int) -> None:
+        """Save a state on which only the first `passes` passes over the data were made, to go on with."""
+        self._save({**state, _PASSES: torch.tensor(passes)}, FIT)
+
+    def load_fit(self) -> tuple[dict[str, Tensor], int] | None:
+        """What `save_fit` kept: the state, and the passes made; None where there is none."""
+        if not (self.path / FIT).exists():
+            return None
+        state = safetensors.torch.load_file(self.path / FIT)
+        return state, int(state.pop(_PASSES))
+
+    def _save(self, state: Mapping[str, Tensor], file: str) -> None:
+        with replacing(self.path / file) as temporary:
             try:
                 safetensors.torch.save_file(_own_memory(state), temporary)
             except SafetensorError as error:
