@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import funcattrib as fa
-from funcattrib.losses import LanguageModel
+from funcattrib.language_model import LanguageModel
 from tests import cases
 
 EVERY = [*cases.CAUSAL, cases.TIED]

@@ -28,8 +28,14 @@ def weight_gradient(scale: Tensor, x: Operands, head: Head) -> Tensor:
     return whole[0]
 
 
+def bias_gradients(scale: Tensor, x: Operands, head: Head) -> Tensor:
+    """scale_e Σ_n (∂ℓ/∂z)_n of each example, (E, V)."""
+    rows: Tensor = _Bias.apply(scale, *x, head, len(scale))
+    return rows
+
+
 def bias_gradient(scale: Tensor, x: Operands, head: Head) -> Tensor:
-    """Σ_e scale_e Σ_n (∂ℓ/∂z)_n, (V,)."""
+    """The same summed over the examples, (V,)."""
     whole: Tensor = _Bias.apply(scale, *x, head, 1)
     return whole[0]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from funcattrib.kernels.cross_entropy import head_loss, linear_cross_entropy
-from funcattrib.kernels.head_gradient import read_weight_gradients
+from funcattrib.kernels.head_gradient import bias_gradients, read_weight_gradients
 from funcattrib.kernels.head_tokens import Operands
 from funcattrib.kernels.logit_loss import Head
 from funcattrib.lift.coordinates import Reading, Then, TwoSided
@@ -24,23 +24,37 @@ from funcattrib.lift.tap import tap
 
 def _head(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     hidden, weight, target, bias, token_weights, head, reference = args
-    dense_bias = bias.dense("the head's bias") if isinstance(bias, Lifted) else bias
-    if not isinstance(weight, Lifted):
-        return linear_cross_entropy(hidden, weight, target, dense_bias, token_weights, head, reference)
-    x = Operands(hidden, plain(weight), target, dense_bias, token_weights, *(reference or ()))
+    x = Operands(hidden, plain(weight), target, plain(bias), token_weights, *(reference or ()))
+    loss = _tap_weight(x, weight, head) if isinstance(weight, Lifted) else head_loss(x, None, head)[0]
+    return _tap_bias(loss, x, bias, head) if isinstance(bias, Lifted) else loss
+
+
+def _tap_weight(x: Operands, weight: Lifted, head: Head) -> Tensor:
     reading = weight.reading
     left = _left(reading)
     if isinstance(reading, PerToken) and (left is None or left.ndim == 1):
-        whole = torch.eye(weight.shape[0], dtype=weight.dtype, device=weight.device)
-        loss, rows = head_loss(x, whole, head)
-        kept_whole: Any = reading.keep_cols(by_example(hidden, weight))
+        loss, rows = head_loss(x, _whole(x), head)
+        kept_whole: Any = reading.keep_cols(by_example(x.hidden, weight))
         return tap(loss, weight.theta, partial(_read_whole, reading, weight.theta.shape[0]), rows, kept_whole)
     if left is not None and left.ndim == 2:
         loss, rows = head_loss(x, left, head)
-        kept: Any = reading.keep_cols(by_example(hidden, weight))
+        kept: Any = reading.keep_cols(by_example(x.hidden, weight))
         return tap(loss, weight.theta, partial(_read, reading, weight.theta.shape[0]), rows, kept)
     loss, _ = head_loss(x, None, head)
     return tap(loss, weight.theta, partial(_read_formed, reading, head), *x)
+
+
+def _tap_bias(loss: Tensor, x: Operands, bias: Lifted, head: Head) -> Tensor:
+    """G_b = Σ_n (∂ℓ/∂z)_n."""
+    if isinstance(bias.reading, PerToken):
+        rows = head_loss(x, _whole(x), head)[1]
+        return tap(loss, bias.theta, partial(_read_whole, bias.reading, bias.theta.shape[0]), rows, None)
+    return tap(loss, bias.theta, partial(_read_bias, bias.reading, head), *x)
+
+
+def _whole(x: Operands) -> Tensor:
+    """A left side that keeps the gradients of the logits as they are."""
+    return torch.eye(x.weight.shape[0], dtype=x.weight.dtype, device=x.weight.device)
 
 
 def _left(reading: Reading) -> Side:
@@ -52,7 +66,7 @@ def _left(reading: Reading) -> Side:
     return reading.left if isinstance(reading, TwoSided) else None
 
 
-def _read_whole(reading: Reading, examples: int, g: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+def _read_whole(reading: Reading, examples: int, g: Tensor, rows: Tensor, cols: Tensor | None) -> Tensor:
     scaled: Any = reading.keep_rows((rows * g[:, None, None].to(rows.dtype)).reshape(examples, -1, rows.shape[-1]))
     return reading.read(scaled, cols)
 
@@ -64,6 +78,10 @@ def _read(reading: Reading, examples: int, g: Tensor, rows: Tensor, cols: Tensor
 
 def _read_formed(reading: Reading, head: Head, g: Tensor, *operands: Any) -> Tensor:
     return read_weight_gradients(g, Operands(*operands), head, reading.of_gradient)
+
+
+def _read_bias(reading: Reading, head: Head, g: Tensor, *operands: Any) -> Tensor:
+    return reading.of_gradient(bias_gradients(g, Operands(*operands), head))
 
 
 RULES: dict[Any, Rule] = {linear_cross_entropy: _head}
