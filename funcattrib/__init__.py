@@ -38,11 +38,14 @@ if TYPE_CHECKING:
     from funcattrib.transforms import AttentionConfig as AttentionConfig
     from funcattrib.transforms import adafactor_norm as adafactor_norm
     from funcattrib.transforms import adam_norm as adam_norm
+    from funcattrib.transforms import against as against
     from funcattrib.transforms import cast as cast
     from funcattrib.transforms import clip as clip
+    from funcattrib.transforms import nearest as nearest
     from funcattrib.transforms import precondition as precondition
     from funcattrib.transforms import project as project
     from funcattrib.transforms import select as select
+    from funcattrib.transforms import self_influence as self_influence
     from funcattrib.transforms import sketch as sketch
     from funcattrib.transforms import split_experts as split_experts
     from funcattrib.transforms import split_heads as split_heads
@@ -64,6 +67,7 @@ _EXPORTS = {
     "Transform": "compose",
     "adafactor_norm": "transforms",
     "adam_norm": "transforms",
+    "against": "transforms",
     "attention_configs": "attention",
     "cast": "transforms",
     "causal_lm_loss": "losses",
@@ -77,9 +81,11 @@ _EXPORTS = {
     "optimizer_state": "optimizer_state",
     "per_example_grad": "per_example",
     "per_token_grad": "per_token",
+    "nearest": "transforms",
     "precondition": "transforms",
     "project": "transforms",
     "select": "transforms",
+    "self_influence": "transforms",
     "sketch": "transforms",
     "split_experts": "transforms",
     "split_heads": "transforms",

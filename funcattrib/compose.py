@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from funcattrib.condensed import reader
 from funcattrib.errors import ChainError
 from funcattrib.fitting import fit
 from funcattrib.functional import Loss, Params
-from funcattrib.lift import Lowered, Lowering, TwoSided, each, own
+from funcattrib.lift import Lowered, TwoSided, extend, own
 from funcattrib.per_example import Batch, Grads, Leaf, PerExample, Source, Spec
 from funcattrib.tree import map_tensors
 
@@ -53,6 +54,8 @@ class Transform(NamedTuple):
         measure: leaf by leaf, its name and gradients (B, *shape) → the statistic (B, …) that ``observe`` folds. Where
             given, the statistic is read in the backward pass and the gradients are never held together.
         precedes: names of stages that this one can only stand before; ``compose`` moves it before the first of them.
+        condense: a reading, linear or not, of each incoming leaf by itself, from which alone ``apply`` works: it then
+            receives those in place of gradients, which are never held together.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Transform(NamedTuple):
     lower: Callable[[State, Spec], Lowered] | None = None
     measure: Callable[[str, Tensor], Tensor] | None = None
     precedes: tuple[str, ...] = ()
+    condense: Callable[[State, Spec], Lowered] | None = None
 
     @property
     def fitted(self) -> bool:
@@ -97,7 +101,12 @@ class Chain(NamedTuple):
         source = self.started()
         state = self._state(source.spec(params), params, state)
         lowered, depth = self.lowered(params, state)
-        return partial(_rows, source, loss, params, lowered, self.stages[depth:], state[depth:])
+        rest, behind = self.stages[depth:], state[depth:]
+        if rest and rest[0].condense is not None:
+            arriving = self._walk(source.spec(params))[1][depth]
+            statistics = rest[0].condense(behind[0], arriving)
+            return _Condensed(source, loss, params, lowered, rest, behind, statistics)
+        return partial(_rows, source, loss, params, lowered, rest, behind)
 
     def __call__(self, loss: Loss, params: Params, batch: Batch, state: tuple[State, ...] | None = None) -> Grads:
         """Transformed per-example gradients, name → (B, *shape)."""
@@ -112,7 +121,7 @@ class Chain(NamedTuple):
     def apply(self, state: tuple[State, ...], grads: Grads) -> Grads:
         """Every stage's ``apply`` in order, on gradients that are already there."""
         for stage, its_state in zip(self.stages, state, strict=True):
-            grads = stage.apply(its_state, grads)
+            grads = applied(stage, its_state, grads)
         return grads
 
     def describe(self) -> list[dict[str, Any]]:
@@ -215,30 +224,11 @@ def lower(chain: Chain, spec: Spec, state: tuple[State, ...]) -> tuple[Lowered, 
     _, specs = chain._walk(spec)
     depth = 0
     for stage, own_state, given in zip(chain.stages, state, specs, strict=False):
-        further = None if stage.lower is None else _extend(maps, stage.lower(own_state, given))
+        further = None if stage.lower is None else extend(maps, stage.lower(own_state, given))
         if further is None:
             break
         maps, depth = further, depth + 1
     return {name: how._replace(reading=how.reading.to(spec[name].dtype)) for name, how in maps.items()}, depth
-
-
-def _extend(maps: Mapping[str, Lowering], stage: Lowered) -> dict[str, Lowering] | None:
-    """Every parameter's map with a stage's behind it; None where the two do not combine."""
-    extended = {}
-    for name, how in maps.items():
-        if how.probe != name:
-            return None
-        seconds = {leaf: stage[leaf] for leaf in how.leaves if leaf in stage}
-        if len(how.leaves) == 1:
-            for leaf, second in seconds.items():
-                probe = name if second.probe == leaf else second.probe
-                extended[name] = second._replace(reading=second.reading.after(how.reading), probe=probe)
-        elif any(second.probe != leaf or second.leaves != (leaf,) for leaf, second in seconds.items()):
-            return None
-        elif seconds:
-            behind = [seconds[leaf].reading if leaf in seconds else None for leaf in how.leaves]
-            extended[name] = Lowering(each(how.reading, behind), name, tuple(seconds))
-    return extended
 
 
 def settings(stage: Transform) -> dict[str, Any]:
@@ -248,6 +238,14 @@ def settings(stage: Transform) -> dict[str, Any]:
         if isinstance(function, partial):
             bound |= {key: value for key, value in function.keywords.items() if _is_plain(value)}
     return bound
+
+
+def applied(stage: Transform, state: State, grads: Grads) -> Grads:
+    """One stage on gradients that are already there."""
+    if stage.condense is None:
+        return stage.apply(state, grads)
+    maps = stage.condense(state, {name: Leaf(tuple(grad.shape[1:]), grad.dtype) for name, grad in grads.items()})
+    return stage.apply(state, {name: maps[name].reading.of_gradient(grad) for name, grad in grads.items()})
 
 
 def _rows(
@@ -264,6 +262,30 @@ def _rows(
     return PerExample(grads, result.losses)
 
 
+class _Condensed:
+    """Rows of a chain that condenses behind its linear prefix: which weights can, the first batch shows."""
+
+    def __init__(
+        self,
+        source: Source,
+        loss: Loss,
+        params: Params,
+        lowered: Lowered,
+        rest: tuple[Transform, ...],
+        state: tuple[State, ...],
+        statistics: Lowered,
+    ) -> None:
+        self._begin = partial(reader, source, loss, params, lowered, statistics)
+        self._read: Callable[[Batch], PerExample] | None = None
+        self._rest, self._state = rest, state
+
+    def __call__(self, batch: Batch) -> PerExample:
+        self._read = self._read or self._begin(batch)
+        result = self._read(batch)
+        first = self._rest[0].apply(self._state[0], result.grads)
+        return PerExample(Chain(None, self._rest[1:]).apply(self._state[1:], first), result.losses)
+
+
 def _resolve(stage: Any, number: int) -> Transform | Chain | Source:
     if not isinstance(stage, (Transform, Chain, Source)) and callable(stage):
         stage = stage()
@@ -276,4 +298,4 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, list, tuple, Mapping))
 
 
-__all__ = ["Chain", "Grads", "Leaf", "Spec", "State", "Transform", "compose", "lower", "settings"]
+__all__ = ["Chain", "Grads", "Leaf", "Spec", "State", "Transform", "applied", "compose", "lower", "settings"]

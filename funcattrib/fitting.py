@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from funcattrib.condensed import reader
 from funcattrib.errors import ChainError
 from funcattrib.functional import Loss, Params
-from funcattrib.lift import Measured, own
-from funcattrib.lift.uses import single_use
+from funcattrib.lift import Measured, TwoSided, own
 from funcattrib.per_example import Batch, Grads
 
 if TYPE_CHECKING:
@@ -78,23 +78,11 @@ def statistics(
     if stage.measure is None:
         bound = before.bind(loss, params, state)
         return lambda batch: bound(batch).grads
-    source = before.started()
-    spec = source.spec(params)
-    lowered, depth = before.lowered(params, state)
-    whole = {
-        name for name, how in lowered.items() if how.leaves == (name,) == (how.probe,) and len(spec[name].shape) > 1
-    }
-    if depth < len(before.stages) or not whole or source.name != "torch":
+    measure, (lowered, depth) = stage.measure, before.lowered(params, state)
+    if depth < len(before.stages):
         bound = before.bind(loss, params, state)
-        return lambda batch: {name: stage.measure(name, grad) for name, grad in bound(batch).grads.items()}  # type: ignore[misc]
-    inside = single_use(loss, params, whole, {key: value[0] for key, value in batch.items()})
-    measured = {
-        name: own(name, Measured(how.reading, partial(stage.measure, name))) if name in inside else how
-        for name, how in lowered.items()
-    }
-
-    def read(batch: Batch) -> Grads:
-        grads = source.rows(loss, params, batch, measured).grads
-        return {name: grad if name in inside else stage.measure(name, grad) for name, grad in grads.items()}  # type: ignore[misc]
-
-    return read
+        return lambda batch: {name: measure(name, grad) for name, grad in bound(batch).grads.items()}
+    leaves = [leaf for how in lowered.values() for leaf in how.leaves]
+    measured = {leaf: own(leaf, Measured(TwoSided(), partial(measure, leaf))) for leaf in leaves}
+    read = reader(before.started(), loss, params, lowered, measured, batch)
+    return lambda batch: read(batch).grads

@@ -127,6 +127,17 @@ HEADS = {
 }
 """For the leaves of ``laws.VECTORS``."""
 
+
+def against(**settings) -> Transform:
+    """Three seeded queries of whatever leaves arrive."""
+
+    def queries(spec: fa.Spec) -> dict[str, Tensor]:
+        generators = {name: torch.Generator().manual_seed(len(name)) for name in spec}
+        return {name: torch.randn(3, *leaf.shape, generator=generators[name]) for name, leaf in spec.items()}
+
+    return fa.against({}, **settings)._replace(init=lambda spec: fa.against(queries(spec), **settings).init(spec))
+
+
 TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "project": lambda: fa.project(5),
     "project_normal": lambda: fa.project(5, kind="normal", seed=3),
@@ -148,4 +159,8 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "cast_float16": lambda: fa.cast("float16"),
     "cast_bfloat16": lambda: fa.cast("bfloat16"),
     "cast_int8": lambda: fa.cast("int8"),
+    "against": against,
+    "against_by_leaf": lambda: against(by="leaf"),
+    "against_unit_norm": lambda: against(unit_norm=True),
+    "self_influence": fa.self_influence,
 }

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import funcattrib as fa
 from funcattrib import tree
-from funcattrib.compose import Chain, Transform, settings
+from funcattrib.compose import Chain, Transform, applied, settings
 from funcattrib.lift import unpack
 from funcattrib.per_example import Grads, Spec
 
@@ -55,15 +55,15 @@ def close(a: Grads, b: Grads, tolerance: float = 1e-5) -> None:
 def apply_is_row_by_row(transform: Transform, spec: Spec) -> None:
     values = grads(6, spec)
     state = fitted(transform, [values], spec)
-    whole = transform.apply(state, values)
+    whole = applied(transform, state, values)
     for b in range(6):
-        alone = transform.apply(state, {n: v[b : b + 1] for n, v in values.items()})
+        alone = applied(transform, state, {n: v[b : b + 1] for n, v in values.items()})
         close({n: v[b : b + 1] for n, v in whole.items()}, alone)
 
 
 def announced_spec_is_produced(transform: Transform, spec: Spec) -> None:
     state = fitted(transform, [grads(3, spec)], spec)
-    produced = transform.apply(state, grads(3, spec))
+    produced = applied(transform, state, grads(3, spec))
     announced = {name: (leaf.shape, leaf.dtype) for name, leaf in transform.init(spec)[1].items()}
     assert {n: (tuple(v.shape[1:]), v.dtype) for n, v in produced.items()} == announced
 
@@ -78,7 +78,7 @@ def lowered_is_plain(transform: Transform, spec: Spec) -> None:
     by_probe: Grads = {}
     for name, how in maps.items():  # parameters that share a probe add up in it
         by_probe[how.probe] = by_probe.get(how.probe, 0) + how.reading.of_gradient(values[name])
-    close(unpack(maps, by_probe), transform.apply(state, values))
+    close(unpack(maps, by_probe), applied(transform, state, values))
     for name, reading in readings.items():  # ⟨C(G), θ⟩ = ⟨G, C*(θ)⟩
         theta = torch.randn(reading.coordinates_shape(spec[name].shape))
         left = (reading.of_gradient(values[name]) * theta).flatten(1).sum(1)
@@ -104,22 +104,24 @@ def state_survives_a_file(transform: Transform, spec: Spec, folder) -> None:
     save_file({k: v.contiguous() for k, v in flat.items()}, folder / "state.safetensors")
     restored = tree.restore(transform.init(spec)[0], load_file(folder / "state.safetensors"))
     assert all(torch.equal(a, b) for a, b in zip(tree.flatten(restored).values(), flat.values(), strict=True))
-    same(transform.apply(restored, grads(2, spec)), transform.apply(state, grads(2, spec)))
+    same(applied(transform, restored, grads(2, spec)), applied(transform, state, grads(2, spec)))
 
 
 def other_leaves_do_not_matter(transform: Transform, spec: Spec) -> None:
     bound = settings(transform)
     joint = bound.get("groups", "parameter") != "parameter" or bound.get("dtype") == "int8"
-    if transform.name in ("unit_norm", "sketch", "clip") or joint:  # over all leaves together, on purpose
+    if (
+        transform.name in ("unit_norm", "sketch", "clip", "against", "self_influence") or joint
+    ):  # over all leaves together, on purpose
         return
     values = grads(4, spec)
-    whole = transform.apply(fitted(transform, [values], spec), values)
+    whole = applied(transform, fitted(transform, [values], spec), values)
     for name in {leaf.partition("#")[0] for leaf in whole}:
         if transform.name.startswith("split_") and name in whole:
             continue  # was not divided, and alone there is nothing to divide
         own, part = {name: spec[name]}, {name: values[name]}
         leaves = {leaf: grad for leaf, grad in whole.items() if leaf.partition("#")[0] == name}
-        same(leaves, transform.apply(fitted(transform, [part], own), part))
+        same(leaves, applied(transform, fitted(transform, [part], own), part))
 
 
 def same(a: Grads, b: Grads) -> None:

@@ -89,7 +89,7 @@ def trackstar(
         columns, told = columns.mean(0, keepdim=True), [{"id": f"mean of {len(told)} queries"}]
     manifest = scores_manifest(
         train.manifest,
-        query.manifest,
+        of=[query.manifest],
         method={
             "name": "trackstar",
             "score": score,

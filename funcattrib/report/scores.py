@@ -17,8 +17,9 @@ def scores_table(scores: Scores, top_k: int, *, width: int | None = None) -> str
     found = scores.topk(top_k)
     for query, values, best in zip(scores.queries[:_SHOWN], found.values, found.rows, strict=False):
         hits = [
-            Hit(i, float(v), int(r), scores.examples[int(r)])
+            Hit(i, float(v), int(r), scores.example(int(r)))
             for i, (v, r) in enumerate(zip(values, best, strict=True), 1)
+            if r >= 0
         ]
         asked = _text(query)
         parts.append(f"\n{asked[:160]}\n{hits_table(hits, asked, width=width)}")

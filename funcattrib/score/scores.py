@@ -1,10 +1,12 @@
 """Scores on disk: one row a training example, in the data set's order, one float32 column a query.
 
-They are kept as a store is (shards, manifest, resume, lock; ``docs/store.md``), with the queries as the columns of a
-row. Positive means proponent: a step that unlearns the training example raises the query's loss.
+They are kept as a store is (shards, manifest, resume, lock; ``docs/store.md``): one leaf ``scores`` with the queries as
+its columns, or by module one leaf a parameter, whose sum over leaves is the score. Where only the best rows of each
+query were kept, they are the store's state and ``best.parquet``. Positive means proponent: a step that unlearns the
+training example raises the query's loss.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-import torch
+from torch import Tensor
 
 from funcattrib.errors import FuncattribError, StoreError
-from funcattrib.query.topk import TopK, topk
+from funcattrib.query.topk import TopK
+from funcattrib.score.best import Best, fold, nothing
 from funcattrib.store import GradientStore, Manifest, lay_out, open_store
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_LEAF = "scores"
+BEST = "best.parquet"
+_BLOCK = 8192
 
 
 class Scores:
@@ -31,39 +35,84 @@ class Scores:
         path: the folder.
         manifest: how they were made.
         queries: what is told of each query, one dict a column.
+        kept: how many rows of each query were kept, best first; None where all were.
+        modules: leaf names, where each one's part was kept; else none.
     """
 
     def __init__(self, store: GradientStore) -> None:
         self._store = store
         self.path, self.manifest = store.path, store.manifest
         self.queries: list[dict[str, Any]] = list(store.manifest.extra["queries"])
+        self.kept: int | None = store.manifest.computed_with.get("top_k")
+        self.modules = [] if list(store.leaves) == ["scores"] else list(store.leaves)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, queries)."""
-        return len(self._store), self._store.width
+        rows = len(self._store) if self.kept is None else int(self.manifest.extra["rows"])
+        return rows, len(self.queries)
 
     @property
     def examples(self) -> "Dataset":
         """What is told of each row's example, memory-mapped."""
+        self._whole()
         return self._store.examples
 
     def __len__(self) -> int:
-        return len(self._store)
+        return self.shape[0]
 
     def __getitem__(self, key: Any) -> np.ndarray:
-        return self._store.matrix()[key]
+        self._whole()
+        if not self.modules:
+            return self._store.matrix()[key]
+        rows, *columns = key if isinstance(key, tuple) else (key,)
+        summed = sum(self._store[name][rows] for name in self.modules)
+        return np.asarray(summed)[(..., *columns)] if columns else np.asarray(summed)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self._store.matrix(), dtype)
+        return np.asarray(self[:], dtype)
+
+    def part(self, module: str) -> Any:
+        """One parameter's (or head's) part of the scores, (rows, queries), which slices like an array."""
+        if module not in self.modules:
+            has = f"{', '.join(self.modules[:3])}, …" if self.modules else "none: score with --granularity module"
+            raise FuncattribError(f"expected a module of the scores, found {module!r}; there are {has}")
+        return self._store[module]
+
+    def example(self, row: int) -> dict[str, Any]:
+        """What is told of one row's example."""
+        if self.kept is None:
+            return dict(self._store.examples[row])
+        table = pyarrow.parquet.read_table(self.path / BEST, filters=[("row", "==", row)])
+        return {name: values[0] for name, values in table.slice(0, 1).to_pydict().items() if name not in _PLACE}
 
     def topk(self, k: int = 10, *, reverse: bool = False) -> TopK:
-        """The k highest (``reverse``: lowest) scoring rows of each query, values and rows (queries, k)."""
-        blocks, start = [], 0
-        for block in self._store.matrix().blocks(8192):
-            blocks.append((start, block))
+        """The k highest (``reverse``: lowest) scoring rows of each query, values and rows (queries, k).
+
+        Rows whose score is NaN or infinite are left out; a place that is left empty has NaN and row -1.
+        """
+        if k < 1:
+            raise FuncattribError(f"expected k of at least 1, found {k}")
+        if self.kept is not None:
+            if reverse or k > self.kept:
+                raise FuncattribError(
+                    f"expected at most the best {self.kept} of each query, which alone were kept, found "
+                    f"{'the lowest' if reverse else k}; score again with a larger --top-k, or without"
+                )
+            state = self._store.state()
+            return Best(state["values"], state["rows"]).found(k)
+        best, start, sign = nothing(len(self.queries)), 0, -1.0 if reverse else 1.0
+        for block in self.blocks():
+            best = fold(best, sign * block, start, k)
             start += len(block)
-        return topk(blocks, torch.eye(self.shape[1]), k, largest=not reverse)
+        return best.found(k, sign)
+
+    def blocks(self, rows: int = _BLOCK) -> Iterator[Tensor]:
+        """The scores in blocks of rows (n, queries), float32."""
+        self._whole()
+        count = len(self.queries)
+        for block in self._store.matrix().blocks(rows):
+            yield block.unflatten(1, (-1, count)).sum(1) if self.modules else block
 
     def to_parquet(self, path: str | Path) -> None:
         """Write the examples with a column ``score_K`` for every query K."""
@@ -75,6 +124,28 @@ class Scores:
         except OSError as error:
             raise FuncattribError(f"expected to write {path}: {error}; choose another file") from error
 
+    def _whole(self) -> None:
+        if self.kept is not None:
+            raise FuncattribError(
+                f"expected every row's scores in {self.path}, found the best {self.kept} of each query alone; "
+                f"use topk, or read {BEST}"
+            )
+
+
+_PLACE = ("query", "rank", "row", "score")
+"""Columns of ``best.parquet`` before what is told of the example."""
+
+
+def best_table(best: Best, shown: Mapping[int, Mapping[str, Any]]) -> pa.Table:
+    """``best.parquet``: query, rank (from 1), row, score, and what is told of each example."""
+    places = [
+        {"query": query, "rank": rank, "row": int(row), "score": float(value), **shown[int(row)]}
+        for query, (values, rows) in enumerate(zip(best.values, best.rows, strict=True))
+        for rank, (value, row) in enumerate(zip(values, rows, strict=True), 1)
+        if row >= 0
+    ]
+    return pa.Table.from_pylist(places) if places else pa.table({name: [] for name in _PLACE})
+
 
 def open_scores(path: str | Path) -> Scores:
     """Open the scores in folder ``path``.
@@ -83,25 +154,40 @@ def open_scores(path: str | Path) -> Scores:
         StoreError: no scores there, or files that are missing or cut short.
     """
     store = open_store(path)
-    if list(store.leaves) != [_LEAF] or "queries" not in store.manifest.extra:
+    if "queries" not in store.manifest.extra:
         raise StoreError(f"expected scores at {path}, found a store of gradients; open it with open_store")
     return Scores(store)
 
 
 def scores_manifest(
-    train: Manifest, query: Manifest, *, method: Mapping[str, Any], queries: Sequence[Mapping[str, Any]]
+    train: Manifest,
+    *,
+    method: Mapping[str, Any],
+    queries: Sequence[Mapping[str, Any]],
+    of: Sequence[Manifest] = (),
+    modules: Sequence[str] = (),
 ) -> Manifest:
-    """The manifest of the scores of ``train``'s rows against ``queries``, which came from ``query``.
+    """The manifest of the scores of ``train``'s rows against ``queries``, which came from the stores ``of``.
+
+    Args:
+        method: how the scores were made, for people and for a resume to compare.
+        modules: leaf names, where each one's part is kept.
 
     Raises:
-        FuncattribError: the two were made by different models, chains or states; the message names which.
+        FuncattribError: the gradients were made by different models, chains or states; the message names which.
     """
-    check_comparable(train, query)
+    for query in of:
+        check_comparable(train, query)
+    leaves = lay_out(dict.fromkeys(modules or ["scores"], (len(queries),)))
     return replace(
         train,
-        leaves=lay_out({_LEAF: (len(queries),)}),
+        leaves=leaves,
         dtype="float32",
-        computed_with={"method": dict(method), "query_data": query.data["fingerprint"]},
+        computed_with={
+            **train.computed_with,
+            "method": dict(method),
+            "query_data": [query.data["fingerprint"] for query in of],
+        },
         extra={"queries": [dict(entry) for entry in queries]},
         shards=[],
         complete=False,
@@ -117,15 +203,36 @@ def check_comparable(train: Manifest, query: Manifest) -> None:
     Raises:
         FuncattribError: naming the first difference.
     """
-    state_train, state_query = (None if m.state is None else m.state.sha256 for m in (train, query))
     for what, ours, theirs in (
         ("model", train.model["fingerprint"], query.model["fingerprint"]),
         ("chain", train.chain, query.chain),
         ("leaves", train.leaves, query.leaves),
-        ("fitted state", state_train, state_query),
+        ("fitted state", _state_of(train), _state_of(query)),
     ):
         if ours != theirs:
             raise FuncattribError(
-                f"expected queries of the same {what} as the training gradients, found another\n"
-                "compute both with the same settings and the same --state"
+                f"expected queries of the same {what} as the training gradients, found another"
+                f"{_where(what, ours, theirs)}\ncompute both with the same settings and the same --state"
             )
+
+
+def _state_of(manifest: Manifest) -> str | None:
+    """SHA-256 of the fitted state that the rows were computed with."""
+    return manifest.computed_with.get("state") if manifest.state is None else manifest.state.sha256
+
+
+def _where(what: str, ours: Any, theirs: Any) -> str:
+    if what == "chain":
+        return f": {_stages(theirs)}, where the training gradients have {_stages(ours)}"
+    if what == "leaves":
+        names = [{leaf.name: leaf.shape for leaf in leaves} for leaves in (ours, theirs)]
+        differing = [name for name in {**names[0], **names[1]} if names[0].get(name) != names[1].get(name)]
+        return f" ({len(theirs)} beside {len(ours)}, differing in {differing[0]})" if differing else " (in order)"
+    return f" ({str(theirs)[:12]} beside {str(ours)[:12]})"
+
+
+def _stages(chain: Sequence[Mapping[str, Any]]) -> str:
+    def told(stage: Mapping[str, Any]) -> str:
+        return f"{stage['name']}({', '.join(f'{k}={v}' for k, v in stage.items() if k != 'name')})"
+
+    return " → ".join(map(told, chain)) or "no transforms"

@@ -1,6 +1,7 @@
 """Transforms of per-example gradients, one family a file."""
 
 from funcattrib.transforms.adam import adam_norm
+from funcattrib.transforms.against import against, nearest, self_influence
 from funcattrib.transforms.cast import cast
 from funcattrib.transforms.clip import clip
 from funcattrib.transforms.experts import split_experts
@@ -15,11 +16,14 @@ __all__ = [
     "AttentionConfig",
     "adafactor_norm",
     "adam_norm",
+    "against",
     "cast",
     "clip",
+    "nearest",
     "precondition",
     "project",
     "select",
+    "self_influence",
     "sketch",
     "split_experts",
     "split_heads",

@@ -1,0 +1,42 @@
+"""Statistics of gradients, read leaf by leaf inside the backward pass.
+
+What is not linear in the gradient (squares, a norm) has no probe whose gradient it is, but one tapped operation can
+hand it over all the same. A weight that is used twice, or through an operation without a rule, has its gradient read
+first.
+"""
+
+from collections.abc import Callable
+
+from funcattrib.functional import Loss, Params
+from funcattrib.lift import Lowered, extend
+from funcattrib.lift.uses import single_use
+from funcattrib.per_example import Batch, PerExample, Source
+
+
+def reader(
+    source: Source, loss: Loss, params: Params, maps: Lowered, statistics: Lowered, batch: Batch
+) -> Callable[[Batch], PerExample]:
+    """Each leaf's statistic as a function of the batch.
+
+    Args:
+        maps: the linear maps before, by parameter.
+        statistics: leaf → the reading of what comes out of them, linear or not.
+        batch: any batch: its first example shows which weights are used once.
+    """
+    behind = extend(maps, statistics)
+    inside: set[str] = set()
+    if behind is not None and source.name.startswith("torch"):
+        whole = {name for name in maps if len(params[name].shape) > 1}
+        inside = single_use(loss, params, whole, {key: value[0] for key, value in batch.items()}) if whole else whole
+    joined = {name: behind[name] if behind and name in inside else how for name, how in maps.items()}
+    finished = {leaf for name in inside for leaf in maps[name].leaves}
+
+    def read(batch: Batch) -> PerExample:
+        result = source.rows(loss, params, batch, joined)
+        grads = {
+            leaf: grad if leaf in finished else statistics[leaf].reading.of_gradient(grad)
+            for leaf, grad in result.grads.items()
+        }
+        return PerExample(grads, result.losses)
+
+    return read
