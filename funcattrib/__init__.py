@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from funcattrib.query.faiss_index import FaissConfig as FaissConfig
     from funcattrib.recipes.collect import collect_gradients as collect_gradients
     from funcattrib.store import open_store as open_store
+    from funcattrib.training import collect as collect
+    from funcattrib.training import GradientCollector as GradientCollector
     from funcattrib.transforms import AttentionConfig as AttentionConfig
     from funcattrib.transforms import adafactor_norm as adafactor_norm
     from funcattrib.transforms import adam_norm as adam_norm
@@ -60,6 +62,7 @@ _EXPORTS = {
     "DataError": "errors",
     "FaissConfig": "query.faiss_index",
     "FuncattribError": "errors",
+    "GradientCollector": "training",
     "Grads": "compose",
     "Leaf": "compose",
     "Spec": "compose",
@@ -72,6 +75,7 @@ _EXPORTS = {
     "cast": "transforms",
     "causal_lm_loss": "losses",
     "clip": "transforms",
+    "collect": "training",
     "collect_gradients": "recipes.collect",
     "compose": "compose",
     "functionalize": "functional",

@@ -168,13 +168,12 @@ def test_trace_needs_a_forward_and_a_backward_pass(runs) -> None:
         summed_loss(model, batch_of(QUERIES))
 
 
-def test_trace_refuses_gradient_checkpointing(runs) -> None:
+def test_trace_with_gradient_checkpointing(runs) -> None:
     model, found = copy.deepcopy(cases.causal("llama")).train(), attributor(runs("llama"), "llama")
-    for module in model.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = True
-    with pytest.raises(fa.FuncattribError, match="expected gradient checkpointing off"), found.trace(model, 2):
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    with found.trace(model, 2) as traced:
         summed_loss(model, batch_of(QUERIES)).backward()
+    assert traced.rows.tolist() == found.search(found.gradients(QUERIES), 2).rows.tolist()
 
 
 @pytest.mark.parametrize("unit_norm", [False, True])

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from funcattrib import tree
 from funcattrib.batched import collecting
-from funcattrib.compose import Chain, lower
+from funcattrib.compose import Chain
 from funcattrib.data import Columns, Rows, collate, plan, tokenize
 from funcattrib.errors import FuncattribError
 from funcattrib.functional import choose
@@ -186,9 +186,7 @@ class Attributor:
         result = Trace()
         with collecting(model, params, chain, state) as collected:
             yield result
-        depth = lower(chain, spec(params), state)[1]
-        grads = Chain(None, chain.stages[depth:]).apply(state[depth:], collected.coordinates())
-        found = self.search(grads, k, reverse=reverse)
+        found = self.search(collected.grads(), k, reverse=reverse)
         result.scores, result.rows = found.values, found.rows
         result.hits = [self.hits(v, r) for v, r in zip(found.values, found.rows, strict=True)]
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcattrib.errors import ChainError
 from funcattrib.kernels.experts import expert_linear, expert_outer
 from funcattrib.kernels.fold import fold, unfold
 from funcattrib.lift.coordinates import Reading
@@ -24,11 +25,26 @@ def _expert_linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return NotImplemented
     y = expert_linear(x, weight.weight, expert, transposed)
     stack, rest = of_tokens(weight.reading)
-    examples = weight.theta.shape[0]
-    x_ESI, expert_ES = x.reshape(examples, -1, x.shape[-1]), expert.reshape(examples, -1)
+    examples = _in_order(x, weight)
+    x_ESI, expert_ES = x.detach().reshape(examples, -1, x.shape[-1]), expert.reshape(examples, -1)
     kept = stack.rows_of(x_ESI, expert_ES) if transposed else stack.cols_of(x_ESI, expert_ES)
     read = partial(_read, stack, rest, weight.weight.shape[0], transposed, examples)
     return tap(y, weight.theta, read, kept, expert_ES)
+
+
+def _in_order(x: Tensor, leaf: Lifted) -> int:
+    """How many examples the tokens belong to, which must follow one another, each as many times as it has experts.
+
+    Raises:
+        ChainError: one probe an example, and tokens that need not be in the examples' order.
+    """
+    examples = leaf.theta.shape[0]
+    if examples > 1 and (not leaf.tokens or x.shape[0] % (examples * leaf.tokens)):
+        raise ChainError(
+            f"expected the tokens of {examples} examples of equal length for attributed experts, found {x.shape[0]} of "
+            f"them ({leaf.tokens} a row of the input); leave the experts out, or collect with per_example_grad"
+        )
+    return examples
 
 
 def _read(

@@ -28,7 +28,7 @@ def _linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return tap_bias(y, bias)
     y = F.linear(x, plain(weight), plain(bias))
     if isinstance(weight, Lifted):
-        kept: Any = weight.reading.keep_cols(by_example(x, weight))
+        kept: Any = weight.reading.keep_cols(by_example(x.detach(), weight))  # no graph of what only the probe reads
         y = tap(y, weight.theta, partial(_read_rows, weight.reading, weight.theta.shape[0]), kept)
     return tap_bias(y, bias)
 
@@ -38,11 +38,12 @@ def _addmm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if isinstance(x, Lifted) or kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1:
         return NotImplemented
     if _frozen(weight):
+        by_example(x, weight)
         y = frozen_linear(x, weight.weight, plain(bias), weight.theta, weight.reading, True)
         return tap_bias(y, bias)
     y = torch.addmm(plain(bias), x, plain(weight))
     if isinstance(weight, Lifted):
-        flat = x.reshape(weight.theta.shape[0], -1, x.shape[-1])  # HF Conv1D flattens examples in their order
+        flat = by_example(x.detach(), weight)  # HF Conv1D flattens examples in their order
         kept: Any = weight.reading.keep_rows(flat)
         y = tap(y, weight.theta, partial(_read_cols, weight.reading, weight.theta.shape[0]), kept)
     return tap_bias(y, bias)
