@@ -34,9 +34,13 @@ if TYPE_CHECKING:
     from funcattrib.query.attributor import Attributor as Attributor
     from funcattrib.query.faiss_index import FaissConfig as FaissConfig
     from funcattrib.recipes.collect import collect_gradients as collect_gradients
+    from funcattrib.recipes.collect import fit_gradients as fit_gradients
+    from funcattrib.recipes.reduce import reduce_gradients as reduce_gradients
+    from funcattrib.recipes.score import score_gradients as score_gradients
+    from funcattrib.score import open_scores as open_scores
     from funcattrib.store import open_store as open_store
-    from funcattrib.training import collect as collect
     from funcattrib.training import GradientCollector as GradientCollector
+    from funcattrib.training import collect as collect
     from funcattrib.transforms import AttentionConfig as AttentionConfig
     from funcattrib.transforms import adafactor_norm as adafactor_norm
     from funcattrib.transforms import adam_norm as adam_norm
@@ -78,9 +82,11 @@ _EXPORTS = {
     "collect": "training",
     "collect_gradients": "recipes.collect",
     "compose": "compose",
+    "fit_gradients": "recipes.collect",
     "functionalize": "functional",
     "gram_of": "curvature",
     "mix": "curvature",
+    "open_scores": "score",
     "open_store": "store",
     "optimizer_state": "optimizer_state",
     "per_example_grad": "per_example",
@@ -88,6 +94,8 @@ _EXPORTS = {
     "nearest": "transforms",
     "precondition": "transforms",
     "project": "transforms",
+    "reduce_gradients": "recipes.reduce",
+    "score_gradients": "recipes.score",
     "select": "transforms",
     "self_influence": "transforms",
     "sketch": "transforms",

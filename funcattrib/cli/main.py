@@ -37,6 +37,16 @@ COMMANDS: dict[str, Command] = {
     "fit": Command(
         "funcattrib.cli.fit", "Fit the statistics of a chain of transforms and keep them in OUT.", resumable=True
     ),
+    "reduce": Command(
+        "funcattrib.cli.reduce",
+        "Reduce a data set's gradients to one row, a query for `funcattrib score`.",
+        resumable=True,
+    ),
+    "score": Command(
+        "funcattrib.cli.score",
+        "Score every training example against query gradients, in one pass and without storing gradients.",
+        resumable=True,
+    ),
     "query": Command("funcattrib.cli.query", "Find the training examples whose gradients align with a text's."),
     "trackstar": Command(
         "funcattrib.cli.trackstar",

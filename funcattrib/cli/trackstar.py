@@ -8,7 +8,7 @@ import tyro
 
 from funcattrib.cli.config_file import settings
 from funcattrib.cli.say import reports_on_stderr
-from funcattrib.recipes.config import DataConfig, ModelConfig, RowConfig
+from funcattrib.recipes.config import DataConfig, ModelConfig, QueryColumns, RowConfig
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,7 @@ class Trackstar:
     data: DataConfig
     query_dataset: str
     """The queries: whatever --dataset takes."""
-    query_split: str | None = None
-    """A split of the queries."""
-    query_prompt_column: str | None = None
-    """The queries' column of text; by default --prompt-column."""
-    query_completion_column: str | None = None
-    """The queries' column whose tokens alone count in their loss; by default --completion-column."""
+    queries: QueryColumns = field(default_factory=QueryColumns)
     score: Literal["individual", "mean"] = "individual"
     """A column for every query, or one for their mean gradient."""
     mixing_rank: int = 1000
@@ -48,8 +43,7 @@ class Trackstar:
 @reports_on_stderr()
 def run(config: Trackstar) -> int | None:
     """Score, and show the first queries' proponents."""
-    from funcattrib.data import Columns
-    from funcattrib.recipes.load import load_from, source_of
+    from funcattrib.recipes.load import load_from, queries_of, source_of
     from funcattrib.recipes.trackstar import trackstar
     from funcattrib.report.scores import scores_table
 
@@ -68,18 +62,13 @@ def run(config: Trackstar) -> int | None:
         config.data.dataset,
         config.query_dataset,
         path=config.out,
-        query_columns=Columns(
-            config.query_prompt_column or config.data.prompt_column,
-            config.query_completion_column or config.data.completion_column,
-            config.data.conversation_column,
-        ),
-        query_split=config.query_split,
         score=config.score,
         mixing_rank=config.mixing_rank,
         damping=config.damping,
         moments=moments,
         config=settings(replace(config, overwrite=False), command="trackstar"),
         overwrite=config.overwrite,
+        **queries_of(config.data, config.queries),
         **source,
         **gradients,
     )

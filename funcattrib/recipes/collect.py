@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from funcattrib.compose import Chain
+from funcattrib.recipes.config import GradientConfig
 from funcattrib.recipes.documents import Records
 from funcattrib.recipes.explain import explained
 from funcattrib.recipes.prepare import Model, Source, prepare, settings_of, state_of
@@ -58,7 +59,7 @@ def collect_gradients(
         ...     store.gradients("w")
         tensor([[12., 24., 36.]])
     """
-    source, gradients = _split(data, settings)
+    source, gradients = split_settings(data, settings)
     prepared = prepare(model, source, gradients, chain, state)
     with create_store(path, prepared.manifest, overwrite=overwrite) as writer:
         if config is not None:
@@ -88,7 +89,7 @@ def fit_gradients(
 
     Arguments and errors are those of ``collect_gradients``, whose ``state`` takes the folder.
     """
-    source, gradients = _split(data, settings)
+    source, gradients = split_settings(data, settings)
     prepared = prepare(model, source, gradients, chain, None)
     with create_store(path, replace(prepared.manifest, rows=0), overwrite=overwrite) as writer:
         if config is not None:
@@ -100,7 +101,8 @@ def fit_gradients(
     return open_store(path)
 
 
-def _split(data: Records | str, settings: Mapping[str, Any]) -> tuple[Source, Any]:
+def split_settings(data: Records | str, settings: Mapping[str, Any]) -> tuple[Source, GradientConfig]:
+    """Keyword settings as what says which documents, and what is computed of them."""
     of_source = {field.name for field in fields(Source)} - {"data"}
     source = Source(data, **{name: value for name, value in settings.items() if name in of_source})
     return source, settings_of({name: value for name, value in settings.items() if name not in of_source})

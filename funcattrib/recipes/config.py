@@ -53,6 +53,18 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class QueryColumns:
+    """Which part and which columns of the queries' data set are read."""
+
+    query_split: str | None = None
+    """A split of the queries."""
+    query_prompt_column: str | None = None
+    """The queries' column of text; by default --prompt-column."""
+    query_completion_column: str | None = None
+    """The queries' column whose tokens alone count in their loss; by default --completion-column."""
+
+
+@dataclass(frozen=True)
 class RowConfig:
     """What is computed of each example's gradient whatever the method, and how it is kept."""
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from funcattrib.data import Columns
 from funcattrib.loading import Loaded, load_model
-from funcattrib.recipes.config import DataConfig, ModelConfig
+from funcattrib.recipes.config import DataConfig, ModelConfig, QueryColumns
 
 
 def load_from(config: ModelConfig) -> Loaded:
@@ -26,3 +26,13 @@ def source_of(loaded: Loaded, data: DataConfig) -> dict[str, Any]:
         "model_name": loaded.name,
         "revision": loaded.revision,
     }
+
+
+def queries_of(data: DataConfig, own: QueryColumns) -> dict[str, Any]:
+    """Keyword settings that say how the queries' data set is read: its own columns, or else those of ``data``."""
+    columns = Columns(
+        own.query_prompt_column or data.prompt_column,
+        own.query_completion_column or data.completion_column,
+        data.conversation_column,
+    )
+    return {"query_columns": columns, "query_split": own.query_split}

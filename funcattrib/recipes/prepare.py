@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -81,9 +81,8 @@ def prepare(
     )
     chain = chain or chain_of(gradients, module)
     first, spec = chain.init(per_example_grad.spec(params))
-    given = None if state is None else open_store(state)
     leaves = lay_out({name: leaf.shape for name, leaf in spec.items()})
-    rows_per_shard = gradients.rows_per_shard or max(1, min(_SHARD_ROWS, _SHARD_BYTES // (4 * leaves[-1].stop)))
+    rows_per_shard = gradients.rows_per_shard or shard_rows(leaves[-1].stop)
     manifest = Manifest(
         model=identity,
         data={
@@ -99,7 +98,7 @@ def prepare(
             "modules": list(gradients.modules),
             "exclude": list(gradients.exclude),
         },
-        computed_with={"token_batch_size": gradients.token_batch_size, **_fitted_on(chain, first, given, gradients)},
+        computed_with={"token_batch_size": gradients.token_batch_size, **_fitted_on(chain, first, gradients)},
         chain=chain.describe(),
         seed=gradients.seed,
         leaves=leaves,
@@ -108,10 +107,28 @@ def prepare(
         rows_per_shard=rows_per_shard,
         extra=corpus.notes(),
     )
-    prepared = Prepared(Work(loss, params, chain, corpus, gradients.token_batch_size, source.quiet), manifest, given)
-    if given is not None:
-        _check_given(manifest, given)
-    return prepared
+    work = Work(loss, params, chain, corpus, gradients.token_batch_size, source.quiet)
+    prepared = Prepared(work, manifest, None)
+    return prepared if state is None else with_state(prepared, open_store(state))
+
+
+def with_state(prepared: Prepared, given: GradientStore) -> Prepared:
+    """The same work with the state that another run fitted.
+
+    Raises:
+        ChainError: it was fitted for another model, chain, or set of parameters; the message names which.
+    """
+    _check_given(prepared.manifest, given)
+    made_with = {
+        "token_batch_size": prepared.work.budget,
+        "state": None if given.manifest.state is None else given.manifest.state.sha256,
+    }
+    return prepared._replace(given=given, manifest=replace(prepared.manifest, computed_with=made_with))
+
+
+def shard_rows(width: int) -> int:
+    """Rows of a shard where nobody says how many."""
+    return max(1, min(_SHARD_ROWS, _SHARD_BYTES // (4 * width)))
 
 
 def state_of(prepared: Prepared, writer: StoreWriter, fit_documents: int) -> State:
@@ -202,13 +219,11 @@ def _own_loss(model: tuple[Loss, Params], source: Source) -> _Parts:
     return loss, params, params, {**identity, "fingerprint": fingerprint(params)}, Examples(records)
 
 
-def _fitted_on(chain: Chain, first: State, given: GradientStore | None, gradients: GradientConfig) -> dict[str, Any]:
-    """What a state comes from: the one given by its file's SHA-256, or documents and the numbers a stage was given.
+def _fitted_on(chain: Chain, first: State, gradients: GradientConfig) -> dict[str, Any]:
+    """What a state comes from that is fitted here: documents, and the numbers a stage was given.
 
     Stores made with different moments or Gram matrices are told apart by it.
     """
-    if given is not None:
-        return {"state": None if given.manifest.state is None else given.manifest.state.sha256}
     numbers = {
         f"{at}/{name}": tensor
         for at, (stage, own) in enumerate(zip(chain.stages, first, strict=True))

@@ -77,7 +77,7 @@ def fit_state(work: Work, most: int, writer: StoreWriter) -> State:
     if (saved := writer.load_state()) is not None:
         return tree.restore(template(work), saved)
     state, done = template(work), 0
-    if (partial := writer.load_fit()) is not None:
+    if (partial := writer.load_progress()) is not None:
         state, done = tree.restore(state, partial[0]), partial[1]
     wanted = sum(stage.fitted for stage in work.chain.stages)
     lengths = work.corpus.lengths
@@ -89,17 +89,17 @@ def fit_state(work: Work, most: int, writer: StoreWriter) -> State:
             for after in passes(work.chain, work.loss, work.params, batches, state, done):
                 state, done = after, done + 1
                 if done < wanted:
-                    writer.save_fit(tree.flatten(state), done)
+                    writer.save_progress(tree.flatten(state), done)
     writer.save_state(tree.flatten(state))
     return state
 
 
-def fill(work: Work, writer: StoreWriter, state: State) -> None:
+def fill(work: Work, writer: StoreWriter, state: State, label: str = "build") -> None:
     """Compute and hand over every pending shard."""
     lengths = work.corpus.lengths
     compute = work.chain.bind(work.loss, work.params, state)
     before = sum(int(lengths[list(writer.shard_range(i))].sum()) for i in writer.finished)
-    with progress(work, "build", int(lengths.sum()), before) as bar:
+    with progress(work, label, int(lengths.sum()), before) as bar:
         for shard in writer.pending:
             span = writer.shard_range(shard)
             matrix, losses = rows_of(work, compute, span, bar.update)

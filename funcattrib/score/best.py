@@ -1,12 +1,23 @@
-"""The best N rows of every query among scores that stream by, block after block."""
+"""The best N rows of every query among scores that stream by, block after block.
 
-from typing import NamedTuple
+On disk they are ``best.parquet``: query, rank (from 1), row, score, and what is told of the row's example.
+"""
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from funcattrib.query.topk import TopK
+from funcattrib.store.atomic import replacing
+
+FILE = "best.parquet"
+_PLACE = pa.schema([("query", pa.int64()), ("rank", pa.int64()), ("row", pa.int64()), ("score", pa.float32())])
 
 
 class Best(NamedTuple):
@@ -45,3 +56,33 @@ def fold(best: Best, scores: Float[Tensor, "B K"], start: int, count: int) -> Be
     together = torch.cat([best.values, values], 1)
     kept, order = together.sort(dim=1, descending=True, stable=True)
     return Best(kept[:, :count].contiguous(), torch.cat([best.rows, rows], 1).gather(1, order[:, :count]))
+
+
+def save_best(folder: Path, best: Best, shown: Callable[[int], Mapping[str, Any]]) -> None:
+    """Write ``best.parquet``; ``shown`` says what is told of a row."""
+    query, place = (best.rows >= 0).nonzero().unbind(1)
+    rows, values = best.rows[query, place].tolist(), best.values[query, place].tolist()
+    told = {row: dict(shown(row)) for row in sorted(set(rows))}
+    table = pa.table(dict(zip(_PLACE.names, [query.tolist(), (place + 1).tolist(), rows, values], strict=True)), _PLACE)
+    if rows:
+        beside = pa.Table.from_pylist([told[row] for row in rows])
+        for name in beside.column_names:
+            table = table.append_column(name if name not in _PLACE.names else f"example_{name}", beside[name])
+    with replacing(folder / FILE) as temporary:
+        pq.write_table(table, temporary)
+
+
+def load_best(folder: Path, queries: int) -> Best:
+    """What ``save_best`` wrote."""
+    table = pq.read_table(folder / FILE, columns=_PLACE.names)
+    query, rank, row, score = (torch.from_numpy(table[name].to_numpy().copy()) for name in _PLACE.names)
+    width = int(rank.max()) if len(rank) else 0
+    best = Best(torch.full((queries, width), -torch.inf), torch.full((queries, width), -1))
+    best.values[query, rank - 1], best.rows[query, rank - 1] = score, row
+    return best
+
+
+def load_example(folder: Path, row: int) -> dict[str, Any]:
+    """What is told of a row that was kept; nothing of one that was not."""
+    table = pq.read_table(folder / FILE, filters=[("row", "==", row)]).slice(0, 1)
+    return {name: values[0] for name, values in table.to_pydict().items() if values and name not in _PLACE.names}

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from funcattrib.errors import FuncattribError, StoreError
 from funcattrib.query.topk import TopK
-from funcattrib.score.best import Best, fold, nothing
+from funcattrib.score import best as kept_best
+from funcattrib.score.best import fold, nothing
 from funcattrib.store import GradientStore, Manifest, lay_out, open_store
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-BEST = "best.parquet"
 _BLOCK = 8192
 
 
@@ -49,7 +49,7 @@ class Scores:
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, queries)."""
-        rows = len(self._store) if self.kept is None else int(self.manifest.extra["rows"])
+        rows = len(self._store) if self.kept is None else int(self.manifest.computed_with["scored"])
         return rows, len(self.queries)
 
     @property
@@ -83,8 +83,7 @@ class Scores:
         """What is told of one row's example."""
         if self.kept is None:
             return dict(self._store.examples[row])
-        table = pyarrow.parquet.read_table(self.path / BEST, filters=[("row", "==", row)])
-        return {name: values[0] for name, values in table.slice(0, 1).to_pydict().items() if name not in _PLACE}
+        return kept_best.load_example(self.path, row)
 
     def topk(self, k: int = 10, *, reverse: bool = False) -> TopK:
         """The k highest (``reverse``: lowest) scoring rows of each query, values and rows (queries, k).
@@ -99,8 +98,7 @@ class Scores:
                     f"expected at most the best {self.kept} of each query, which alone were kept, found "
                     f"{'the lowest' if reverse else k}; score again with a larger --top-k, or without"
                 )
-            state = self._store.state()
-            return Best(state["values"], state["rows"]).found(k)
+            return kept_best.load_best(self.path, len(self.queries)).found(k)
         best, start, sign = nothing(len(self.queries)), 0, -1.0 if reverse else 1.0
         for block in self.blocks():
             best = fold(best, sign * block, start, k)
@@ -128,23 +126,8 @@ class Scores:
         if self.kept is not None:
             raise FuncattribError(
                 f"expected every row's scores in {self.path}, found the best {self.kept} of each query alone; "
-                f"use topk, or read {BEST}"
+                f"use topk, or read {kept_best.FILE}"
             )
-
-
-_PLACE = ("query", "rank", "row", "score")
-"""Columns of ``best.parquet`` before what is told of the example."""
-
-
-def best_table(best: Best, shown: Mapping[int, Mapping[str, Any]]) -> pa.Table:
-    """``best.parquet``: query, rank (from 1), row, score, and what is told of each example."""
-    places = [
-        {"query": query, "rank": rank, "row": int(row), "score": float(value), **shown[int(row)]}
-        for query, (values, rows) in enumerate(zip(best.values, best.rows, strict=True))
-        for rank, (value, row) in enumerate(zip(values, rows, strict=True), 1)
-        if row >= 0
-    ]
-    return pa.Table.from_pylist(places) if places else pa.table({name: [] for name in _PLACE})
 
 
 def open_scores(path: str | Path) -> Scores:
@@ -177,7 +160,8 @@ def scores_manifest(
         FuncattribError: the gradients were made by different models, chains or states; the message names which.
     """
     for query in of:
-        check_comparable(train, query)
+        check_gradients(train, query)
+        _refuse("fitted state", _state_of(train), _state_of(query))
     leaves = lay_out(dict.fromkeys(modules or ["scores"], (len(queries),)))
     return replace(
         train,
@@ -197,23 +181,23 @@ def scores_manifest(
     )
 
 
-def check_comparable(train: Manifest, query: Manifest) -> None:
-    """Refuse gradients whose inner products mean nothing.
+def check_gradients(train: Manifest, query: Manifest) -> None:
+    """Refuse gradients whose inner products mean nothing, fitted states aside.
 
     Raises:
         FuncattribError: naming the first difference.
     """
-    for what, ours, theirs in (
-        ("model", train.model["fingerprint"], query.model["fingerprint"]),
-        ("chain", train.chain, query.chain),
-        ("leaves", train.leaves, query.leaves),
-        ("fitted state", _state_of(train), _state_of(query)),
-    ):
-        if ours != theirs:
-            raise FuncattribError(
-                f"expected queries of the same {what} as the training gradients, found another"
-                f"{_where(what, ours, theirs)}\ncompute both with the same settings and the same --state"
-            )
+    _refuse("model", train.model["fingerprint"], query.model["fingerprint"])
+    _refuse("chain", train.chain, query.chain)
+    _refuse("leaves", train.leaves, query.leaves)
+
+
+def _refuse(what: str, ours: Any, theirs: Any) -> None:
+    if ours != theirs:
+        raise FuncattribError(
+            f"expected queries of the same {what} as the training gradients, found another"
+            f"{_where(what, ours, theirs)}\ncompute both with the same settings and the same --state"
+        )
 
 
 def _state_of(manifest: Manifest) -> str | None:

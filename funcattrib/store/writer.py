@@ -27,10 +27,10 @@ from funcattrib.store.manifest import FILE, Manifest
 from funcattrib.store.write_shard import Job, write_shard
 
 STATE = "state.safetensors"
-FIT = "fit.safetensors"  # a state that still lacks passes over the data, until there is a STATE
+PROGRESS = "progress.safetensors"  # what a pass over the data has so far, until it is done
 CONFIG = "config.yaml"
 
-_PASSES = "passes"  # of the tensors in FIT; a state's own are numbered by stage
+_DONE = "done"  # among the tensors in PROGRESS
 
 # Shards that wait while one is written: enough to overlap, and a bound on memory.
 _WAITING = 2
@@ -111,18 +111,18 @@ class StoreWriter:
         """Save the chain's fitted state as `state.safetensors`; on a complete store, do nothing."""
         if not self.manifest.complete:
             self._save(state, STATE)
-            (self.path / FIT).unlink(missing_ok=True)
+            (self.path / PROGRESS).unlink(missing_ok=True)
 
-    def save_fit(self, state: Mapping[str, Tensor], passes: int) -> None:
-        """Save a state on which only the first `passes` passes over the data were made, to go on with."""
-        self._save({**state, _PASSES: torch.tensor(passes)}, FIT)
+    def save_progress(self, tensors: Mapping[str, Tensor], done: int) -> None:
+        """Save what unfinished work has so far, to go on with: after `done` passes, or `done` parts of one."""
+        self._save({**tensors, _DONE: torch.tensor(done)}, PROGRESS)
 
-    def load_fit(self) -> tuple[dict[str, Tensor], int] | None:
-        """What `save_fit` kept: the state, and the passes made; None where there is none."""
-        if not (self.path / FIT).exists():
+    def load_progress(self) -> tuple[dict[str, Tensor], int] | None:
+        """What `save_progress` kept; None where there is none."""
+        if not (self.path / PROGRESS).exists():
             return None
-        state = safetensors.torch.load_file(self.path / FIT)
-        return state, int(state.pop(_PASSES))
+        tensors = safetensors.torch.load_file(self.path / PROGRESS)
+        return tensors, int(tensors.pop(_DONE))
 
     def _save(self, state: Mapping[str, Tensor], file: str) -> None:
         with replacing(self.path / file) as temporary:
@@ -173,6 +173,7 @@ class StoreWriter:
         )
         save_manifest(self.path, complete)
         self.manifest = complete
+        (self.path / PROGRESS).unlink(missing_ok=True)
         # The manifest lists the shards from here on. Killed before this, a leftover side file is never read again.
         shards.sweep(self.path, keep=[facts.file for shard in complete.shards for facts in shards.files_of(shard)])
         return complete

@@ -1,0 +1,56 @@
+"""``funcattrib reduce``: a data set's gradient as one query row."""
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from funcattrib.cli.config_file import settings
+from funcattrib.cli.say import reports_on_stderr, say_store
+from funcattrib.recipes.config import DataConfig, GradientConfig, ModelConfig
+
+
+@dataclass(frozen=True)
+class Reduce:
+    """Reduce a data set's gradients to one row, a query for `funcattrib score`.
+
+    The same command continues a run that was interrupted.
+    """
+
+    out: tyro.conf.Positional[Path]
+    """The folder to write."""
+    model: ModelConfig
+    data: DataConfig
+    method: Literal["mean", "sum"] = "mean"
+    """Mean or sum of the documents' gradients."""
+    unit_normalize: bool = False
+    """Scale each document's gradient to unit length before it is added."""
+    gradients: GradientConfig = field(default_factory=GradientConfig)
+    state: Path | None = None
+    """A state that `funcattrib fit` or a build left; by default statistics are fitted here."""
+    overwrite: bool = False
+    """Begin anew where OUT holds another run."""
+
+
+@reports_on_stderr()
+def run(config: Reduce) -> int | None:
+    """Reduce, and say what the row holds."""
+    from funcattrib.recipes.load import load_from, source_of
+    from funcattrib.recipes.reduce import reduce_gradients
+
+    loaded = load_from(config.model)
+    store = reduce_gradients(
+        loaded.model,
+        config.data.dataset,
+        path=config.out,
+        method=config.method,
+        unit_normalize=config.unit_normalize,
+        state=config.state,
+        overwrite=config.overwrite,
+        config=settings(replace(config, overwrite=False), command="reduce"),
+        **source_of(loaded, config.data),
+        **asdict(config.gradients),
+    )
+    say_store(store)
+    return None

@@ -1,0 +1,73 @@
+"""``funcattrib score``: scores of a data set against query gradients, in one pass."""
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from funcattrib.cli.config_file import settings
+from funcattrib.cli.say import reports_on_stderr
+from funcattrib.recipes.config import DataConfig, GradientConfig, ModelConfig, QueryColumns
+
+
+@dataclass(frozen=True)
+class Score:
+    """Score every training example against query gradients, in one pass and without storing gradients.
+
+    The same command continues a run that was interrupted.
+    """
+
+    out: tyro.conf.Positional[Path]
+    """The folder to write."""
+    model: ModelConfig
+    data: DataConfig
+    query_path: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """Query gradients: a folder that build or reduce left. May be repeated."""
+    query_dataset: str | None = None
+    """Or the queries' data set, whatever --dataset takes: their gradients are computed first."""
+    queries: QueryColumns = field(default_factory=QueryColumns)
+    score: Literal["individual", "mean", "nearest", "self"] = "individual"
+    """A column for every query, for their mean, or for the nearest of them; self scores each example with itself."""
+    unit_norm: bool = False
+    """Cosine in place of inner product."""
+    granularity: Literal["example", "module"] = "example"
+    """One score an example and query, or its parts by module (or head), which add up to it."""
+    top_k: int | None = None
+    """Keep the best so many examples of each query, and no other scores."""
+    gradients: GradientConfig = field(default_factory=GradientConfig)
+    state: Path | None = None
+    """A fitted state; by default that of the queries, or one fitted here."""
+    overwrite: bool = False
+    """Begin anew where OUT holds another run."""
+    show: int = 3
+    """Training examples to show for the first queries."""
+
+
+@reports_on_stderr()
+def run(config: Score) -> int | None:
+    """Score, and show the first queries' proponents."""
+    from funcattrib.recipes.load import load_from, queries_of, source_of
+    from funcattrib.recipes.score import score_gradients
+    from funcattrib.report.scores import scores_table
+
+    loaded = load_from(config.model)
+    scores = score_gradients(
+        loaded.model,
+        config.data.dataset,
+        path=config.out,
+        queries=config.query_path,
+        query_data=config.query_dataset,
+        score=config.score,
+        unit_norm=config.unit_norm,
+        granularity=config.granularity,
+        top_k=config.top_k,
+        state=config.state,
+        overwrite=config.overwrite,
+        config=settings(replace(config, overwrite=False), command="score"),
+        **queries_of(config.data, config.queries),
+        **source_of(loaded, config.data),
+        **asdict(config.gradients),
+    )
+    print(scores_table(scores, min(config.show, config.top_k or config.show)))
+    return None

@@ -1,0 +1,227 @@
+"""Scoring a data set against query gradients in one pass: what ``funcattrib score`` does. No gradient is stored.
+
+documents → batches by length → chain → ⟨·, queries⟩, read in the backward pass → scores in the data set's order
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from funcattrib.compose import Chain, Transform, compose
+from funcattrib.data import Columns
+from funcattrib.errors import FuncattribError
+from funcattrib.loading import load_model
+from funcattrib.per_example import per_example_grad
+from funcattrib.recipes.chains import chain_of
+from funcattrib.recipes.collect import collect_gradients, fit_gradients, split_settings
+from funcattrib.recipes.documents import Records
+from funcattrib.recipes.explain import explained
+from funcattrib.recipes.prepare import Model, Prepared, prepare, shard_rows, state_of, with_state
+from funcattrib.recipes.work import Work, fill, progress, rows_of
+from funcattrib.score import Scores, check_gradients, open_scores, scores_manifest
+from funcattrib.score.best import Best, fold, nothing, save_best
+from funcattrib.store import GradientStore, StoreWriter, create_store, open_store
+from funcattrib.store.create import PARTS
+from funcattrib.transforms import against, nearest, self_influence
+
+log = logging.getLogger(__name__)
+
+How = Literal["individual", "mean", "nearest", "self"]
+Granularity = Literal["example", "module"]
+
+
+def score_gradients(
+    model: Model,
+    data: Records | str,
+    *,
+    path: str | Path,
+    queries: Sequence[str | Path] | str | Path = (),
+    query_data: Records | str | None = None,
+    query_columns: Columns | None = None,
+    query_split: str | None = None,
+    score: How = "individual",
+    unit_norm: bool = False,
+    granularity: Granularity = "example",
+    top_k: int | None = None,
+    chain: Chain | None = None,
+    state: str | Path | None = None,
+    overwrite: bool = False,
+    config: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Scores:
+    """Score every document against query gradients; continues a run that was interrupted.
+
+    Args:
+        model, data, chain, settings: as in ``collect_gradients``; they must be those that made the queries.
+        path: the folder of the scores.
+        queries: stores of query gradients, whose rows are the queries one after the other.
+        query_data: or the queries' data set, whose gradients are computed first, into a sub-folder of ``path``;
+            ``query_columns`` and ``query_split`` are its own.
+        score: a column for every query, or one for their mean, or for the nearest of them (the largest score); ``self``
+            takes no queries: ⟨g, g⟩, each document's influence on itself.
+        unit_norm: cosines: documents and queries are scaled to unit length, all leaves together. For ``self`` refused.
+        granularity: ``module`` keeps the part of every parameter (or head); their sum is the score.
+        top_k: keep the best rows of each query alone, and nothing else.
+        state: a folder with a fitted state; by default that of the queries, or one fitted on ``data``.
+
+    Raises:
+        FuncattribError: bad input of any kind; queries of another model, chain or state, or that are not finite.
+    """
+    path = Path(path)
+    if isinstance(model, str):  # once, for the documents and for the queries
+        loaded = load_model(model)
+        settings = {"tokenizer": loaded.tokenizer, "model_name": model, **settings}
+        model = loaded.model
+    paths = [queries] if isinstance(queries, str | Path) else list(queries)
+    _check_asked(score, paths, query_data, unit_norm, granularity, top_k)
+    source, gradients = split_settings(data, settings)
+    common: dict[str, Any] = {"chain": chain, "overwrite": overwrite, **settings}
+    if query_data is not None:
+        stages = (chain or chain_of(gradients, model[1] if isinstance(model, tuple) else model)).stages
+        if state is None and any(stage.fitted for stage in stages):
+            state = fit_gradients(model, data, path=path / PARTS / "state", **common).path
+        columns = query_columns or settings.get("columns")
+        own = {**common, "columns": columns, "split": query_split, "subset": None}
+        paths = [collect_gradients(model, query_data, path=path / PARTS / "query", state=state, **own).path]
+    stores = [open_store(each) for each in paths]
+    prepared = prepare(model, source, gradients, chain, state)
+    for store in stores:
+        check_gradients(prepared.manifest, store.manifest)
+    if state is None and stores and stores[0].manifest.state is not None:
+        prepared = with_state(prepared, stores[0])
+    last, told = _against(stores, score, unit_norm, granularity, prepared)
+    leaves = list(_spec(prepared, last)) if granularity == "module" else []
+    manifest = scores_manifest(
+        prepared.manifest,
+        of=[store.manifest for store in stores],
+        method={"name": "score", "score": score, "unit_norm": unit_norm},
+        queries=told,
+        modules=leaves,
+    )
+    width = manifest.leaves[-1].stop
+    manifest = replace(manifest, rows_per_shard=gradients.rows_per_shard or shard_rows(width))
+    if top_k is not None:
+        kept = {"top_k": top_k, "shard": manifest.rows_per_shard, "scored": manifest.rows}
+        manifest = replace(manifest, rows=0, computed_with={**manifest.computed_with, **kept})
+    with create_store(path, manifest, overwrite=overwrite) as writer:
+        if config is not None:
+            writer.save_config(config)
+        if not writer.manifest.complete:
+            with explained():
+                _compute(prepared, last, writer, gradients.fit_documents, top_k)
+        finished = writer.finish()
+    if finished.nonfinite and not source.quiet:
+        log.warning("%d scores are NaN or infinite; their rows are left out of top-k", finished.nonfinite)
+    return open_scores(path)
+
+
+def _compute(
+    prepared: Prepared, last: Sequence[Transform], writer: StoreWriter, fit_documents: int, top_k: int | None
+) -> None:
+    fitted = state_of(prepared, writer, fit_documents)
+    arriving = prepared.work.chain.init(per_example_grad.spec(prepared.work.params))[1]
+    chain = compose(prepared.work.chain, *last)
+    state = (*fitted, *compose(*last).init(arriving)[0])
+    work = prepared.work._replace(chain=chain)
+    if top_k is None:
+        fill(work, writer, state, "score")
+    else:
+        _fill_best(work, writer, state, top_k)
+
+
+def _fill_best(work: Work, writer: StoreWriter, state: Any, top_k: int) -> None:
+    """One pass that keeps the best alone; what it has so far is saved after every shard."""
+    made_with = writer.manifest.computed_with
+    step, rows = int(made_with["shard"]), len(work.corpus.lengths)
+    spans = [range(start, min(start + step, rows)) for start in range(0, rows, step)]
+    best, done = nothing(len(writer.manifest.extra["queries"])), 0
+    if (saved := writer.load_progress()) is not None:
+        best, done = Best(saved[0]["values"], saved[0]["rows"]), saved[1]
+    compute, lengths = work.chain.bind(work.loss, work.params, state), work.corpus.lengths
+    lost = 0
+    before = int(lengths[: done * step].sum())
+    with progress(work, "score", int(lengths.sum()), before) as bar:
+        for number in range(done, len(spans)):
+            matrix, _ = rows_of(work, compute, spans[number], bar.update)
+            lost += int((~matrix.isfinite()).any(1).sum())
+            best = fold(best, matrix, spans[number].start, top_k)
+            writer.save_progress(best._asdict(), number + 1)
+    if lost and not work.quiet:
+        log.warning("%d rows have scores that are NaN or infinite and are left out", lost)
+
+    def shown(row: int) -> dict[str, Any]:
+        return {name: values[0] for name, values in work.corpus.shown(range(row, row + 1)).items()}
+
+    save_best(writer.path, best, shown)
+
+
+def _against(
+    stores: Sequence[GradientStore], score: How, unit_norm: bool, granularity: Granularity, prepared: Prepared
+) -> tuple[list[Transform], list[dict[str, Any]]]:
+    """The last stages of the chain, and what is told of each column."""
+    if score == "self":
+        return [self_influence()], [{"id": "self"}]
+    rows, told = _query_rows(stores, unit_norm)
+    if score == "mean":
+        rows, told = rows.mean(0, keepdim=True), [{"id": f"mean of {len(told)} queries"}]
+    leaves = {
+        name: rows[:, leaf.start : leaf.stop].unflatten(1, leaf.shape).to(prepared.work.device)
+        for name, leaf in stores[0].leaves.items()
+    }
+    by: Literal["example", "leaf"] = "leaf" if granularity == "module" else "example"
+    last = [against(leaves, unit_norm=unit_norm, by=by)]
+    if score == "nearest":
+        return [*last, nearest()], [{"id": f"nearest of {len(told)} queries"}]
+    return last, told
+
+
+def _query_rows(stores: Sequence[GradientStore], unit_norm: bool) -> tuple[Tensor, list[dict[str, Any]]]:
+    """(K, D) float32, and what is told of each."""
+    rows, told = [], []
+    for store in stores:
+        matrix = store.matrix().tensor(0, len(store)).float()
+        if bad := (~matrix.isfinite().all(1)).nonzero().flatten().tolist():
+            raise FuncattribError(
+                f"expected finite queries, found NaN or infinity in rows {bad[:5]} of {store.path}; "
+                "check those queries' loss"
+            )
+        norms = torch.linalg.vector_norm(matrix, dim=1, keepdim=True)
+        if zero := (norms[:, 0] == 0).nonzero().flatten().tolist():
+            log.warning("queries %s of %s have a gradient of zeros: their scores are 0", zero[:5], store.path)
+        rows.append(matrix / norms.where(norms > 0, 1.0) if unit_norm else matrix)
+        told += [dict(entry) for entry in store.examples]
+    return torch.cat(rows), told
+
+
+def _spec(prepared: Prepared, last: Sequence[Transform]) -> Mapping[str, Any]:
+    arriving = prepared.work.chain.init(per_example_grad.spec(prepared.work.params))[1]
+    return compose(*last).init(arriving)[1]
+
+
+def _check_asked(
+    score: str, paths: Sequence[Any], query_data: Any, unit_norm: bool, granularity: str, top_k: int | None
+) -> None:
+    given = bool(paths) + (query_data is not None)
+    for wrong, message in (
+        (score == "self" and given, "expected no queries with score 'self', found some"),
+        (score == "self" and unit_norm, "expected no unit norm with score 'self': every gradient would score 1"),
+        (
+            score == "self" and granularity == "module",
+            "expected score 'self' over all modules, found granularity module",
+        ),
+        (score != "self" and not given, "expected queries (--query-path or --query-dataset), found none"),
+        (given == 2, "expected --query-path or --query-dataset, found both"),
+        (top_k is not None and top_k < 1, f"expected --top-k of at least 1, found {top_k}"),
+        (top_k is not None and granularity == "module", "expected --top-k or --granularity module, found both"),
+        (
+            score == "nearest" and granularity == "module",
+            "expected score 'individual' or 'mean' by module, found 'nearest': its parts do not add up",
+        ),
+    ):
+        if wrong:
+            raise FuncattribError(message)
