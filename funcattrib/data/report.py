@@ -1,6 +1,9 @@
 """What tokenising found, for people."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 
 class TokenizeReport(NamedTuple):
@@ -42,3 +45,13 @@ class TokenizeReport(NamedTuple):
 def count_of(number: int, noun: str) -> str:
     """A number with its noun, in the plural where it takes one."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def some_rows(rows: Sequence[int] | np.ndarray) -> str:
+    """How many rows, and which come first.
+
+    Example:
+        >>> some_rows([3, 5, 8, 9, 10, 11])
+        '6 rows: 3, 5, 8, 9, 10, …'
+    """
+    return f"{count_of(len(rows), 'row')}: {', '.join(map(str, rows[:5]))}{', …' if len(rows) > 5 else ''}"

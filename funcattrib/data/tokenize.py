@@ -3,7 +3,6 @@
 import logging
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,33 +12,20 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from funcattrib.data.batching import IGNORED, shard_ranges
+from funcattrib.data.columns import Columns
 from funcattrib.data.conversation import has_template, render, renderer
 from funcattrib.data.encode import Text, encode
 from funcattrib.data.pretokenized import COLUMNS, Tokens, check_columns, read_tokens
-from funcattrib.data.report import TokenizeReport, count_of
+from funcattrib.data.report import TokenizeReport, some_rows
 from funcattrib.data.rows import Rows
 from funcattrib.data.scratch import ScratchTable, ragged
+from funcattrib.data.token_weights import check_weights, is_list, token_weights
 from funcattrib.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 _ROWS = 1000
 _BYTES = 16 << 20  # of text at a time: a thousand books do not fit in memory as Python objects
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns hold what, and so which tokens count in the loss.
-
-    Args:
-        prompt_column: text; the loss counts every token, or none where there is a completion.
-        completion_column: text that continues the prompt; the loss counts it alone.
-        conversation_column: lists of messages (`role`, `content`); the loss counts the assistant's.
-    """
-
-    prompt_column: str = "text"
-    completion_column: str | None = None
-    conversation_column: str | None = None
 
 
 class Tokenized(NamedTuple):
@@ -86,6 +72,7 @@ def tokenize(
         raise DataError("expected documents to tokenise, found an empty data set\nchoose another split or file")
     if max_length < 1:
         raise DataError(f"expected documents of 1 token or more to be allowed, found a longest length of {max_length}")
+    weights_column, dataset = _weights_beside(dataset, columns)
     read, names = _reader(
         dataset, tokenizer, columns, max_length=max_length, truncation=truncation, vocab_size=vocab_size
     )
@@ -97,6 +84,12 @@ def tokenize(
     with ScratchTable(scratch) as written:
         for first_row, batch in _batches(dataset, names):
             tokens = read(batch, first_row)
+            if weights_column is not None:
+                rows = dataset.select_columns([weights_column]).with_format(None)
+                values = rows[first_row : first_row + len(tokens.ids)][weights_column]
+                cut_at = max_length if truncation else None
+                weights = token_weights(values, tokens.ids, weights_column, first_row, cut_at)
+                tokens = tokens._replace(weights=weights)
             _check_vocabulary(tokens, vocab_size, first_row)
             report = TokenizeReport(*(old + new for old, new in zip(report, _counts(tokens), strict=True)))
             arrays = {
@@ -120,6 +113,20 @@ def tokenize(
     )
 
 
+def _weights_beside(dataset: datasets.Dataset, columns: Columns) -> tuple[str | None, datasets.Dataset]:
+    """The column of weights that tokenising does not read itself; with ready tokens it reads lists of them."""
+    name = columns.token_weights_column
+    if name is None:
+        return None, dataset
+    check_weights(dataset, name)
+    if not columns.ready(dataset) or not is_list(dataset.features.arrow_schema.field(name).type):
+        return name, dataset
+    if name != "token_weights":
+        dataset = dataset.remove_columns([own for own in ("token_weights",) if own in dataset.column_names])
+        dataset = dataset.rename_column(name, "token_weights")
+    return None, dataset
+
+
 def _reader(
     dataset: datasets.Dataset,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -131,7 +138,7 @@ def _reader(
 ) -> tuple[Callable[[dict[str, list[Any]], int], Tokens], list[str]]:
     """How to turn a batch of rows into tokens, and the columns that takes."""
     prompt, completion, conversation = columns.prompt_column, columns.completion_column, columns.conversation_column
-    if "input_ids" in dataset.column_names and (columns == Columns() or prompt == "input_ids"):
+    if columns.ready(dataset):
         check_columns(dataset)
         for name in set(COLUMNS) & set(dataset.column_names):
             _check_nulls(dataset, name, "tokens")
@@ -204,10 +211,8 @@ def _check_column(dataset: datasets.Dataset, name: str, *, text: bool) -> None:
 def _check_nulls(dataset: datasets.Dataset, name: str, what: str) -> None:
     nulls = _null_rows(dataset, name)
     if nulls:
-        some = ", ".join(map(str, nulls[:5])) + (", …" if len(nulls) > 5 else "")
         raise DataError(
-            f"expected {what} in every row of column '{name}', found nothing (null) in "
-            f"{count_of(len(nulls), 'row')}: {some}\n"
+            f"expected {what} in every row of column '{name}', found nothing (null) in {some_rows(nulls)}\n"
             "drop or fill these rows (in a csv, an empty field, NA, null and nan are all read as null)"
         )
 

@@ -41,6 +41,14 @@ class DataConfig:
     """Column of text that continues the prompt; its tokens alone count in the loss."""
     conversation_column: str | None = None
     """Column of messages (role, content); the assistant's turns alone count in the loss."""
+    token_weights_column: str | None = None
+    """Column of what each token's loss is multiplied by: one number a row, or a list of one a token."""
+    reward_column: str | None = None
+    """Column of rewards: a row's loss is multiplied by its reward less the mean of the rows with the same prompt."""
+    advantage_column: str | None = None
+    """Column of what each row's loss is multiplied by."""
+    skip_missing_rewards: bool = False
+    """Give rows without a reward a zero gradient, and leave them out of the means, instead of stopping."""
     truncation: bool = False
     """Cut documents that are longer than the model's context (or --max-length) instead of stopping."""
     max_length: int | None = None

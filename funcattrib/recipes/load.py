@@ -1,6 +1,6 @@
 """The model and the documents that a command's flags ask for."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from funcattrib.data import Columns
@@ -18,7 +18,7 @@ def source_of(loaded: Loaded, data: DataConfig) -> dict[str, Any]:
     """Keyword settings of ``collect_gradients`` that say which documents, and what belongs to them."""
     return {
         "tokenizer": loaded.tokenizer,
-        "columns": Columns(data.prompt_column, data.completion_column, data.conversation_column),
+        "columns": Columns(**{field.name: getattr(data, field.name) for field in fields(Columns)}),
         "split": data.split,
         "subset": data.subset,
         "truncation": data.truncation,

@@ -193,7 +193,7 @@ def _language_model(model: nn.Module | str, source: Source, gradients: GradientC
         vocab_size=vocabulary(model),
     )
     if not source.quiet:
-        for line in documents.report.lines():
+        for line in documents.lines():
             log.info(line)
     loss, params = causal_lm_loss(
         model,

@@ -1,0 +1,45 @@
+"""Which columns of a data set hold what."""
+
+from dataclasses import dataclass
+
+import datasets
+
+from funcattrib.errors import DataError
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold what, and so which tokens count in the loss, and how much.
+
+    Args:
+        prompt_column: text; the loss counts every token, or none where there is a completion.
+        completion_column: text that continues the prompt; the loss counts it alone.
+        conversation_column: lists of messages (`role`, `content`); the loss counts the assistant's.
+        token_weights_column: what each token's loss is multiplied by, one number a row or a list of one a token.
+        reward_column: numbers; the loss is multiplied by the reward less its prompt's mean.
+        advantage_column: numbers that the loss is multiplied by.
+        skip_missing_rewards: rows without one keep their place, with a zero gradient, instead of being an error.
+    """
+
+    prompt_column: str = "text"
+    completion_column: str | None = None
+    conversation_column: str | None = None
+    token_weights_column: str | None = None
+    reward_column: str | None = None
+    advantage_column: str | None = None
+    skip_missing_rewards: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what a type cannot say."""
+        if self.reward_column is not None and self.advantage_column is not None:
+            raise DataError(
+                f"expected rewards or advantages, found both columns ('{self.reward_column}' and "
+                f"'{self.advantage_column}')\nleave out --reward-column or --advantage-column"
+            )
+        if self.skip_missing_rewards and self.reward_column is None and self.advantage_column is None:
+            raise DataError("expected --reward-column or --advantage-column with --skip-missing-rewards, found neither")
+
+    def ready(self, dataset: datasets.Dataset) -> bool:
+        """Whether these are the tokens of a data set that is tokenised already, and no text of it."""
+        unsaid = (self.prompt_column, self.completion_column, self.conversation_column) == ("text", None, None)
+        return "input_ids" in dataset.column_names and (unsaid or self.prompt_column == "input_ids")
