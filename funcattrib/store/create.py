@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 PARTS = "gradients"
 # Differences named in an error before the rest is only counted.
 _NAMED = 4
-_ENTAILED = ("leaves", "rows", "data.documents", "data.tokens")
+_ENTAILED = ("leaves", "rows", "data.documents", "data.tokens", "computed_with.given")
 _HASH = re.compile(r'"([0-9a-f]{12})[0-9a-f]{20,}["…]')
 
 
