@@ -7,7 +7,8 @@ From the factors of G = Σ_n rows_n colsᵀ_n there are two ways, chosen by what
     form       G, then one product with all queries        N·O·I + K·O·I multiplications, and O·I numbers held
     contract   Σ_n rows_nᵀ Q_k cols_n, query by query      K·N·O·I, and no gradient at all
 
-and for the norm of what is not formed, ‖G‖² = Σ_nm ⟨rows_n, rows_m⟩⟨cols_n, cols_m⟩, N²·(O + I).
+and for the norm of what is not formed, ‖G‖² = Σ_nm ⟨rows_n, rows_m⟩⟨cols_n, cols_m⟩, N²·(O + I): where that is more
+than 2·N·O·I, G is formed.
 
 Shapes: E examples, N tokens, O/I weight rows/columns, K queries.
 """
@@ -54,13 +55,15 @@ class Against(NamedTuple):
         return torch.cat([products, _squared_norm(rows, cols)], 1) if self.norm else products
 
     def contracts(self, tokens: int) -> bool:
-        """Whether an example of ``tokens`` tokens is contracted without forming its gradient.
+        """Whether an example of ``tokens`` tokens is scored without forming its gradient.
 
         Example:
-            >>> Against(torch.zeros(1, 4, 4)).contracts(512), Against(torch.zeros(8, 4, 4)).contracts(512)
+            >>> Against(torch.zeros(1, 64, 64)).contracts(512), Against(torch.zeros(8, 64, 64)).contracts(512)
             (True, False)
         """
-        count = self.queries.shape[0]
+        count, height, width = self.queries.shape
+        if self.norm and tokens * (height + width) > 2 * height * width:
+            return False  # the norm needs it formed
         return count * tokens <= tokens + count + _FORMING
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
@@ -97,11 +100,7 @@ def _contract(queries: Tensor, rows: Factor, cols: Tensor) -> Tensor:
 
 
 def _squared_norm(rows: Factor, cols: Tensor) -> Tensor:
-    """(E, 1): of Σ_n rows_n colsᵀ_n, from the tokens' inner products where that is less than forming it."""
-    tokens, width = cols.shape[1:]
-    height = rows.size if isinstance(rows, OneHot) else rows.shape[-1]
-    if isinstance(rows, Tensor) and tokens * (height + width) > 2 * height * width:
-        return torch.linalg.vector_norm(outer(rows, cols).flatten(1), dim=1, keepdim=True).square()
+    """(E, 1): of Σ_n rows_n colsᵀ_n, from the tokens' inner products."""
     if isinstance(rows, OneHot):
         of_rows = (rows.ids[..., :, None] == rows.ids[..., None, :]).to(cols.dtype)
         if rows.weight is not None:
