@@ -23,6 +23,8 @@ class Query:
     """The model that made the store; by default the one it names."""
     tokenizer: str | None = None
     """The tokenizer, if it is not the model's."""
+    state: Path | None = None
+    """The fitted state that the store is to have been built with; another one is refused."""
     text: str | None = None
     """The query."""
     completion: str | None = None
@@ -87,6 +89,7 @@ def run(config: Query) -> int | None:
         device=device,
         unit_norm=config.unit_norm,
         faiss_cfg=faiss_cfg or None,
+        state=config.state,
     )
 
     def answer(text: str, completion: str | None = None) -> None:

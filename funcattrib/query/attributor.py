@@ -5,7 +5,6 @@
 Positive means proponent: a step that unlearns the training example raises the query's loss.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from funcattrib.functional import choose
 from funcattrib.loading import PRECISIONS, context_length, load_model, model_identity, vocabulary
 from funcattrib.losses import causal_lm_loss
 from funcattrib.per_example import Batch, Grads, PerExample, per_example_grad, spec
+from funcattrib.query.agree import same_chain, same_state
 from funcattrib.query.faiss_index import FaissConfig, FaissIndex, build_or_load
 from funcattrib.query.faiss_index import search as search_index
 from funcattrib.query.topk import TopK, store_blocks, topk
@@ -71,9 +71,10 @@ class Attributor:
         unit_norm: cosine in place of inner product.
         faiss_cfg: search through a FAISS index instead of exactly.
         chain: only for stores made with transforms of your own.
+        state: a folder with the fitted state, which must be the one that the store was made with.
 
     Raises:
-        FuncattribError: no store; a model or chain other than the store's.
+        FuncattribError: no store; a model, chain or state other than the store's.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Attributor:
         unit_norm: bool = False,
         faiss_cfg: FaissConfig | None = None,
         chain: Chain | None = None,
+        state: str | Path | None = None,
     ) -> None:
         self.store: GradientStore = open_store(run)
         self.device = torch.device(device)
@@ -94,7 +96,9 @@ class Attributor:
         self._tokenizer, self._chain = tokenizer, chain
         self._checked: nn.Module | None = None
         if chain is not None:
-            _same_chain(self.store.manifest.chain, chain.describe())
+            same_chain(self.store.manifest.chain, chain.describe())
+        if state is not None:
+            same_state(self.store, state)
         self._compute: Callable[[Batch], PerExample] | None = None
         self._index: FaissIndex | None = None
         if faiss_cfg is not None:
@@ -272,20 +276,6 @@ class Attributor:
                 f"expected the chain's state in {self.store.path}, found none; finish building the store first"
             )
         return chain, tree.map_tensors(lambda tensor: tensor.to(device), tree.restore(template, saved))
-
-
-def _same_chain(made_with: Sequence[Mapping[str, Any]], given: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a chain other than the store's; its settings may hold tuples where the manifest has lists."""
-    expected, found = ([json.dumps(stage, sort_keys=True) for stage in chain] for chain in (made_with, given))
-    if expected == found:
-        return
-    at = next((i for i, pair in enumerate(zip(expected, found, strict=False)) if len(set(pair)) > 1), None)
-    if at is None:
-        at = min(len(expected), len(found))
-    said = (stages[at] if at < len(stages) else "no stage" for stages in (expected, found))
-    raise FuncattribError(
-        f"expected the chain that made the store, with {next(said)} as stage {at + 1}, found {next(said)}"
-    )
 
 
 def _as_text(value: Any) -> str:
