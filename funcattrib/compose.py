@@ -52,7 +52,8 @@ class Transform(NamedTuple):
         apply: pure, row by row.
         lower: the same as a linear map per parameter, where it is one. Parameters left out are dropped.
         measure: leaf by leaf, its name and gradients (B, *shape) → the statistic (B, …) that ``observe`` folds. Where
-            given, the statistic is read in the backward pass and the gradients are never held together.
+            given, the statistic is read in the backward pass and the gradients are never held together. A statistic is
+            quadratic, f(s g) = s² f(g): second moments.
         precedes: names of stages that this one can only stand before; ``compose`` moves it before the first of them.
         condense: a reading, linear or not, of each incoming leaf by itself, from which alone ``apply`` works: it then
             receives those in place of gradients, which are never held together.

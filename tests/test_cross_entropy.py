@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from funcattrib.kernels.cross_entropy import Reference, linear_cross_entropy
+from funcattrib.kernels.cross_entropy import Reference, head_loss, linear_cross_entropy
+from funcattrib.kernels.head_tokens import Operands
 from funcattrib.kernels.logit_loss import Head
 
 EXAMPLES, TOKENS, WIDTH, VOCABULARY = 3, 200, 8, 37  # more tokens than one chunk
@@ -166,3 +167,36 @@ def test_gradients_of_the_weight_are_summed_as_they_come() -> None:
     with Sizes():
         torch.autograd.grad(loss, weight)
     assert max(made) <= max(vocabulary * width, 2 * 128 * vocabulary)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("sure", [0.0, 0.3, 0.95])
+@pytest.mark.parametrize("kind", ["ce", "log_odds"])
+def test_the_attention_over_the_vocabulary_is_the_loss_of_the_logits(kind, sure, weighted) -> None:
+    """With few and with many tokens that the model is sure of, beyond the first ones by which it is judged."""
+    generator = torch.Generator().manual_seed(0)
+    examples, tokens, width, vocabulary = 2, 200, 12, 37
+    weight = torch.randn(vocabulary, width, generator=generator)
+    target = torch.randint(vocabulary, (examples, tokens), generator=generator)
+    hidden = torch.randn(examples, tokens, width, generator=generator)
+    known = torch.rand(examples, tokens, generator=generator) < sure
+    hidden = torch.where(known[..., None], weight[target] * 0.8, hidden)
+    target[0, :7] = -100
+    weights = torch.rand(examples, tokens, generator=generator) if weighted else None
+    left = torch.randn(5, vocabulary, generator=generator)
+    x = Operands(hidden.requires_grad_(), weight, target, None, weights)
+    losses, rows = head_loss(x, left, Head(kind))
+    alone, _ = head_loss(x, None, Head(kind))
+    h = hidden.detach().double().requires_grad_()
+    z = (h @ weight.double().T).requires_grad_()
+    z.retain_grad()
+    y = target.clamp(min=0)[..., None]
+    z_y = z.gather(-1, y)[..., 0]
+    others = z if kind == "ce" else z.scatter(-1, y, float("-inf"))
+    per_token = (others.logsumexp(-1) - z_y) * (target != -100) * (1 if weights is None else weights.double())
+    per_token.sum().backward()
+    for found in (losses, alone):
+        torch.testing.assert_close(found.double(), per_token.sum(1), rtol=1e-5, atol=1e-4)
+        (gradient,) = torch.autograd.grad(found.sum(), hidden, retain_graph=True)
+        torch.testing.assert_close(gradient.double(), h.grad, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(rows.double(), z.grad @ left.double().T, rtol=1e-4, atol=2e-5)

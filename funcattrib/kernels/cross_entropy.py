@@ -1,7 +1,7 @@
 """Loss and hidden-state gradient of a linear language-model head, without the (tokens, vocabulary) logits.
 
-The formulas are those of ``logit_loss``; chunks of tokens go through one buffer (``head_tokens``). Plain cross-entropy
-on a CPU is an attention over the vocabulary, softmax(h Wᵀ) W, and is computed by that kernel.
+The formulas are those of ``logit_loss``; chunks of tokens go through one buffer (``head_tokens``), or where it serves
+through an attention over the vocabulary (``head_attention``).
 
 Shapes: E examples, N tokens, d hidden width, V vocabulary, P rows of ``left``.
 """
@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from funcattrib.kernels.fold import unfold
-from funcattrib.kernels.head_gradient import bias_gradient, weight_gradient
-from funcattrib.kernels.head_tokens import Operands, chunks, compute_dtype, labelled
+from funcattrib.kernels.head_attention import by_attention, by_logits, serves
+from funcattrib.kernels.head_gradient import Function, bias_gradient, form, weight_gradient
+from funcattrib.kernels.head_tokens import Operands, compute_dtype, labelled
 from funcattrib.kernels.logit_loss import Head
 
 CROSS_ENTROPY = Head()
@@ -59,23 +60,29 @@ def linear_cross_entropy(
 
 def head_loss(x: Operands, left: Tensor | None, head: Head) -> tuple[Tensor, Tensor]:
     """The losses (E,), and ∂loss/∂z · leftᵀ, (E, N, P), for ``left`` (P, V); (E, N, 0) where it is None."""
-    loss, _, rows = _Head.apply(*x, left, head)
+    loss, _, rows, _ = _Head.apply(*x, left, head, None)
     return loss, rows
 
 
+def head_loss_forming(x: Operands, head: Head, function: Function) -> tuple[Tensor, Tensor]:
+    """The losses (E,), and ``function`` of each example's G_W (1, V, d), (E, …): formed one example at a time."""
+    loss, _, _, formed = _Head.apply(*x, None, head, function)
+    return loss, formed
+
+
 class _Head(torch.autograd.Function):
-    """(loss, ∂loss/∂hidden, ∂loss/∂z · leftᵀ); the last two are made in forward, from the same logits."""
+    """(loss, ∂loss/∂hidden, ∂loss/∂z · leftᵀ, function of G_W); all made in forward, from the same logits."""
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *operands, left, head = inputs
-        return _forward(Operands(*operands), left, head)
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        *operands, left, head, function = inputs
+        return _forward(Operands(*operands), left, head, function)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        *operands, _, ctx.head = inputs
-        _, d_hidden, rows = output
-        ctx.mark_non_differentiable(d_hidden, rows)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *operands, _, ctx.head, _ = inputs
+        _, d_hidden, rows, formed = output
+        ctx.mark_non_differentiable(d_hidden, rows, formed)
         ctx.save_for_backward(d_hidden, *operands)
 
     @staticmethod
@@ -87,54 +94,30 @@ class _Head(torch.autograd.Function):
             gradients["weight"] = weight_gradient(grad, x, ctx.head)
         if wanted["bias"]:
             gradients["bias"] = bias_gradient(grad, x, ctx.head)
-        return *(gradients.get(name) for name in Operands._fields), None, None
+        return *(gradients.get(name) for name in Operands._fields), None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        *operands, left, head = inputs
+        *operands, left, head, function = inputs
         size = info.batch_size
-        x = Operands(*operands).folded(Operands(*in_dims[:-2]), size)
-        return tuple(unfold(out, size) for out in _Head.apply(*x, left, head)), (0, 0, 0)
+        x = Operands(*operands).folded(Operands(*in_dims[:-3]), size)
+        return tuple(unfold(out, size) for out in _Head.apply(*x, left, head, function)), (0, 0, 0, 0)
 
 
-def _forward(x: Operands, left: Tensor | None, head: Head) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(x: Operands, left: Tensor | None, head: Head, function: Function | None) -> tuple[Tensor, ...]:
     examples, tokens, width = x.hidden.shape
     compute, count = compute_dtype(x.hidden), examples * tokens
     per_token = x.hidden.new_zeros(count, dtype=compute)
     d_hidden = x.hidden.new_zeros(count, width, dtype=compute)
     rows = x.hidden.new_zeros(count, 0 if left is None else left.shape[0], dtype=compute)
-    if left is None and _as_attention(x, head):
-        _by_attention(x, head.scale, per_token, d_hidden)
+    formed = x.hidden.new_zeros(examples, 0)
+    if function is not None:
+        formed = form(x, head, function, per_token, d_hidden)
+    elif serves(x, head):
+        by_attention(x, left, head, per_token, d_hidden, rows)
     else:
-        w, side = x.weight.to(compute), None if left is None else left.to(compute)
-        for at, losses, d_logits in chunks(x, head):
-            per_token.index_copy_(0, at, losses)
-            d_hidden.index_copy_(0, at, d_logits @ w)
-            if side is not None:
-                rows.index_copy_(0, at, d_logits @ side.T)
+        by_logits(x, labelled(x.target, x.token_weights), left, head, per_token, d_hidden, rows)
     shape = (examples, tokens)
     loss = per_token.reshape(shape).sum(1)
-    return loss, d_hidden.reshape(*shape, width).to(x.hidden.dtype), rows.unflatten(0, shape).to(x.hidden.dtype)
-
-
-def _as_attention(x: Operands, head: Head) -> bool:
-    plain = head.kind == "ce" and not head.smoothing and head.softcap is None and x.bias is None
-    return plain and x.hidden.device.type == "cpu"
-
-
-def _by_attention(x: Operands, scale: float, per_token: Tensor, d_hidden: Tensor) -> None:
-    """Queries h, keys and values W: the output is E_p[W], its log-sum-exp that of the logits. Fills the last two."""
-    at = labelled(x.target, x.token_weights)
-    if not len(at):
-        return
-    h, w = x.hidden.flatten(0, 1)[at].to(per_token.dtype), x.weight.to(per_token.dtype)
-    target, vocabulary = w[x.target.reshape(-1)[at]], w[None, None]
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        h[None, None], vocabulary, vocabulary, 0.0, False, scale=scale
-    )
-    losses, d_h = lse[0, 0].to(h.dtype) - scale * (h * target).sum(1), (out[0, 0] - target).mul_(scale)
-    if x.token_weights is not None:
-        factor = x.token_weights.reshape(-1)[at].to(h.dtype)
-        losses, d_h = losses * factor, d_h * factor[:, None]
-    per_token.index_copy_(0, at, losses)
-    d_hidden.index_copy_(0, at, d_h)
+    d_hidden = d_hidden.reshape(*shape, width).to(x.hidden.dtype)
+    return loss, d_hidden, rows.unflatten(0, shape).to(x.hidden.dtype), formed

@@ -15,16 +15,32 @@ from funcattrib.kernels.fold import fold, unfold
 from funcattrib.kernels.head_tokens import Chunk, Operands, chunks
 from funcattrib.kernels.logit_loss import Head
 
+Function = Callable[[Tensor], Tensor]
 
-def read_weight_gradients(scale: Tensor, x: Operands, head: Head, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """``function`` of each example's gradient of W, (1, V, d), times ``scale`` (E,): formed one example at a time."""
-    read: Tensor = _Weight.apply(scale, *x, head, len(scale), function)
-    return read
+
+def form(x: Operands, head: Head, function: Function, per_token: Tensor, d_hidden: Tensor) -> Tensor:
+    """``function`` of each example's gradient of W, (1, V, d), formed one example at a time, in the pass that makes the
+    losses (E·N,) and ∂loss/∂hidden (E·N, d), which are filled.
+    """
+    w, tokens = x.weight.to(per_token.dtype), x.hidden.shape[1]
+    read: list[Tensor] = []
+    gradient = torch.empty_like(x.weight)[None]
+    for example in range(x.hidden.shape[0]):
+        member = x.examples(example, example + 1)
+        if read and read[-1].untyped_storage().data_ptr() == gradient.untyped_storage().data_ptr():
+            gradient = torch.empty_like(gradient)  # the function returned it, or a view of it
+        gradient.zero_()
+        for at, losses, d_logits in chunks(member, head):
+            per_token.index_copy_(0, at + example * tokens, losses)
+            d_hidden.index_copy_(0, at + example * tokens, d_logits @ w)
+            gradient[0].addmm_(d_logits.T.to(x.weight.dtype), member.hidden.flatten(0, 1)[at])
+        read.append(function(gradient))
+    return torch.cat(read)
 
 
 def weight_gradient(scale: Tensor, x: Operands, head: Head) -> Tensor:
     """Σ_e scale_e G_W(e), (V, d)."""
-    whole: Tensor = _Weight.apply(scale, *x, head, 1, _itself)
+    whole: Tensor = _Weight.apply(scale, *x, head, 1)
     return whole[0]
 
 
@@ -41,18 +57,17 @@ def bias_gradient(scale: Tensor, x: Operands, head: Head) -> Tensor:
 
 
 class _Weight(torch.autograd.Function):
-    """``function`` of the sum over each group, (G, …)."""
+    """The sum over each group, (G, V, d)."""
 
     @staticmethod
     def forward(scale: Tensor, *inputs: Any) -> Tensor:
-        *operands, head, groups, function = inputs
-        x, read = Operands(*operands), []
-        for members, scales in _groups(scale, x, groups):
-            gradient = x.weight.new_zeros(1, *x.weight.shape)
+        *operands, head, groups = inputs
+        x = Operands(*operands)
+        whole = x.weight.new_zeros(groups, *x.weight.shape)
+        for gradient, (members, scales) in zip(whole, _groups(scale, x, groups), strict=True):
             for at, d_logits in _scaled(chunks(members, head), scales, x.hidden.shape[1]):
-                gradient[0].addmm_(d_logits.T.to(x.weight.dtype), members.hidden.flatten(0, 1)[at])
-            read.append(function(gradient))
-        return torch.cat(read)
+                gradient.addmm_(d_logits.T.to(x.weight.dtype), members.hidden.flatten(0, 1)[at])
+        return whole
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -60,10 +75,10 @@ class _Weight(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], scale: Tensor, *inputs: Any) -> tuple[Any, Any]:
-        *operands, head, groups, function = inputs
+        *operands, head, groups = inputs
         size = info.batch_size
-        x = Operands(*operands).folded(Operands(*in_dims[1:-3]), size)
-        return unfold(_Weight.apply(fold(scale, in_dims[0], size), *x, head, groups * size, function), size), 0
+        x = Operands(*operands).folded(Operands(*in_dims[1:-2]), size)
+        return unfold(_Weight.apply(fold(scale, in_dims[0], size), *x, head, groups * size), size), 0
 
 
 class _Bias(torch.autograd.Function):
@@ -102,7 +117,3 @@ def _scaled(parts: Iterator[Chunk], scale: Tensor, tokens: int) -> Iterator[tupl
     """(positions, gradients of the logits times their example's scale)."""
     for at, _, d_logits in parts:
         yield at, d_logits.mul_(scale[at // tokens, None].to(d_logits.dtype))
-
-
-def _itself(gradient: Tensor) -> Tensor:
-    return gradient

@@ -178,7 +178,7 @@ class Scale(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """A statistic of the coordinates, read in their place: any per-example function, linear or not.
+    """A statistic of the coordinates, read in their place: a quadratic one, f(s g) = s² f(g).
 
     It has no adjoint: its weight must reach the loss through exactly one tapped operation
     (``lift.single_use`` finds out), or else the coordinates are read and measured afterwards.

@@ -23,6 +23,9 @@ from funcattrib.transforms import kinds
 from funcattrib.transforms.moments import Moment, Moments, add_up, average, entries, factors, start
 
 
+_TILE = 1 << 18
+
+
 def adafactor_norm(moments: Moments | None = None, eps: float = 1e-30) -> Transform:
     """Divide by the root of Adafactor's factored second moments.
 
@@ -83,12 +86,16 @@ def _factors(name: str, leaf: Leaf, moment: Moment | None) -> Tensor:
 
 def _mean_squares(name: str, grad: Tensor) -> Tensor:
     """(B, …, O, I) → (B, …, O + I): mean over columns, mean over rows; (B, n) → squares."""
-    squares = grad * grad
     if grad.ndim == 2:
-        return squares
+        return grad * grad
     if not kinds.is_stack(name, tuple(grad.shape[1:])):
-        squares = squares.flatten(2)
-    return torch.cat([squares.mean(-1), squares.mean(-2)], -1)
+        grad = grad.flatten(2)
+    of_rows, of_cols = [], []
+    for part in grad.split(max(1, _TILE // grad.shape[-1]), -2):  # so many rows that their squares stay in cache
+        squares = part * part
+        of_rows.append(squares.mean(-1))
+        of_cols.append(squares.sum(-2))
+    return torch.cat([*of_rows, torch.stack(of_cols).sum(0) / grad.shape[-2]], -1)
 
 
 def _apply_adafactor(state: State, grads: Grads, eps: float) -> Grads:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcattrib.kernels.cross_entropy import head_loss, linear_cross_entropy
-from funcattrib.kernels.head_gradient import bias_gradients, read_weight_gradients
+from funcattrib.kernels.cross_entropy import head_loss, head_loss_forming, linear_cross_entropy
+from funcattrib.kernels.head_gradient import bias_gradients
 from funcattrib.kernels.head_tokens import Operands
 from funcattrib.kernels.logit_loss import Head
-from funcattrib.lift.coordinates import Reading, Then, TwoSided
+from funcattrib.lift.against import Against
+from funcattrib.lift.coordinates import Measured, Reading, Then, TwoSided
 from funcattrib.lift.factors import Side
 from funcattrib.lift.ops.linear import by_example
 from funcattrib.lift.parameter import Lifted, Rule, plain
@@ -40,8 +41,8 @@ def _tap_weight(x: Operands, weight: Lifted, head: Head) -> Tensor:
         loss, rows = head_loss(x, left, head)
         kept: Any = reading.keep_cols(by_example(x.hidden, weight))
         return tap(loss, weight.theta, partial(_read, reading, weight.theta.shape[0]), rows, kept)
-    loss, _ = head_loss(x, None, head)
-    return tap(loss, weight.theta, partial(_read_formed, reading, head), *x)
+    loss, formed = head_loss_forming(x, head, reading.of_gradient)
+    return tap(loss, weight.theta, partial(_read_formed, reading), formed)
 
 
 def _tap_bias(loss: Tensor, x: Operands, bias: Lifted, head: Head) -> Tensor:
@@ -76,8 +77,20 @@ def _read(reading: Reading, examples: int, g: Tensor, rows: Tensor, cols: Tensor
     return reading.read(scaled.reshape(examples, -1, rows.shape[-1]), cols)
 
 
-def _read_formed(reading: Reading, head: Head, g: Tensor, *operands: Any) -> Tensor:
-    return read_weight_gradients(g, Operands(*operands), head, reading.of_gradient)
+def _read_formed(reading: Reading, g: Tensor, formed: Tensor) -> Tensor:
+    return rescaled(reading, formed, g)
+
+
+def rescaled(reading: Reading, value: Tensor, scale: Tensor) -> Tensor:
+    """What is read of scale · G, scale (E,), from what was read of G, (E, …)."""
+    if isinstance(reading, Then):
+        return rescaled(reading.second, value, scale)
+    factor = scale.reshape(-1, *[1] * (value.ndim - 1)).to(value.dtype)
+    if isinstance(reading, Measured):
+        return value * factor**2
+    if isinstance(reading, Against) and reading.norm:
+        return torch.cat([value[:, :-1] * factor, value[:, -1:] * factor**2], 1)
+    return value * factor
 
 
 def _read_bias(reading: Reading, head: Head, g: Tensor, *operands: Any) -> Tensor:
