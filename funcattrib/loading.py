@@ -29,12 +29,16 @@ _TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "spiece*", "tekke
 
 
 class Loaded(NamedTuple):
-    """A model, its tokenizer (None where the folder has none) and what it is called: a hub id, or a folder's path."""
+    """A model, its tokenizer (None where the folder has none) and what it is called: a hub id, or a folder's path.
+
+    ``reference`` is a model to compare it with, where one was asked for.
+    """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase | None
     name: str
     revision: str | None
+    reference: nn.Module | None = None
 
 
 def load_model(

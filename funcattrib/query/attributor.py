@@ -19,21 +19,22 @@ from transformers import PreTrainedTokenizerBase
 from funcattrib import tree
 from funcattrib.batched import collecting
 from funcattrib.compose import Chain
-from funcattrib.data import Columns, Rows, collate, plan, tokenize
+from funcattrib.data import Columns, Rows, collate, number_columns, plan, tokenize
 from funcattrib.errors import FuncattribError
 from funcattrib.functional import choose
 from funcattrib.loading import PRECISIONS, context_length, load_model, model_identity, vocabulary
-from funcattrib.losses import causal_lm_loss
+from funcattrib.named_loss import KINDS
 from funcattrib.per_example import Batch, Grads, PerExample, per_example_grad, spec
 from funcattrib.query.agree import same_chain, same_state
 from funcattrib.query.faiss_index import FaissConfig, FaissIndex, build_or_load
 from funcattrib.query.faiss_index import search as search_index
+from funcattrib.query.stored_loss import stored_loss
 from funcattrib.query.topk import TopK, store_blocks, topk
 from funcattrib.store import GradientStore, open_store
 from funcattrib.transforms.describe import rebuild
 
 _BUDGET = 4096
-_FACTS = ("id", "loss", "tokens")  # columns of a store's examples that are no text
+_FACTS = ("id", "loss", "tokens", "advantage")  # columns of a store's examples that are no text
 
 
 class Hit(NamedTuple):
@@ -140,8 +141,9 @@ class Attributor:
         model, tokenizer = self._loaded()
         columns = columns or self._columns(records)
         rows = [{columns.prompt_column: r} if isinstance(r, str) else dict(r) for r in records]
+        source = datasets.Dataset.from_list(rows)
         tokens, _ = tokenize(
-            datasets.Dataset.from_list(rows),
+            source,
             tokenizer,
             columns,
             max_length=context_length(model, tokenizer),
@@ -149,10 +151,13 @@ class Attributor:
             vocab_size=vocabulary(model),
         )
         documents = Rows(tokens)
+        own = self.store.manifest.loss["kind"] not in KINDS
+        numbers = number_columns(source) if own else {}
         pad = getattr(tokenizer, "pad_token_id", None) or 0
         out: Tensor | None = None
         for chosen in plan(documents.lengths, _BUDGET):
-            batch = collate([documents[i] for i in chosen], pad_id=pad)
+            examples = [{**documents[i], **{name: values[i] for name, values in numbers.items()}} for i in chosen]
+            batch = collate(examples, pad_id=pad)
             flat = self.gradients_of(batch)
             out = flat.new_empty(len(rows), flat.shape[1]) if out is None else out
             out[chosen] = flat
@@ -168,7 +173,7 @@ class Attributor:
     def gradients_of(self, batch: Batch) -> Float[Tensor, "B D"]:
         """Transformed gradients of a batch of tokens, (B, D) on the CPU."""
         if self._compute is None:
-            loss, params = causal_lm_loss(self._loaded()[0], **self._loss_settings())
+            loss, params = stored_loss(self._loaded()[0], self.store.manifest, self.device)
             chain, state = self._state(params)
             self._compute = chain.bind(loss, params, state)
             self._on = next(iter(params.values())).device
@@ -252,16 +257,6 @@ class Attributor:
             f"found {found['id']} with {name} {found[name][:24]}\n"
             "give that model, or build a store for this one"
         )
-
-    def _loss_settings(self) -> dict[str, Any]:
-        loss = self.store.manifest.loss
-        return {
-            "kind": loss["kind"],
-            "reduction": loss["reduction"],
-            "label_smoothing": loss["label_smoothing"],
-            "modules": loss["modules"] or None,
-            "exclude": loss["exclude"],
-        }
 
     def _attributed(self, model: nn.Module) -> set[str]:
         loss = self.store.manifest.loss

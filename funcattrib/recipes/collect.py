@@ -9,7 +9,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from funcattrib.compose import Chain
+from funcattrib.data import some_rows
+from funcattrib.named_loss import name_of
 from funcattrib.recipes.config import GradientConfig
 from funcattrib.recipes.documents import Records
 from funcattrib.recipes.explain import explained
@@ -43,7 +47,8 @@ def collect_gradients(
         overwrite: begin anew where the folder holds another run.
         config: saved as ``config.yaml``.
         settings: fields of ``prepare.Source`` (tokenizer, columns, split, truncation, max_length, quiet, …) and of
-            ``GradientConfig`` (projection_dim, normalizer, loss, modules, token_batch_size, dtype, …).
+            ``GradientConfig`` (projection_dim, normalizer, loss, modules, token_batch_size, dtype, …). ``loss`` may be
+            a function, ``reference_model`` a model or its name.
 
     Returns:
         The open store: one row a document, in the data set's order.
@@ -68,9 +73,10 @@ def collect_gradients(
             with explained():
                 fill(prepared.work, writer, state_of(prepared, writer, gradients.fit_documents))
         finished = writer.finish()
+    store = open_store(path)
     if not source.quiet:
-        _warn(finished)
-    return open_store(path)
+        _warn(finished, store)
+    return store
 
 
 def fit_gradients(
@@ -103,13 +109,20 @@ def fit_gradients(
 
 def split_settings(data: Records | str, settings: Mapping[str, Any]) -> tuple[Source, GradientConfig]:
     """Keyword settings as what says which documents, and what is computed of them."""
+    if callable(own := settings.get("loss")):
+        settings = {**settings, "loss": name_of(own), "own_loss": own}
     of_source = {field.name for field in fields(Source)} - {"data"}
     source = Source(data, **{name: value for name, value in settings.items() if name in of_source})
     return source, settings_of({name: value for name, value in settings.items() if name not in of_source})
 
 
-def _warn(finished: Manifest) -> None:
+def _warn(finished: Manifest, store: GradientStore) -> None:
+    lost = np.flatnonzero(np.isnan(np.asarray(store.examples["loss"][:], dtype=float)))
+    if len(lost):
+        log.warning(
+            "the loss is NaN or infinite in %s; kept, as rows of NaN, which come last in a search", some_rows(lost)
+        )
     if finished.clipped:
         log.warning("%d entries were beyond %s and were clipped", finished.clipped, finished.dtype)
-    if finished.nonfinite:
+    if finished.nonfinite > len(lost) * store.width:
         log.warning("%d entries are NaN or infinite; their rows come last in a search", finished.nonfinite)

@@ -23,6 +23,8 @@ class ModelConfig:
     """cpu, cuda or cuda:N; auto takes a GPU where there is one."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint."""
+    reference_model: str | None = None
+    """The model that --loss kl compares with; by default the model with its adapter off."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,9 @@ class RowConfig:
     """Distribution of the projections' entries."""
     fit_documents: int = 1024
     """Documents on which statistics are fitted, spread evenly over the data set; 0 takes all."""
-    loss: Literal["ce", "log_odds"] = "ce"
-    """Cross-entropy, or the negative log-odds of each token."""
+    loss: str = "ce"
+    """ce (cross-entropy), log_odds (negative log-odds of each token), kl (divergence from --reference-model), or a loss
+    of your own: package.module:function."""
     loss_reduction: Literal["sum", "mean"] = "sum"
     """Sum or mean over an example's labelled tokens."""
     label_smoothing: float = 0.0
@@ -106,6 +109,10 @@ class RowConfig:
         at_least(self, projection_dim=0, token_batch_size=1, fit_documents=0, rows_per_shard=1)
         if not 0 <= self.label_smoothing < 1:
             raise FuncattribError(f"expected --label-smoothing in [0, 1), found {self.label_smoothing}")
+        if self.loss not in ("ce", "kl", "log_odds") and ":" not in self.loss:
+            raise FuncattribError(
+                f"expected --loss of ce, kl, log_odds or package.module:function, found {self.loss!r}"
+            )
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,13 @@ from funcattrib.recipes.config import DataConfig, ModelConfig, QueryColumns
 
 
 def load_from(config: ModelConfig) -> Loaded:
-    """Load the model of ``config``."""
+    """Load the model of ``config``, and the reference in the same way."""
     settings = asdict(config)
-    return load_model(settings.pop("model"), **settings)
+    name, reference = settings.pop("model"), settings.pop("reference_model")
+    loaded = load_model(name, **settings)
+    if reference is None:
+        return loaded
+    return loaded._replace(reference=load_model(reference, **{**settings, "tokenizer": None, "revision": None}).model)
 
 
 def source_of(loaded: Loaded, data: DataConfig) -> dict[str, Any]:
@@ -25,6 +29,7 @@ def source_of(loaded: Loaded, data: DataConfig) -> dict[str, Any]:
         "max_length": data.max_length,
         "model_name": loaded.name,
         "revision": loaded.revision,
+        "reference_model": loaded.reference,
     }
 
 

@@ -14,8 +14,8 @@ from funcattrib.compose import Chain, State
 from funcattrib.data import Columns, load
 from funcattrib.errors import ChainError, FuncattribError
 from funcattrib.functional import Loss, Params
-from funcattrib.loading import context_length, fingerprint, load_model, model_identity, vocabulary
-from funcattrib.losses import causal_lm_loss
+from funcattrib.loading import PRECISIONS, context_length, fingerprint, load_model, model_identity, vocabulary
+from funcattrib.named_loss import KINDS, Own, loss_of
 from funcattrib.per_example import per_example_grad
 from funcattrib.recipes.chains import chain_of
 from funcattrib.recipes.config import GradientConfig
@@ -45,6 +45,8 @@ class Source:
         truncation: cut documents longer than ``max_length``.
         max_length: by default the model's context.
         model_name, revision: what the manifest calls the model.
+        reference_model: what the loss ``kl`` compares with: a model, or its name.
+        own_loss: a function in the place of the loss that the settings name.
         quiet: no report, no progress.
     """
 
@@ -57,6 +59,8 @@ class Source:
     max_length: int | None = None
     model_name: str | None = None
     revision: str | None = None
+    reference_model: nn.Module | str | None = None
+    own_loss: Own | None = None
     quiet: bool = False
 
 
@@ -76,8 +80,9 @@ def prepare(
     Raises:
         FuncattribError: bad input of any kind.
     """
+    reference = _reference(model, source)
     loss, params, module, identity, corpus = (
-        _own_loss(model, source) if isinstance(model, tuple) else _language_model(model, source, gradients)
+        _own_loss(model, source) if isinstance(model, tuple) else _language_model(model, source, gradients, reference)
     )
     chain = chain or chain_of(gradients, module)
     first, spec = chain.init(per_example_grad.spec(params))
@@ -95,6 +100,7 @@ def prepare(
             "kind": "own" if isinstance(model, tuple) else gradients.loss,
             "reduction": gradients.loss_reduction,
             "label_smoothing": gradients.label_smoothing,
+            "reference": None if reference is None else model_identity(reference),
             "modules": list(gradients.modules),
             "exclude": list(gradients.exclude),
         },
@@ -178,12 +184,23 @@ def settings_of(values: Mapping[str, Any]) -> GradientConfig:
 _Parts = tuple[Loss, Mapping[str, Tensor], nn.Module | Params, dict[str, Any], Corpus]
 
 
-def _language_model(model: nn.Module | str, source: Source, gradients: GradientConfig) -> _Parts:
+def _language_model(
+    model: nn.Module | str, source: Source, gradients: GradientConfig, reference: nn.Module | None
+) -> _Parts:
     tokenizer, name = source.tokenizer, source.model_name
     if isinstance(model, str):
         name = model
         loaded = load_model(model)
         model, tokenizer = loaded.model, tokenizer or loaded.tokenizer
+    loss, params = loss_of(
+        model,
+        source.own_loss or gradients.loss,
+        reduction=gradients.loss_reduction,
+        label_smoothing=gradients.label_smoothing,
+        reference=reference,
+        modules=gradients.modules or None,
+        exclude=gradients.exclude,
+    )
     documents = read_documents(
         load(source.data, source.split, subset=source.subset) if isinstance(source.data, str) else source.data,
         tokenizer,
@@ -191,23 +208,31 @@ def _language_model(model: nn.Module | str, source: Source, gradients: GradientC
         max_length=context_length(model, tokenizer, asked=source.max_length),
         truncation=source.truncation,
         vocab_size=vocabulary(model),
+        own_loss=source.own_loss is not None or gradients.loss not in KINDS,
     )
     if not source.quiet:
         for line in documents.lines():
             log.info(line)
-    loss, params = causal_lm_loss(
-        model,
-        reduction=gradients.loss_reduction,
-        kind=gradients.loss,
-        label_smoothing=gradients.label_smoothing,
-        modules=gradients.modules or None,
-        exclude=gradients.exclude,
-    )
     return loss, params, model, model_identity(model, name, source.revision), documents
+
+
+def _reference(model: Model, source: Source) -> nn.Module | None:
+    """The reference model, loaded where the model is and in its precision."""
+    if not isinstance(source.reference_model, str):
+        return source.reference_model
+    if not isinstance(model, nn.Module):
+        return load_model(source.reference_model).model
+    weight = next(model.parameters())
+    precision = PRECISIONS[str(weight.dtype).removeprefix("torch.")]
+    return load_model(source.reference_model, device=str(weight.device), precision=precision).model
 
 
 def _own_loss(model: tuple[Loss, Params], source: Source) -> _Parts:
     loss, params = model
+    if source.own_loss is not None or source.reference_model is not None:
+        raise FuncattribError(
+            "expected a model for a loss or a reference of one's own, found (loss, params); give either"
+        )
     if not callable(loss) or not params:
         raise FuncattribError(
             "expected a loss function and a dict of parameters, found something else or no parameters"

@@ -110,7 +110,10 @@ def fill(work: Work, writer: StoreWriter, state: State, label: str = "build") ->
 def rows_of(
     work: Work, compute: Callable[[Batch], PerExample], rows: Sequence[int], count: Count
 ) -> tuple[Tensor, Tensor]:
-    """(matrix (rows, D) float32 on the CPU, losses (rows,)) of some documents, in their order."""
+    """(matrix (rows, D) float32 on the CPU, losses (rows,)) of some documents, in their order.
+
+    Where the loss is NaN or infinite, both are NaN.
+    """
     matrix, losses = torch.zeros(0), torch.zeros(len(rows))
     lengths = work.corpus.lengths[list(rows)]
     for number, chosen in enumerate(plan(lengths, work.budget)):
@@ -122,6 +125,8 @@ def rows_of(
             matrix = flat.new_empty(len(rows), flat.shape[1])
         matrix[chosen], losses[chosen] = flat, result.losses.float().cpu()
         count(int(lengths[chosen].sum()), len(chosen))
+    lost = ~losses.isfinite()  # such a row says nothing, whatever its gradient looks like
+    matrix[lost], losses[lost] = torch.nan, torch.nan
     return matrix, losses
 
 

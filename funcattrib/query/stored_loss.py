@@ -1,0 +1,37 @@
+"""The loss that made a store, again: what its queries are differentiated by."""
+
+import torch
+from torch import Tensor, nn
+
+from funcattrib.errors import FuncattribError
+from funcattrib.functional import Loss
+from funcattrib.loading import PRECISIONS, load_model, model_identity
+from funcattrib.named_loss import loss_of
+from funcattrib.store import Manifest
+
+
+def stored_loss(model: nn.Module, manifest: Manifest, device: torch.device) -> tuple[Loss, dict[str, Tensor]]:
+    """The loss of a store and the parameters that it attributes; a reference model is loaded from where it was.
+
+    Raises:
+        FuncattribError: the loss cannot be imported, or the reference model is not the one that made the store.
+    """
+    loss = manifest.loss
+    made_with, reference = loss.get("reference"), None
+    if made_with is not None:
+        precision = PRECISIONS.get(made_with["dtype"], "fp32")
+        reference = load_model(made_with["id"], precision=precision, device=str(device)).model
+        if model_identity(reference)["fingerprint"] != made_with["fingerprint"]:
+            raise FuncattribError(
+                f"expected the reference model that made the store at {made_with['id']}, found another there; "
+                "put the same one back"
+            )
+    return loss_of(
+        model,
+        loss["kind"],
+        reduction=loss["reduction"],
+        label_smoothing=loss["label_smoothing"],
+        reference=reference,
+        modules=loss["modules"] or None,
+        exclude=loss["exclude"],
+    )
