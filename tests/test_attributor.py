@@ -250,3 +250,48 @@ def test_an_unfinished_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         found = attributor(tmp_path / "run2")
     with pytest.raises(fa.FuncattribError, match="found none; finish building the store first"):
         found.ask(["w1 w2 w3"])
+
+
+PRECONDITIONED = {
+    "cosine": ((fa.precondition(power=-0.5), fa.unit_norm()), True),
+    "cosine of rows of any length": ((fa.precondition(power=-0.5),), True),
+    "inner product, both sides": ((fa.precondition(power=-0.5),), False),
+    "inner product, one side": ((), False),
+}
+
+
+@pytest.mark.parametrize("case", PRECONDITIONED)
+def test_a_preconditioned_store_through_faiss_flat_ranks_as_the_dense_formula(case: str, tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    stages, unit_norm = PRECONDITIONED[case]
+    model = cases.causal("gpt_neox")
+    chain = fa.compose(fa.per_example_grad, fa.project(4), *stages)
+    build(tmp_path / "run", records(TEXTS), model, chain=chain, fit_documents=0)
+    projected = build(tmp_path / "plain", records(TEXTS), model)
+    both = {
+        how: attributor(tmp_path / "run", unit_norm=unit_norm, chain=chain, faiss_cfg=faiss)
+        for how, faiss in (("exact", None), ("flat", fa.FaissConfig("Flat")))
+    }
+    asked = attributor(tmp_path / "plain").gradients(QUERIES)
+
+    # In float64 on the projected gradients alone: ⟨a, H⁻¹ b⟩, for the cosine over the lengths √⟨a, H⁻¹ a⟩.
+    rows, asked = projected.matrix().tensor().double(), asked.double()
+    scores = torch.zeros(len(asked), len(rows), dtype=torch.float64)
+    lengths = [torch.zeros(len(each), dtype=torch.float64) for each in (asked, rows)]
+    one_side = torch.zeros_like(asked)
+    for leaf in projected.leaves.values():
+        span = slice(leaf.start, leaf.stop)
+        gram = rows[:, span].T @ rows[:, span] / len(rows)
+        inverse = torch.linalg.inv(gram + 0.1 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64))
+        one_side[:, span] = asked[:, span] @ inverse
+        scores += one_side[:, span] @ rows[:, span].T
+        for length, each in zip(lengths, (asked, rows), strict=True):
+            length += torch.einsum("nd,de,ne->n", each[:, span], inverse, each[:, span])
+    if unit_norm:
+        scores = scores / lengths[0].sqrt()[:, None] / lengths[1].sqrt()
+    best = scores.topk(7)
+    for how, found in both.items():
+        queries = one_side.float() if not stages else found.gradients(QUERIES)
+        values, indices = found.search(queries, 7)
+        assert indices.tolist() == best.indices.tolist(), how
+        torch.testing.assert_close(values.double(), best.values, rtol=1e-3, atol=1e-4)
