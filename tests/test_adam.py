@@ -1,5 +1,6 @@
 """``adam_norm`` against its formula, fitted in the backward pass and given."""
 
+import copy
 import json
 
 import pytest
@@ -106,3 +107,27 @@ def test_a_matrix_is_scaled_entry_by_entry_and_a_vector_by_its_side() -> None:
     lowered = stage.lower(stage.init(SPEC)[0], SPEC)
     assert isinstance(lowered["w"].reading, Scale)
     assert not isinstance(lowered["b"].reading, Scale)
+
+
+@pytest.mark.parametrize("before", ["nothing", "heads"])
+@pytest.mark.parametrize("normalizer", [fa.adafactor_norm, fa.adam_norm])
+def test_squares_of_small_float16_gradients_do_not_vanish(normalizer, before) -> None:
+    model = copy.deepcopy(cases.causal("llama")).half()
+    whole, params = fa.causal_lm_loss(model)
+    stages = [fa.split_heads(fa.attention_configs(model))] if before == "heads" else []
+
+    def loss(params, example):
+        return whole(params, example) * 2**-11
+
+    batch = cases.batch()
+    state = fa.compose(fa.per_example_grad, *stages, normalizer()).fit(loss, params, [batch])
+    prefix = fa.compose(fa.per_example_grad, *stages)
+    grads = prefix.plain(loss, params, batch)
+    assert {grad.dtype for grad in grads.values()} == {torch.float16}
+    there = torch.cat([grad.flatten() for grad in grads.values()])
+    assert int((there.square() > 0).sum()) < int((there != 0).sum()) / 2
+    for name, grad in grads.items():
+        v = grad.double().square()
+        expected = v.mean(0) if normalizer is fa.adam_norm else torch.cat([v.mean((0, 2)), v.mean((0, 1))])
+        torch.testing.assert_close(state[-1]["sums"][name], expected, rtol=5e-2, atol=1e-2 * float(expected.max()))
+        assert (expected > 0).any()

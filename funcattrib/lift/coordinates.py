@@ -219,3 +219,14 @@ class Measured(NamedTuple):
     def after(self, first: Reading) -> Reading:
         """The statistic of coordinates behind another map."""
         return Measured(self.inner.after(first), self.measure)
+
+
+def is_statistic(reading: Reading) -> bool:
+    """Whether what is read is a statistic, by itself or as the last of several maps.
+
+    Example:
+        >>> is_statistic(Measured(TwoSided(), torch.square)), is_statistic(TwoSided())
+        (True, False)
+    """
+    last = getattr(reading, "maps", (reading.second,) if isinstance(reading, Then) else ())
+    return isinstance(reading, Measured) or any(is_statistic(one) for one in last)

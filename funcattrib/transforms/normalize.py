@@ -22,7 +22,6 @@ from funcattrib.per_example import Grads, Leaf, Spec
 from funcattrib.transforms import kinds
 from funcattrib.transforms.moments import Moment, Moments, add_up, average, entries, factors, start
 
-
 _TILE = 1 << 18
 
 
@@ -86,13 +85,14 @@ def _factors(name: str, leaf: Leaf, moment: Moment | None) -> Tensor:
 
 def _mean_squares(name: str, grad: Tensor) -> Tensor:
     """(B, …, O, I) → (B, …, O + I): mean over columns, mean over rows; (B, n) → squares."""
+    wide = torch.promote_types(grad.dtype, torch.float32)  # in float16 the squares of small gradients are zero
     if grad.ndim == 2:
-        return grad * grad
+        return grad.to(wide).square()
     if not kinds.is_stack(name, tuple(grad.shape[1:])):
         grad = grad.flatten(2)
     of_rows, of_cols = [], []
     for part in grad.split(max(1, _TILE // grad.shape[-1]), -2):  # so many rows that their squares stay in cache
-        squares = part * part
+        squares = part.to(wide).square()
         of_rows.append(squares.mean(-1))
         of_cols.append(squares.sum(-2))
     return torch.cat([*of_rows, torch.stack(of_cols).sum(0) / grad.shape[-2]], -1)
