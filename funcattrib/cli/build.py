@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -24,6 +25,8 @@ class Build:
     gradients: GradientConfig = field(default_factory=GradientConfig)
     state: Path | None = None
     """A state that `funcattrib fit` left; by default the normalizer is fitted here."""
+    granularity: Literal["example", "token"] = "example"
+    """A row an example, or a row a token; an example's token rows add up to its gradient."""
     overwrite: bool = False
     """Begin anew where RUN holds another run."""
 
@@ -40,6 +43,7 @@ def run(config: Build) -> int | None:
         config.data.dataset,
         path=config.run,
         state=config.state,
+        granularity=config.granularity,
         overwrite=config.overwrite,
         config=settings(replace(config, overwrite=False), command="build"),  # a replay must not wipe what it made
         **source_of(loaded, config.data),

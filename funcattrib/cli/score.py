@@ -31,8 +31,8 @@ class Score:
     """A column for every query, for their mean, or for the nearest of them; self scores each example with itself."""
     unit_norm: bool = False
     """Cosine in place of inner product."""
-    granularity: Literal["example", "module"] = "example"
-    """One score an example and query, or its parts by module (or head), which add up to it."""
+    granularity: Literal["example", "module", "token"] = "example"
+    """One score an example and query, or its parts by module (or head) or by token, which add up to it."""
     top_k: int | None = None
     """Keep the best so many examples of each query, and no other scores."""
     gradients: GradientConfig = field(default_factory=GradientConfig)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,7 +17,8 @@ from funcattrib.named_loss import name_of
 from funcattrib.recipes.config import GradientConfig
 from funcattrib.recipes.documents import Records
 from funcattrib.recipes.explain import explained
-from funcattrib.recipes.prepare import Model, Source, prepare, settings_of, state_of
+from funcattrib.recipes.prepare import Model, Source, prepare, settings_of, shard_rows, state_of
+from funcattrib.recipes.tokens import MOST_ROWS, by_token, fill_tokens
 from funcattrib.recipes.work import fill, fit_state
 from funcattrib.store import GradientStore, Manifest, create_store, open_store
 
@@ -31,6 +32,7 @@ def collect_gradients(
     path: str | Path,
     chain: Chain | None = None,
     state: str | Path | None = None,
+    granularity: Literal["example", "token"] = "example",
     overwrite: bool = False,
     config: Mapping[str, Any] | None = None,
     **settings: Any,
@@ -44,6 +46,7 @@ def collect_gradients(
         path: the folder of the store.
         chain: transforms of your own in place of normalizer and projection.
         state: a folder with a fitted state (``fit_gradients``, or an earlier store); fitted here when not given.
+        granularity: ``token`` makes a row of every token; a document's rows add up to its gradient.
         overwrite: begin anew where the folder holds another run.
         config: saved as ``config.yaml``.
         settings: fields of ``prepare.Source`` (tokenizer, columns, split, truncation, max_length, quiet, …) and of
@@ -66,12 +69,16 @@ def collect_gradients(
     """
     source, gradients = split_settings(data, settings)
     prepared = prepare(model, source, gradients, chain, state)
-    with create_store(path, prepared.manifest, overwrite=overwrite) as writer:
+    manifest, filled = prepared.manifest, fill
+    if granularity == "token":
+        rows = gradients.rows_per_shard or shard_rows(manifest.width, MOST_ROWS)
+        manifest, filled = by_token(manifest, prepared.work, rows), fill_tokens
+    with create_store(path, manifest, overwrite=overwrite) as writer:
         if config is not None:
             writer.save_config(config)
         if writer.pending:
             with explained():
-                fill(prepared.work, writer, state_of(prepared, writer, gradients.fit_documents))
+                filled(prepared.work, writer, state_of(prepared, writer, gradients.fit_documents))
         finished = writer.finish()
     store = open_store(path)
     if not source.quiet:

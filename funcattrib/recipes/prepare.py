@@ -132,9 +132,9 @@ def with_state(prepared: Prepared, given: GradientStore) -> Prepared:
     return prepared._replace(given=given, manifest=replace(prepared.manifest, computed_with=made_with))
 
 
-def shard_rows(width: int) -> int:
+def shard_rows(width: int, most: int = _SHARD_ROWS) -> int:
     """Rows of a shard where nobody says how many."""
-    return max(1, min(_SHARD_ROWS, _SHARD_BYTES // (4 * width)))
+    return max(1, min(most, _SHARD_BYTES // (4 * width)))
 
 
 def state_of(prepared: Prepared, writer: StoreWriter, fit_documents: int) -> State:

@@ -22,6 +22,7 @@ from funcattrib.recipes.collect import collect_gradients, fit_gradients, split_s
 from funcattrib.recipes.documents import Records
 from funcattrib.recipes.explain import explained
 from funcattrib.recipes.prepare import Model, Prepared, prepare, shard_rows, state_of, with_state
+from funcattrib.recipes.tokens import MOST_ROWS, by_token, fill_tokens
 from funcattrib.recipes.work import Work, fill, progress, rows_of
 from funcattrib.score import Scores, check_gradients, open_scores, scores_manifest
 from funcattrib.score.best import Best, fold, nothing, save_best
@@ -32,7 +33,7 @@ from funcattrib.transforms import against, nearest, self_influence
 log = logging.getLogger(__name__)
 
 How = Literal["individual", "mean", "nearest", "self"]
-Granularity = Literal["example", "module"]
+Granularity = Literal["example", "module", "token"]
 
 
 def score_gradients(
@@ -65,7 +66,8 @@ def score_gradients(
         score: a column for every query, or one for their mean, or for the nearest of them (the largest score); ``self``
             takes no queries: ⟨g, g⟩, each document's influence on itself.
         unit_norm: cosines: documents and queries are scaled to unit length, all leaves together. For ``self`` refused.
-        granularity: ``module`` keeps the part of every parameter (or head); their sum is the score.
+        granularity: ``module`` keeps the part of every parameter (or head), ``token`` has a row for every token: their
+            sum is the score.
         top_k: keep the best rows of each query alone, and nothing else.
         state: a folder with a fitted state; by default that of the queries, or one fitted on ``data``.
 
@@ -105,6 +107,8 @@ def score_gradients(
     )
     width = manifest.leaves[-1].stop
     manifest = replace(manifest, rows_per_shard=gradients.rows_per_shard or shard_rows(width))
+    if granularity == "token":
+        manifest = by_token(manifest, prepared.work, gradients.rows_per_shard or shard_rows(width, MOST_ROWS))
     if top_k is not None:
         kept = {"top_k": top_k, "shard": manifest.rows_per_shard, "scored": manifest.rows}
         manifest = replace(manifest, rows=0, computed_with={**manifest.computed_with, **kept})
@@ -113,7 +117,7 @@ def score_gradients(
             writer.save_config(config)
         if not writer.manifest.complete:
             with explained():
-                _compute(prepared, last, writer, gradients.fit_documents, top_k)
+                _compute(prepared, last, writer, gradients.fit_documents, top_k, granularity)
         finished = writer.finish()
     if finished.nonfinite and not source.quiet:
         log.warning("%d scores are NaN or infinite; their rows are left out of top-k", finished.nonfinite)
@@ -121,7 +125,12 @@ def score_gradients(
 
 
 def _compute(
-    prepared: Prepared, last: Sequence[Transform], writer: StoreWriter, fit_documents: int, top_k: int | None
+    prepared: Prepared,
+    last: Sequence[Transform],
+    writer: StoreWriter,
+    fit_documents: int,
+    top_k: int | None,
+    granularity: str,
 ) -> None:
     fitted = state_of(prepared, writer, fit_documents)
     arriving = prepared.work.chain.init(per_example_grad.spec(prepared.work.params))[1]
@@ -129,7 +138,7 @@ def _compute(
     state = (*fitted, *compose(*last).init(arriving)[0])
     work = prepared.work._replace(chain=chain)
     if top_k is None:
-        fill(work, writer, state, "score")
+        (fill_tokens if granularity == "token" else fill)(work, writer, state, "score")
     else:
         _fill_best(work, writer, state, top_k)
 
@@ -210,17 +219,22 @@ def _check_asked(
     for wrong, message in (
         (score == "self" and given, "expected no queries with score 'self', found some"),
         (score == "self" and unit_norm, "expected no unit norm with score 'self': every gradient would score 1"),
-        (
-            score == "self" and granularity == "module",
-            "expected score 'self' over all modules, found granularity module",
-        ),
+        (score == "self" and granularity != "example", f"expected score 'self' of examples, found {granularity}"),
         (score != "self" and not given, "expected queries (--query-path or --query-dataset), found none"),
         (given == 2, "expected --query-path or --query-dataset, found both"),
         (top_k is not None and top_k < 1, f"expected --top-k of at least 1, found {top_k}"),
-        (top_k is not None and granularity == "module", "expected --top-k or --granularity module, found both"),
         (
-            score == "nearest" and granularity == "module",
-            "expected score 'individual' or 'mean' by module, found 'nearest': its parts do not add up",
+            top_k is not None and granularity != "example",
+            f"expected --top-k or --granularity {granularity}, found both",
+        ),
+        (
+            score == "nearest" and granularity != "example",
+            f"expected score 'individual' or 'mean' with granularity {granularity}, found 'nearest': its parts do not "
+            "add up",
+        ),
+        (
+            unit_norm and granularity == "token",
+            "expected inner products with granularity token, found unit norm: a token's part has no norm of its own",
         ),
     ):
         if wrong:

@@ -1,0 +1,94 @@
+"""Rows (document, token) in place of a row a document: the terms that a document's gradient is the sum of.
+
+The tokens of all documents stand one after the other, so a shard may begin and end inside a document. Statistics are
+those of whole documents: only so do the parts add up to what a store or a score of documents holds.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from funcattrib.compose import State
+from funcattrib.data import plan
+from funcattrib.errors import FuncattribError
+from funcattrib.memory import trim
+from funcattrib.per_example import Batch, PerExample
+from funcattrib.per_token import per_token_grad
+from funcattrib.recipes.documents import Documents
+from funcattrib.recipes.work import Work, progress
+from funcattrib.store import Manifest, StoreWriter
+
+MOST_ROWS = 1 << 16
+"""Of a shard, where nobody says how many."""
+
+
+def by_token(manifest: Manifest, work: Work, rows_per_shard: int) -> Manifest:
+    """The manifest of a run with a row a token.
+
+    Raises:
+        FuncattribError: a chain with stages that are not linear, whose parts would not add up.
+    """
+    if any(stage.lower is None and stage.name not in ("precondition", "nearest") for stage in work.chain.stages):
+        name = next(stage.name for stage in work.chain.stages if stage.lower is None)
+        raise FuncattribError(f"expected stages whose parts add up with granularity token, found {name}; leave it out")
+    return replace(
+        manifest,
+        rows=int(work.corpus.lengths.sum()),
+        rows_per_shard=rows_per_shard,
+        computed_with={**manifest.computed_with, "granularity": "token"},
+    )
+
+
+def fill_tokens(work: Work, writer: StoreWriter, state: State, label: str = "build") -> None:
+    """Compute and hand over every pending shard of rows (document, token)."""
+    chain = work.chain._replace(source=per_token_grad)
+    compute, ends = chain.bind(work.loss, work.params, state), np.cumsum(work.corpus.lengths)
+    before = sum(len(writer.shard_range(i)) for i in writer.finished)
+    with progress(work, label, int(ends[-1]), before) as bar:
+        for shard in writer.pending:
+            span = writer.shard_range(shard)
+            first, last = (int(at) for at in np.searchsorted(ends, [span.start, span.stop - 1], side="right"))
+            documents = range(first, last + 1)
+            matrix, losses = _rows_of(work, compute, documents)
+            told = _told(work, documents, losses)
+            skipped = span.start - int(ends[first] - work.corpus.lengths[first])
+            inside = slice(skipped, skipped + len(span))
+            writer.put(shard, matrix[inside].clone(), {name: values[inside] for name, values in told.items()})
+            bar.update(len(span), len(documents))
+
+
+def _rows_of(work: Work, compute: Callable[[Batch], PerExample], documents: range) -> tuple[Tensor, np.ndarray]:
+    """(rows (tokens, D) float32 on the CPU, the documents' losses), in order."""
+    lengths = work.corpus.lengths[list(documents)]
+    parts: list[Tensor] = [torch.empty(0)] * len(documents)
+    losses = np.zeros(len(documents), dtype=np.float32)
+    for chosen in plan(lengths, work.budget):
+        trim()
+        result = compute(work.corpus.batch([documents[i] for i in chosen], work.device))
+        flat = torch.cat([grad.flatten(1).float() for grad in result.grads.values()], 1).cpu()
+        by_document = flat.unflatten(0, (len(chosen), -1))
+        for i, rows, loss in zip(chosen, by_document, result.losses.unflatten(0, (len(chosen), -1)), strict=True):
+            parts[i] = rows[: lengths[i]] if bool(loss[0].isfinite()) else rows[: lengths[i]] * torch.nan
+            losses[i] = float(loss[0])
+    return torch.cat(parts), losses
+
+
+def _told(work: Work, documents: range, losses: np.ndarray) -> dict[str, Any]:
+    """Of every token: its document's id, number and loss, its position, and its text."""
+    lengths = work.corpus.lengths[list(documents)]
+    ids = work.corpus.shown(documents)["id"]
+    positions = [at for length in lengths for at in range(length)]
+    told: dict[str, Any] = {
+        "id": [f"{name}:{at}" for name, length in zip(ids, lengths, strict=True) for at in range(length)],
+        "document": np.repeat(np.asarray(documents), lengths),
+        "position": np.asarray(positions),
+        "loss": np.repeat(losses, lengths),
+    }
+    if isinstance(work.corpus, Documents) and (tokenizer := work.corpus.tokenizer) is not None:
+        rows = work.corpus.rows
+        told["text"] = [tokenizer.decode([int(token)]) for i in documents for token in rows[i]["input_ids"]]
+    return told
