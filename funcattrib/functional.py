@@ -45,8 +45,9 @@ def functionalize(model: nn.Module, modules: Iterable[str] | None = None, exclud
     """Take ``model`` apart into skeleton, attributed and frozen parameters.
 
     Args:
-        modules: globs over parameter names (``*.mlp.*``); ``"all"`` takes every parameter. By default
-            the weight matrices of the model's blocks: embeddings, head, norms and biases are left out.
+        modules: globs over parameter names (``*.mlp.*``); ``"all"`` takes every parameter. By default the weight
+            matrices of the model's blocks, experts and routers included: embeddings, head, norms and biases are left
+            out.
         exclude: globs over parameter names to leave out.
 
     Raises:
@@ -99,7 +100,7 @@ def _no_match(glob: str, names: list[str]) -> str:
 
 
 def _block_matrices(model: nn.Module) -> set[str]:
-    """Weights of the linear layers inside repeated blocks (``nn.ModuleList``), or of all where nothing repeats."""
+    """Matrices of linear layers and mixtures in repeated blocks (``nn.ModuleList``), or all where nothing repeats."""
     blocks = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     head = getattr(model, "get_output_embeddings", lambda: None)()
     matrices = {
@@ -107,8 +108,21 @@ def _block_matrices(model: nn.Module) -> set[str]:
         for name, module in model.named_modules()
         if _is_linear(module) and module is not head and not _shares_embedding(model, module)
     }
+    matrices |= {name for prefix, module in model.named_modules() for name in _mixture(prefix, module)}
     inside = {name for name in matrices if any(name.startswith(block) for block in blocks)}
     return inside or matrices
+
+
+def _mixture(prefix: str, module: nn.Module) -> list[str]:
+    """A mixture's stacks of experts (x, o, i), and its router's matrix, a parameter of no linear layer."""
+    own = {
+        f"{child}.{name}": tensor.ndim
+        for child, each in module.named_children()
+        for name, tensor in each.named_parameters(recurse=False)
+    }
+    stacks = [name for name, axes in own.items() if "experts" in name and axes == 3]
+    routers = [name for name, axes in own.items() if stacks and name.endswith(".weight") and axes == 2]
+    return [f"{prefix}.{name}" if prefix else name for name in (*stacks, *routers)]
 
 
 def _is_linear(module: nn.Module) -> bool:

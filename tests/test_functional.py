@@ -15,6 +15,24 @@ def test_globs_choose_by_name() -> None:
     assert choose(model, "all") == {n for n, _ in model.named_parameters()}
 
 
+LEFT_OUT = ("embed", "lm_head", "norm", "wte", "wpe", "ln_", "bias", "A_log", ".D", "conv1d")
+
+
+@pytest.mark.parametrize("name", [*cases.CAUSAL, cases.TIED])
+def test_by_default_the_matrices_of_the_blocks(name) -> None:
+    model = cases.causal(name)
+    chosen = {n for n, _ in model.named_parameters() if not any(part in n for part in LEFT_OUT)}
+    assert choose(model) == chosen
+    kinds = {n.rpartition(".layers.0.")[2]: p.ndim for n, p in model.named_parameters() if n in chosen and ".0." in n}
+    mixtures = {"mlp.experts.gate_up_proj": 3, "mlp.experts.down_proj": 3, "mlp.gate.weight": 2}
+    if name in ("mixtral", "qwen3_moe"):
+        assert kinds == {f"self_attn.{x}_proj.weight": 2 for x in "qkvo"} | mixtures
+    else:
+        assert set(kinds.values()) == {2}
+        linear = {f"{n}.weight" for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
+        assert chosen <= linear
+
+
 def test_a_tied_parameter_answers_to_both_names() -> None:
     model = cases.causal("llama_tied")
     assert choose(model, ["lm_head.weight"]) == choose(model, ["model.embed_tokens.weight"])

@@ -111,7 +111,7 @@ def test_an_example_without_labels_is_zero() -> None:
 def test_default_parameters_are_the_blocks_matrices() -> None:
     for name in cases.CAUSAL:
         _, params = fa.causal_lm_loss(cases.causal(name))
-        assert all(p.ndim == 2 for p in params.values())
+        assert all(p.ndim == (3 if "experts" in n else 2) for n, p in params.items())
         assert not any("embed" in n or "lm_head" in n or "wte" in n or "norm" in n for n in params)
 
 

@@ -3,7 +3,8 @@
     loss = s Σ_b ℓ_b        row b = C(∂ℓ_b/∂W) = (∂loss/∂θ_b) / s
 
 ``s`` is what the loop makes of the examples' losses: 1 where it adds them up, 1/n where it averages over n tokens. The
-forward and backward pass, the weights' own gradients and every bit of them are what they are without collecting.
+forward and backward pass, the weights' own gradients and every bit of them are what they are without collecting; to
+rounding in a mixture whose experts are collected (by default they are), which takes a forward of its experts' own.
 """
 
 from collections.abc import Callable, Iterable, Iterator
