@@ -100,3 +100,12 @@ def test_a_store_of_gradients_is_no_scores(tmp_path) -> None:
     fa.collect_gradients(cases.causal("llama"), records(QUERY, 2), path=tmp_path / "run", quiet=True)
     with pytest.raises(fa.StoreError, match="found a store of gradients"):
         open_scores(tmp_path / "run")
+
+
+def test_the_experts_of_a_mixture_are_preconditioned_each_by_itself(tmp_path) -> None:
+    common = {"projection_dim": 4, "dtype": "float32", "quiet": True}
+    scores = trackstar(cases.causal("mixtral"), records(TRAIN, 1), records(QUERY, 2), path=tmp_path / "out", **common)
+    leaves = fa.open_store(tmp_path / "out/gradients/train").leaves
+    assert sum("#e" in name for name in leaves) == 2 * 2 * 4
+    assert {leaf.shape for leaf in leaves.values()} == {(4, 4)}
+    assert np.abs(np.asarray(scores)).max() <= 1 + 1e-5

@@ -25,7 +25,8 @@ from funcattrib.recipes.documents import Records
 from funcattrib.score import Scores, open_scores, scores_manifest
 from funcattrib.store import GradientStore, create_store
 from funcattrib.store.create import PARTS
-from funcattrib.transforms import adafactor_norm, precondition, project, unit_norm
+from funcattrib.transforms import adafactor_norm, precondition, project, split_experts, unit_norm
+from funcattrib.transforms.kinds import is_stack
 
 _BLOCK_ROWS = 1024
 
@@ -68,7 +69,8 @@ def trackstar(
     seed = settings.get("seed", 0)
     normalizer = adafactor_norm(moments) if moments is not None else adafactor_norm()
     kind = settings.get("projection_type", "rademacher")
-    chain = compose(per_example_grad, normalizer, project(projection_dim, kind=kind, seed=seed))
+    experts = [split_experts()] if _has_stacks(model, settings) else []  # each has a Gram matrix of its own
+    chain = compose(per_example_grad, normalizer, *experts, project(projection_dim, kind=kind, seed=seed))
     train = collect_gradients(model, data, path=path / PARTS / "train", chain=chain, overwrite=overwrite, **settings)
     own = {"columns": query_columns or settings.get("columns"), "split": query_split, "subset": None}
     query = collect_gradients(
@@ -120,6 +122,11 @@ def blocks_and_head(model: nn.Module, exclude: Any = ()) -> list[str]:
     shared = {id(tensor): name for name, tensor in reversed(list(model.named_parameters()))}
     chosen = names | ({shared[id(head.weight)]} if head is not None and id(head.weight) in shared else set())
     return [name for name, _ in model.named_parameters() if name in chosen]
+
+
+def _has_stacks(model: nn.Module, settings: Mapping[str, Any]) -> bool:
+    names = choose(model, settings["modules"], settings.get("exclude", ()))
+    return any(is_stack(name, tuple(tensor.shape)) for name, tensor in model.named_parameters() if name in names)
 
 
 def gram_of_store(store: GradientStore) -> dict[str, Tensor]:
