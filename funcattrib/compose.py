@@ -8,11 +8,9 @@ A transform sees what precedes it: its ``init`` receives the spec that the previ
 statistics are fitted on the gradients that reach it, everything before it frozen.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
-
-from torch import Tensor
 
 from funcattrib.condensed import reader
 from funcattrib.errors import ChainError
@@ -20,59 +18,16 @@ from funcattrib.fitting import fit
 from funcattrib.functional import Loss, Params
 from funcattrib.lift import Lowered, TwoSided, extend, own
 from funcattrib.per_example import Batch, Grads, Leaf, PerExample, Source, Spec
+from funcattrib.transform import (
+    State,
+    Transform,
+    applied,
+    finalize_nothing,
+    observe_nothing,
+    settings,
+    stateless,
+)
 from funcattrib.tree import map_tensors
-
-State = Any
-
-
-def stateless(spec: Spec) -> tuple[State, Spec]:
-    """The ``init`` of a transform without state that keeps every shape."""
-    return None, spec
-
-
-def observe_nothing(state: State, grads: Grads) -> State:
-    """The ``observe`` of a transform that is not fitted."""
-    return state
-
-
-def finalize_nothing(state: State) -> State:
-    """The ``finalize`` of a transform that is not fitted."""
-    return state
-
-
-class Transform(NamedTuple):
-    """A transform of per-example gradients: a small tuple of pure functions.
-
-    Attributes:
-        name: as in the manifest and in error messages.
-        init: spec → (state, spec of the result); shapes and random draws, no data; raises ChainError on a spec
-            that does not fit.
-        observe: folds one batch of incoming gradients (or of what ``measure`` makes of them) into the state.
-        finalize: what is done once after the pass, e.g. an eigendecomposition.
-        apply: pure, row by row.
-        lower: the same as a linear map per parameter, where it is one. Parameters left out are dropped.
-        measure: leaf by leaf, its name and gradients (B, *shape) → the statistic (B, …) that ``observe`` folds. Where
-            given, the statistic is read in the backward pass and the gradients are never held together. A statistic is
-            quadratic, f(s g) = s² f(g): second moments.
-        precedes: names of stages that this one can only stand before; ``compose`` moves it before the first of them.
-        condense: a reading, linear or not, of each incoming leaf by itself, from which alone ``apply`` works: it then
-            receives those in place of gradients, which are never held together.
-    """
-
-    name: str
-    init: Callable[[Spec], tuple[State, Spec]] = stateless
-    observe: Callable[[State, Grads], State] = observe_nothing
-    finalize: Callable[[State], State] = finalize_nothing
-    apply: Callable[[State, Grads], Grads] = lambda state, grads: grads
-    lower: Callable[[State, Spec], Lowered] | None = None
-    measure: Callable[[str, Tensor], Tensor] | None = None
-    precedes: tuple[str, ...] = ()
-    condense: Callable[[State, Spec], Lowered] | None = None
-
-    @property
-    def fitted(self) -> bool:
-        """Whether this transform needs a pass over data."""
-        return self.observe is not observe_nothing
 
 
 class Chain(NamedTuple):
@@ -133,6 +88,10 @@ class Chain(NamedTuple):
         """The longest linear prefix as one map per parameter, and how many stages it covers; see ``lower``."""
         spec = self.started().spec(params)
         return lower(self, spec, self._state(spec, params, state))
+
+    def before(self, at: int) -> "Chain":
+        """The chain up to stage ``at``, which is left out."""
+        return self._replace(stages=self.stages[:at])
 
     def started(self) -> Source:
         """The source.
@@ -232,23 +191,6 @@ def lower(chain: Chain, spec: Spec, state: tuple[State, ...]) -> tuple[Lowered, 
     return {name: how._replace(reading=how.reading.to(spec[name].dtype)) for name, how in maps.items()}, depth
 
 
-def settings(stage: Transform) -> dict[str, Any]:
-    """The hyper-parameters bound to a transform's functions with ``partial``, as plain values."""
-    bound: dict[str, Any] = {}
-    for function in (stage.init, stage.finalize, stage.apply):
-        if isinstance(function, partial):
-            bound |= {key: value for key, value in function.keywords.items() if _is_plain(value)}
-    return bound
-
-
-def applied(stage: Transform, state: State, grads: Grads) -> Grads:
-    """One stage on gradients that are already there."""
-    if stage.condense is None:
-        return stage.apply(state, grads)
-    maps = stage.condense(state, {name: Leaf(tuple(grad.shape[1:]), grad.dtype) for name, grad in grads.items()})
-    return stage.apply(state, {name: maps[name].reading.of_gradient(grad) for name, grad in grads.items()})
-
-
 def _rows(
     source: Source,
     loss: Loss,
@@ -295,8 +237,18 @@ def _resolve(stage: Any, number: int) -> Transform | Chain | Source:
     return stage
 
 
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str, list, tuple, Mapping))
-
-
-__all__ = ["Chain", "Grads", "Leaf", "Spec", "State", "Transform", "applied", "compose", "lower", "settings"]
+__all__ = [
+    "Chain",
+    "Grads",
+    "Leaf",
+    "Spec",
+    "State",
+    "Transform",
+    "applied",
+    "compose",
+    "finalize_nothing",
+    "lower",
+    "observe_nothing",
+    "settings",
+    "stateless",
+]

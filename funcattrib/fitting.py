@@ -6,21 +6,42 @@ pass can be kept once it is made: ``passes`` gives the chain's state after every
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
+
+from torch import Tensor
 
 from funcattrib.condensed import reader
 from funcattrib.errors import ChainError
 from funcattrib.functional import Loss, Params
-from funcattrib.lift import Measured, TwoSided, own
-from funcattrib.per_example import Batch, Grads
-
-if TYPE_CHECKING:
-    from funcattrib.compose import Chain, Transform
-
-State = Any
+from funcattrib.lift import Lowered, Measured, TwoSided, own
+from funcattrib.per_example import Batch, PerExample, Source, Spec
+from funcattrib.transform import State, Transform
 
 
-def fit(chain: "Chain", loss: Loss, params: Params, batches: Iterable[Batch]) -> tuple[State, ...]:
+class Fittable(Protocol):
+    """What is asked of a chain: its stages, and what the gradients before a stage are."""
+
+    @property
+    def stages(self) -> tuple[Transform, ...]:
+        """The transforms in order."""
+
+    def started(self) -> Source:
+        """The source of the gradients."""
+
+    def init(self, spec: Spec) -> tuple[tuple[State, ...], Spec]:
+        """States before fitting, and the spec of the result."""
+
+    def before(self, at: int) -> "Fittable":
+        """The chain up to a stage."""
+
+    def lowered(self, params: Params, state: tuple[State, ...] | None = None) -> tuple[Lowered, int]:
+        """The longest linear prefix, and how many stages it covers."""
+
+    def bind(self, loss: Loss, params: Params, state: tuple[State, ...] | None = None) -> Callable[[Batch], PerExample]:
+        """The chain as a function of the batch."""
+
+
+def fit(chain: Fittable, loss: Loss, params: Params, batches: Iterable[Batch]) -> tuple[State, ...]:
     """The chain's state after all its passes; see ``Chain.fit``."""
     state = chain.init(chain.started().spec(params))[0]
     for after in passes(chain, loss, params, batches, state):
@@ -29,7 +50,7 @@ def fit(chain: "Chain", loss: Loss, params: Params, batches: Iterable[Batch]) ->
 
 
 def passes(
-    chain: "Chain",
+    chain: Fittable,
     loss: Loss,
     params: Params,
     batches: Iterable[Batch],
@@ -37,6 +58,8 @@ def passes(
     done: int = 0,
 ) -> Iterator[tuple[State, ...]]:
     """The chain's state after each pass that is still to be made.
+
+    Examples whose loss is NaN or infinite are passed over.
 
     Args:
         batches: anything that can be iterated once a pass.
@@ -54,35 +77,47 @@ def passes(
         )
     for at in to_fit:
         stage = chain.stages[at]
-        before = chain._replace(stages=chain.stages[:at])
+        before = chain.before(at)
         own_state, seen = state[at], 0
-        read: Callable[[Batch], Grads] | None = None
+        read: Callable[[Batch], PerExample] | None = None
         for batch in batches:
             read = read or statistics(before, stage, loss, params, state[:at], batch)
-            own_state = stage.observe(own_state, read(batch))
-            seen += 1
+            counted = _finite(read(batch))
+            if len(counted.losses):
+                own_state = stage.observe(own_state, counted.grads)
+            seen += len(counted.losses)
         if not seen:
-            raise ChainError(f"expected batches to fit {stage.name} on, found none")
+            raise ChainError(f"expected examples with a finite loss to fit {stage.name} on, found none")
         state = (*state[:at], stage.finalize(own_state), *state[at + 1 :])
         yield state
 
 
 def statistics(
-    before: "Chain", stage: "Transform", loss: Loss, params: Params, state: tuple[State, ...], batch: Batch
-) -> Callable[[Batch], Grads]:
+    before: Fittable, stage: Transform, loss: Loss, params: Params, state: tuple[State, ...], batch: Batch
+) -> Callable[[Batch], PerExample]:
     """What ``stage.observe`` folds, as a function of the batch: gradients after ``before``, or their measure.
 
     Where everything before the stage is linear and a weight is used once, its statistic is read inside the
     backward pass; for the other weights the gradients are read and measured afterwards.
     """
     if stage.measure is None:
-        bound = before.bind(loss, params, state)
-        return lambda batch: bound(batch).grads
+        return before.bind(loss, params, state)
     measure, (lowered, depth) = stage.measure, before.lowered(params, state)
     if depth < len(before.stages):
         bound = before.bind(loss, params, state)
-        return lambda batch: {name: measure(name, grad) for name, grad in bound(batch).grads.items()}
+        return lambda batch: _each(measure, bound(batch))
     leaves = [leaf for how in lowered.values() for leaf in how.leaves]
     measured = {leaf: own(leaf, Measured(TwoSided(), partial(measure, leaf))) for leaf in leaves}
-    read = reader(before.started(), loss, params, lowered, measured, batch)
-    return lambda batch: read(batch).grads
+    return reader(before.started(), loss, params, lowered, measured, batch)
+
+
+def _each(measure: Callable[[str, Tensor], Tensor], rows: PerExample) -> PerExample:
+    return rows._replace(grads={name: measure(name, grad) for name, grad in rows.grads.items()})
+
+
+def _finite(rows: PerExample) -> PerExample:
+    """The rows whose loss is finite."""
+    finite = rows.losses.isfinite()
+    if bool(finite.all()):
+        return rows
+    return PerExample({name: grad[finite] for name, grad in rows.grads.items()}, rows.losses[finite])

@@ -43,7 +43,7 @@ def test_the_squares_of_a_batch_take_one_weight_s_memory() -> None:
     loss, params = fa.causal_lm_loss(cases.causal("gpt2"))
     before, stage = fa.compose(fa.per_example_grad), fa.adam_norm()
     read = statistics(before, stage, loss, params, (), cases.batch())
-    for name, squares in read(cases.batch()).items():
+    for name, squares in read(cases.batch()).grads.items():
         assert squares.shape == (4, *params[name].shape)
         assert squares.untyped_storage().nbytes() == 4 * params[name].numel()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import funcattrib as fa
-from funcattrib import fitting
+from funcattrib import fitting, tree
 from funcattrib.recipes.collect import collect_gradients, fit_gradients
 from tests import cases
 from tests.store_run import contents
@@ -129,3 +129,19 @@ def test_a_loss_of_ones_own_fills_a_store(tmp_path) -> None:
         torch.testing.assert_close(store.gradients(name), grads, rtol=1e-4, atol=1e-4 * float(grads.abs().max()))
     found = fa.Attributor(store.path, unit_norm=True).search(expected, k=1)
     assert found.rows[:, 0].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("fitted", [fa.adafactor_norm, fa.precondition])
+def test_examples_without_a_finite_loss_are_passed_over(fitted) -> None:
+    def loss(params, example):
+        return (params["w"] @ example["x"]).square().sum()
+
+    params, nan = {"w": torch.ones(2, 3)}, float("nan")
+    rows = [[1.0, 2.0, 3.0], [nan, 1.0, 1.0], [0.0, 1.0, -1.0], [4.0, 4.0, 1.0]]
+    chain = fa.compose(fa.per_example_grad, fitted)
+    some = chain.fit(loss, params, [{"x": torch.tensor(rows[:2])}, {"x": torch.tensor(rows[2:])}])
+    without = chain.fit(loss, params, [{"x": torch.tensor([rows[0], *rows[2:]])}])
+    for found, expected in zip(tree.flatten(some).values(), tree.flatten(without).values(), strict=True):
+        torch.testing.assert_close(found, expected)
+    with pytest.raises(fa.ChainError, match="examples with a finite loss"):
+        chain.fit(loss, params, [{"x": torch.tensor(rows[1:2])}])
