@@ -270,3 +270,24 @@ def test_memory_does_not_grow_with_the_documents(tmp_path: Path, monkeypatch: py
     store = build(tmp_path / "run", records(tiny.texts(1500, longest=6)), **settings)
     written = len(store) * store.width * 4
     assert max(resident[10:]) - max(resident[:10]) < written / 3
+
+
+def test_an_unused_parameter_gives_zeros_and_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    params = {name: torch.ones(2, 3) for name in ("used", "frozen", "unused")}
+    params["frozen"].requires_grad_(False)
+
+    def loss(params: dict, example: dict) -> torch.Tensor:
+        return nn.functional.linear(example["x"], params["used"] + params["frozen"]).square().sum()
+
+    # The first batch of all has no gradient: it says nothing about the parameters.
+    examples = [{"x": [[0.0] * 3]}] + [{"x": [[1.0, 2.0, float(i)]]} for i in range(9)]
+    for number, settings in enumerate(({}, {"projection_dim": 2}, {"projection_dim": 2, "normalizer": "adafactor"})):
+        caplog.clear()
+        common = {"projection_dim": 0, "dtype": "float32", "rows_per_shard": 3, "token_batch_size": 1, **settings}
+        store = fa.collect_gradients((loss, params), examples, path=tmp_path / str(number), quiet=False, **common)
+        assert store.gradients("used")[1:].flatten(1).any(1).all()
+        assert store.gradients("frozen")[1:].flatten(1).any(1).all()  # what is asked for is attributed
+        assert not store.gradients("unused").any()
+        told = [record.message for record in caplog.records if "have no gradient" in record.message]
+        assert len(told) == 1
+        assert "1 of 3 leaves have no gradient in the first batch (unused): the loss does not use them" in told[0]

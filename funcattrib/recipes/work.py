@@ -5,6 +5,7 @@ store's pending shards.
 """
 
 import io
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +22,8 @@ from funcattrib.memory import trim
 from funcattrib.per_example import Batch, PerExample, per_example_grad
 from funcattrib.progress import Progress
 from funcattrib.store import StoreWriter
+
+log = logging.getLogger(__name__)
 
 _TRIM_EVERY = 8  # batches: often enough to bound what is held, too seldom to be noticed in the time
 
@@ -97,7 +100,8 @@ def fit_state(work: Work, most: int, writer: StoreWriter) -> State:
 def fill(work: Work, writer: StoreWriter, state: State, label: str = "build") -> None:
     """Compute and hand over every pending shard."""
     lengths = work.corpus.lengths
-    compute = work.chain.bind(work.loss, work.params, state)
+    bound = work.chain.bind(work.loss, work.params, state)
+    compute = bound if work.quiet else naming_unused(bound)
     before = sum(int(lengths[list(writer.shard_range(i))].sum()) for i in writer.finished)
     with progress(work, label, int(lengths.sum()), before) as bar:
         for shard in writer.pending:
@@ -128,6 +132,27 @@ def rows_of(
     lost = ~losses.isfinite()  # such a row says nothing, whatever its gradient looks like
     matrix[lost], losses[lost] = torch.nan, torch.nan
     return matrix, losses
+
+
+def naming_unused(compute: Callable[[Batch], PerExample]) -> Callable[[Batch], PerExample]:
+    """``compute``, which logs once what has no gradient in the first batch that has any: its columns are zero."""
+    told = False
+
+    def watched(batch: Batch) -> PerExample:
+        nonlocal told
+        result = compute(batch)
+        if not told:
+            zero = [name for name, grad in result.grads.items() if not bool(grad.any())]
+            told = len(zero) < len(result.grads)
+            if told and zero:
+                log.warning(
+                    "%d of %d leaves have no gradient in the first batch (%s%s): the loss does not use them, or no "
+                    "token reached them; without one they are zero",
+                    *(len(zero), len(result.grads), ", ".join(zero[:3]), ", …" if zero[3:] else ""),
+                )
+        return result
+
+    return watched
 
 
 class Batches:
