@@ -4,13 +4,16 @@ step      forward and backward of the same model on the same batch, natively bat
           gradients of every parameter that is scored (blocks), or of every parameter of the model (all)
 K         `funcattrib score --projection-dim 0` of that batch against K queries, of the blocks' matrices
 K cosine  the same with --unit-norm
+writing   a whole run against 2,048 queries at projection 16, and the part of it that the writer of shards worked
 
 python -m benchmarks.score [--size 70m] [--documents 4] [--length 1024] [--rounds 5]
 """
 
 import argparse
 import statistics
+import tempfile
 import time
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,6 +24,8 @@ from benchmarks.inputs import PYTHIA, pythia
 from benchmarks.report import write_result
 from funcattrib.data import collate
 from funcattrib.kernels import linear_cross_entropy
+from funcattrib.store import create_store, writer
+from funcattrib.store.write_shard import write_shard
 
 
 def main() -> None:
@@ -73,12 +78,42 @@ def main() -> None:
         for step in tasks:
             ratios = [x / y for x, y in zip(seconds[name], seconds[step], strict=True)]
             figures[f"{name} / {step} (median)"] = round(statistics.median(ratios), 3)
+    figures |= writing(model, rows)
     write_result(
         a.out,
         task=f"Scores of Pythia-{a.size}'s whole gradients beside a training step",
         figures=figures,
         device=a.device,
     )
+
+
+def writing(model: torch.nn.Module, rows: list[dict[str, list[int]]], count: int = 2048) -> dict[str, float]:
+    """Seconds of a run that scores and writes, and of the writing alone."""
+    spent = []
+
+    def timed(*args):
+        start = time.perf_counter()
+        result = write_shard(*args)
+        spent.append(time.perf_counter() - start)
+        return result
+
+    with tempfile.TemporaryDirectory() as folder:
+        one = fa.collect_gradients(model, rows[:1], path=f"{folder}/one", quiet=True, dtype="float32")
+        manifest = replace(one.manifest, rows=count, rows_per_shard=count, data={**one.manifest.data, "id": "drawn"})
+        with create_store(f"{folder}/queries", manifest) as store:
+            store.save_state(one.state())
+            store.put(0, torch.randn(count, manifest.width), {"id": [str(i) for i in range(count)]})
+            store.finish()
+        writer.write_shard = timed
+        start = time.perf_counter()
+        fa.score_gradients(model, rows, path=f"{folder}/out", queries=f"{folder}/queries", quiet=True, dtype="float32")
+        whole = time.perf_counter() - start
+        writer.write_shard = write_shard
+    return {
+        "2,048 queries, projection 16: seconds": round(whole, 3),
+        "of which writing, in a thread beside": round(sum(spent), 4),
+        "writing / run": round(sum(spent) / whole, 5),
+    }
 
 
 def training_step(model: torch.nn.Module, trained: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
