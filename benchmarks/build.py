@@ -10,19 +10,15 @@ taken in turn, step then floor, so that the machine's drift cancels in the ratio
 """
 
 import argparse
-import statistics
-import time
 
 import torch
 from torch import Tensor
 
 import funcattrib as fa
-from benchmarks import inputs
 from benchmarks.inputs import PYTHIA, pythia
+from benchmarks.paired import batches_of, beside, speed, timed
 from benchmarks.report import write_result
-from funcattrib.data import Columns, plan
 from funcattrib.kernels import linear_cross_entropy
-from funcattrib.recipes.documents import read_documents
 
 
 def main() -> None:
@@ -38,11 +34,7 @@ def main() -> None:
     a = parser.parse_args()
 
     model = pythia(a.size, getattr(torch, a.dtype)).to(a.device)
-    documents = read_documents(
-        inputs.documents(a.documents), None, Columns(), max_length=1024, truncation=False, vocab_size=None
-    )
-    batches = [documents.batch(chosen, a.device) for chosen in plan(documents.lengths, a.token_batch_size)]
-    tokens = int(documents.lengths.sum())
+    batches, tokens = batches_of(a.documents, a.token_batch_size, a.device)
 
     loss, params = fa.causal_lm_loss(model)
     step = fa.compose(fa.per_example_grad, fa.project(a.projection_dim)).bind(loss, params)
@@ -58,34 +50,15 @@ def main() -> None:
         target = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
         linear_cross_entropy(hidden, weights[described.weight], target).sum().backward()
 
-    def timed(function, batch: dict[str, Tensor]) -> float:
-        start = time.perf_counter()
-        function(batch)
-        if a.device != "cpu":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    for batch in batches[:2]:
-        timed(step, batch), timed(floor, batch)
-    rounds = []
-    for _ in range(a.rounds):
-        ours = least = 0.0
-        for batch in batches:
-            ours += timed(step, batch)
-            least += timed(floor, batch)
-        rounds.append((ours, least))
-    ratios = [ours / least for ours, least in rounds]
-    seconds = statistics.median(ours for ours, _ in rounds)
+    seconds = timed({"step": step, "floor": floor}, batches, a.rounds, a.device)
     write_result(
         a.out,
         task=f"Build step of Pythia-{a.size} against its floor (forward and activation backward, same fused head)",
         figures={
             "documents": a.documents,
             "tokens": tokens,
-            "step tokens/s (median)": round(tokens / seconds),
-            "floor tokens/s (median)": round(tokens / statistics.median(least for _, least in rounds)),
-            "step / floor (median)": round(statistics.median(ratios), 3),
-            "step / floor (each round)": ", ".join(f"{r:.3f}" for r in ratios),
+            **speed(seconds, tokens),
+            **beside(seconds, "step", "floor"),
         },
         device=a.device,
     )

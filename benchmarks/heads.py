@@ -9,17 +9,13 @@ Batches are taken in turn, whole then heads and the other way round, so that the
 """
 
 import argparse
-import statistics
-import time
 
 import torch
-from torch import Tensor
 
 import funcattrib as fa
-from benchmarks import inputs
 from benchmarks.inputs import PYTHIA, pythia
+from benchmarks.paired import batches_of, beside, speed, timed
 from benchmarks.report import write_result
-from funcattrib.data import collate, plan
 
 
 def main() -> None:
@@ -34,38 +30,14 @@ def main() -> None:
     a = parser.parse_args()
 
     model = pythia(a.size, torch.float32).to(a.device)
-    rows = [{**row, "labels": row["input_ids"]} for row in inputs.documents(a.documents)]
-    lengths = [len(row["input_ids"]) for row in rows]
-    tokens = sum(lengths)
-    batches = [
-        {key: value.to(a.device) for key, value in collate([rows[i] for i in batch], pad_id=0).items()}
-        for batch in plan(lengths, a.token_batch_size)
-    ]
-
+    batches, tokens = batches_of(a.documents, a.token_batch_size, a.device)
     loss, params = fa.causal_lm_loss(model)
     project, split = fa.project(a.projection_dim), fa.split_heads(fa.attention_configs(model))
-    whole = fa.compose(fa.per_example_grad, project).bind(loss, params)
-    heads = fa.compose(fa.per_example_grad, split, project).bind(loss, params)
-
-    def timed(function, batch: dict[str, Tensor]) -> float:
-        start = time.perf_counter()
-        function(batch)
-        if a.device != "cpu":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    for batch in batches[:2]:
-        timed(whole, batch), timed(heads, batch)
-    seconds = {"whole": [], "heads": []}
-    for number in range(a.rounds):
-        spent = {"whole": 0.0, "heads": 0.0}
-        for at, batch in enumerate(batches):
-            pair = [("whole", whole), ("heads", heads)]
-            for name, function in pair if (number + at) % 2 else pair[::-1]:
-                spent[name] += timed(function, batch)
-        for name, each in spent.items():
-            seconds[name].append(each)
-    ratios = [ours / least for ours, least in zip(seconds["heads"], seconds["whole"], strict=True)]
+    functions = {
+        "whole": fa.compose(fa.per_example_grad, project).bind(loss, params),
+        "heads": fa.compose(fa.per_example_grad, split, project).bind(loss, params),
+    }
+    seconds = timed(functions, batches, a.rounds, a.device)
     write_result(
         a.out,
         task=f"Projected gradients of Pythia-{a.size} by attention head against whole matrices",
@@ -73,10 +45,8 @@ def main() -> None:
             "documents": a.documents,
             "tokens": tokens,
             "threads": torch.get_num_threads(),
-            "whole tokens/s (median)": round(tokens / statistics.median(seconds["whole"])),
-            "heads tokens/s (median)": round(tokens / statistics.median(seconds["heads"])),
-            "heads / whole (median)": round(statistics.median(ratios), 3),
-            "heads / whole (each round)": ", ".join(f"{r:.3f}" for r in ratios),
+            **speed(seconds, tokens),
+            **beside(seconds, "heads", "whole"),
         },
         device=a.device,
     )
