@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from funcattrib.adam_state import adam_state as adam_state
     from funcattrib.attention import attention_configs as attention_configs
     from funcattrib.compose import Chain as Chain
     from funcattrib.compose import Grads as Grads
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from funcattrib.transforms import AttentionConfig as AttentionConfig
     from funcattrib.transforms import adafactor_norm as adafactor_norm
     from funcattrib.transforms import adam_norm as adam_norm
+    from funcattrib.transforms import adam_update as adam_update
     from funcattrib.transforms import against as against
     from funcattrib.transforms import cast as cast
     from funcattrib.transforms import clip as clip
@@ -74,6 +76,8 @@ _EXPORTS = {
     "Transform": "compose",
     "adafactor_norm": "transforms",
     "adam_norm": "transforms",
+    "adam_state": "adam_state",
+    "adam_update": "transforms",
     "against": "transforms",
     "attention_configs": "attention",
     "cast": "transforms",

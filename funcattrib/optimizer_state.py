@@ -56,20 +56,28 @@ def optimizer_state(path: str | Path, model: nn.Module | Mapping[str, Tensor]) -
 
     References: Adam, arXiv 1412.6980; Adafactor, arXiv 1804.04235; 8-bit optimizers, arXiv 2110.02861.
     """
+    moments = {name: moment_of(*saved, f"{name} in {path}") for name, saved in saved_states(path, model).items()}
+    if not moments:
+        raise FuncattribError(f"expected second moments in {path}, found an optimizer that has made no step")
+    return moments
+
+
+def saved_states(
+    path: str | Path, model: nn.Module | Mapping[str, Tensor]
+) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Parameter name → its state and the settings of its group, in the model's order; arguments as above."""
     saved = _read(Path(path).expanduser())
     groups = saved["param_groups"]
     numbered = {number: group for group in groups for number in group["params"]}
     states = {number: _unwrapped(state) for number, state in saved["state"].items()}
     names = _match(path, model, groups, {number: _shape_of(state) for number, state in states.items()})
-    moments = {
-        name: _moment(states[number], group, f"{name} in {path}")
+    found = {
+        name: (states[number], group)
         for (number, group), name in zip(numbered.items(), names, strict=True)
         if number in states
     }
-    if not moments:
-        raise FuncattribError(f"expected second moments in {path}, found an optimizer that has made no step")
     order = {name: place for place, name in enumerate(_parameters(model))}
-    return dict(sorted(moments.items(), key=lambda item: order[item[0]]))
+    return dict(sorted(found.items(), key=lambda item: order[item[0]]))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -99,7 +107,8 @@ def _unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**state, **state.get(_WRAPPED, {})}
 
 
-def _moment(state: Mapping[str, Any], group: Mapping[str, Any], where: str) -> Moment:
+def moment_of(state: Mapping[str, Any], group: Mapping[str, Any], where: str) -> Moment:
+    """One parameter's second moment, from its state and the settings of its group; ``where`` is said in an error."""
     if "exp_avg_sq_row" in state:
         return state["exp_avg_sq_row"].float(), state["exp_avg_sq_col"].float()
     if "row_var" in state:
@@ -107,7 +116,7 @@ def _moment(state: Mapping[str, Any], group: Mapping[str, Any], where: str) -> M
     if "variance" in state or ("exp_avg_sq" in state and "betas" not in group):  # Adafactor's of a vector
         return state.get("variance", state.get("exp_avg_sq")).float()
     if "state2" in state:
-        v = _dequantised(state, where)
+        v = dequantised(state, 2, where)
     elif "exp_avg_sq" in state:
         v = state["exp_avg_sq"].float()
     else:
@@ -118,14 +127,16 @@ def _moment(state: Mapping[str, Any], group: Mapping[str, Any], where: str) -> M
     return v / (1 - group["betas"][1] ** float(state["step"]))
 
 
-def _dequantised(state: Mapping[str, Any], where: str) -> Tensor:
-    """bitsandbytes' second moment: values of a map of 256, scaled block by block over the flattened tensor."""
-    codes = state["state2"]
+def dequantised(state: Mapping[str, Any], which: int, where: str) -> Tensor:
+    """bitsandbytes' first or second moment: values of a map of 256, scaled block by block over the flattened tensor."""
+    codes, absmax_name, map_name = state[f"state{which}"], f"absmax{which}", f"qmap{which}"
     if codes.is_floating_point():  # small parameters are kept in 32 bits
         return codes.float()
-    if "absmax2" not in state or "qmap2" not in state:
-        raise FuncattribError(f"expected a blockwise state (absmax2 and qmap2) of {where}, found {', '.join(state)}")
-    absmax, values = state["absmax2"].float(), state["qmap2"].float()[codes.flatten().long()]
+    if absmax_name not in state or map_name not in state:
+        raise FuncattribError(
+            f"expected a blockwise state ({absmax_name} and {map_name}) of {where}, found {', '.join(state)}"
+        )
+    absmax, values = state[absmax_name].float(), state[map_name].float()[codes.flatten().long()]
     size = 1 << max(0, -(-codes.numel() // absmax.numel()) - 1).bit_length()  # a power of two, whatever the version
     if -(-codes.numel() // size) != absmax.numel():
         raise FuncattribError(f"expected blocks of {size} values of {where}, found {absmax.numel()} scales")

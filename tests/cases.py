@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import funcattrib as fa
 from funcattrib.compose import Transform
+from funcattrib.transforms import AdamState
 
 VOCABULARY = 61
 _SMALL = {
@@ -138,12 +139,26 @@ def against(**settings) -> Transform:
     return fa.against({}, **settings)._replace(init=lambda spec: fa.against(queries(spec), **settings).init(spec))
 
 
+def adam_update(**settings) -> Transform:
+    """Seeded moments of whatever leaves arrive, after two steps."""
+
+    def states(spec: fa.Spec) -> dict[str, AdamState]:
+        draws = {name: torch.Generator().manual_seed(len(name)) for name in spec}
+        pairs = {name: [torch.randn(leaf.shape, generator=draws[name]) for _ in "mv"] for name, leaf in spec.items()}
+        return {name: AdamState(m, v.square(), 2, (0.8, 0.9)) for name, (m, v) in pairs.items()}
+
+    own = fa.adam_update({}, **settings)
+    return own._replace(init=lambda spec: fa.adam_update(states(spec), **settings).init(spec))
+
+
 TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "project": lambda: fa.project(5),
     "project_normal": lambda: fa.project(5, kind="normal", seed=3),
     "project_wide": lambda: fa.project(1000),
     "adafactor_norm": fa.adafactor_norm,
     "adam_norm": fa.adam_norm,
+    "adam_update": adam_update,
+    "adam_update_project": lambda: adam_update(then=fa.project(3)),
     "split_heads": lambda: fa.split_heads(HEADS),
     "unit_norm": fa.unit_norm,
     "sketch": lambda: fa.sketch(12, seed=1),

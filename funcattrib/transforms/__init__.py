@@ -1,6 +1,7 @@
 """Transforms of per-example gradients, one family a file."""
 
 from funcattrib.transforms.adam import adam_norm
+from funcattrib.transforms.adam_update import AdamState, adam_update
 from funcattrib.transforms.against import against, nearest, self_influence
 from funcattrib.transforms.cast import cast
 from funcattrib.transforms.clip import clip
@@ -13,9 +14,11 @@ from funcattrib.transforms.select import select
 from funcattrib.transforms.sketch import sketch
 
 __all__ = [
+    "AdamState",
     "AttentionConfig",
     "adafactor_norm",
     "adam_norm",
+    "adam_update",
     "against",
     "cast",
     "clip",

@@ -1,7 +1,8 @@
 """Rule for the fused head: G_W = Σ_n (∂ℓ/∂z)_n hᵀ_n, with the logit gradients projected chunk by chunk.
 
 Where the left side is a matrix, (∂ℓ/∂z) Lᵀ comes out of the same pass that makes the loss. Otherwise (identity, a
-diagonal, a statistic) one example's (V, d) gradient at a time is formed and read; token by token, ∂ℓ/∂z is kept whole.
+diagonal, a statistic) one example's (V, d) gradient at a time is formed and read; token by token, ∂ℓ/∂z is kept whole;
+for a function of the gradient's entries, which must know its scale, every example's (V, d).
 """
 
 from functools import partial
@@ -16,6 +17,7 @@ from funcattrib.kernels.head_tokens import Operands
 from funcattrib.kernels.logit_loss import Head
 from funcattrib.lift.against import Against
 from funcattrib.lift.coordinates import Measured, Reading, Then, TwoSided
+from funcattrib.lift.entrywise import is_entrywise
 from funcattrib.lift.factors import Side
 from funcattrib.lift.ops.linear import by_example
 from funcattrib.lift.parameter import Lifted, Rule, plain
@@ -41,6 +43,9 @@ def _tap_weight(x: Operands, weight: Lifted, head: Head) -> Tensor:
         loss, rows = head_loss(x, left, head)
         kept: Any = reading.keep_cols(by_example(x.hidden, weight))
         return tap(loss, weight.theta, partial(_read, reading, weight.theta.shape[0]), rows, kept)
+    if is_entrywise(reading):
+        loss, whole = head_loss_forming(x, head, _as_it_is)
+        return tap(loss, weight.theta, partial(_read_scaled, reading), whole)
     loss, formed = head_loss_forming(x, head, reading.of_gradient)
     return tap(loss, weight.theta, partial(_read_formed, reading), formed)
 
@@ -75,6 +80,14 @@ def _read_whole(reading: Reading, examples: int, g: Tensor, rows: Tensor, cols: 
 def _read(reading: Reading, examples: int, g: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     scaled = rows * g[:, None, None].to(rows.dtype)
     return reading.read(scaled.reshape(examples, -1, rows.shape[-1]), cols)
+
+
+def _as_it_is(gradient: Tensor) -> Tensor:
+    return gradient
+
+
+def _read_scaled(reading: Reading, g: Tensor, whole: Tensor) -> Tensor:
+    return reading.of_gradient(whole * g[:, None, None].to(whole.dtype))
 
 
 def _read_formed(reading: Reading, g: Tensor, formed: Tensor) -> Tensor:

@@ -1,0 +1,46 @@
+"""Both of Adam's moments, read from a saved optimizer: what its next step depends on.
+
+torch.optim.Adam and AdamW keep m and v as they are; bitsandbytes' Adam keeps them in 8 bits, dequantised here.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from funcattrib.errors import FuncattribError
+from funcattrib.optimizer_state import dequantised, saved_states
+from funcattrib.transforms.adam_update import AdamState
+
+
+def adam_state(path: str | Path, model: nn.Module | Mapping[str, Tensor]) -> dict[str, AdamState]:
+    """Adam's state of every parameter that it has trained.
+
+    Args:
+        path, model: as in ``optimizer_state``.
+
+    Returns:
+        Parameter name → first and second moment as saved (float32, no bias correction), steps made, betas and ε.
+
+    Raises:
+        FuncattribError: no such file, not Adam's state, or one that does not fit the model.
+
+    Reference: Adam, arXiv 1412.6980.
+    """
+    found = {}
+    for name, (state, group) in saved_states(path, model).items():
+        where = f"{name} in {path}"
+        if "exp_avg" in state and "exp_avg_sq" in state and "betas" in group:
+            first, second = state["exp_avg"].float(), state["exp_avg_sq"].float()
+        elif "state1" in state and "state2" in state:
+            first, second = dequantised(state, 1, where), dequantised(state, 2, where)
+        else:
+            raise FuncattribError(
+                f"expected Adam's first and second moments of {where}, found a state of "
+                f"{', '.join(map(str, state)) or 'nothing'}; the model must have been trained with Adam or AdamW"
+            )
+        beta1, beta2 = group["betas"][:2]
+        found[name] = AdamState(first, second, float(state["step"]), (float(beta1), float(beta2)), float(group["eps"]))
+    if not found:
+        raise FuncattribError(f"expected Adam's moments in {path}, found an optimizer that has made no step")
+    return found

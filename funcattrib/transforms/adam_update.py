@@ -1,0 +1,104 @@
+"""The step that Adam would take next on one example alone: LESS' training gradients.
+
+    m̂ = (β₁ m + (1 − β₁) g) / (1 − β₁ᵗ)        v̂ = (β₂ v + (1 − β₂) g²) / (1 − β₂ᵗ)        Γ(g) = m̂ / (√v̂ + ε)
+
+m and v as the optimizer left them after t − 1 steps. Entry by entry, and not linear: g is in the denominator, and every
+example has the momentum m in common. Each weight's gradient is formed in its turn; a projection of the updates is read
+with them, so that no example's updates are ever held together.
+
+References: LESS, arXiv 2402.04333; Adam, arXiv 1412.6980.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcattrib.compose import State, Transform, settings
+from funcattrib.errors import ChainError
+from funcattrib.lift import Lowered, own
+from funcattrib.lift.entrywise import Entrywise
+from funcattrib.per_example import Spec
+
+
+class AdamState(NamedTuple):
+    """What Adam keeps of one parameter.
+
+    Attributes:
+        first, second: m and v as saved, without bias correction, shaped like the parameter.
+        step: steps made so far.
+        betas, eps: of its group.
+    """
+
+    first: Tensor
+    second: Tensor
+    step: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+
+def adam_update(states: Mapping[str, AdamState], then: Transform | None = None) -> Transform:
+    """Replace each example's gradient by the update that Adam would make on it, without learning rate or decay.
+
+    Args:
+        states: of each leaf, as ``adam_state`` reads an optimizer's. They are part of the state, not of the settings.
+        then: a linear map of each updated leaf by itself, such as ``project``.
+
+    Raises:
+        ChainError: states that are missing or do not fit; a ``then`` that is not linear, or joins leaves.
+
+    Example:
+        >>> from funcattrib.compose import applied
+        >>> from funcattrib.per_example import Leaf
+        >>> stage = adam_update({"w": AdamState(torch.zeros(2), torch.zeros(2), step=0)})
+        >>> state, _ = stage.init({"w": Leaf((2,), torch.float32)})
+        >>> applied(stage, state, {"w": torch.tensor([[3.0, -0.2]])})["w"].round(decimals=3)
+        tensor([[ 1., -1.]])
+    """
+    if then is not None and then.lower is None:
+        raise ChainError(f"expected a linear map behind adam_update, found {then.name}; put it after it in the chain")
+    described = None if then is None else {"name": then.name, **settings(then)}
+    return Transform(
+        "adam_update",
+        init=partial(_init, dict(states), behind=then, then=described),
+        condense=partial(_updates, then),
+    )
+
+
+def _init(
+    states: Mapping[str, AdamState], spec: Spec, behind: Transform | None, then: Mapping[str, Any] | None
+) -> tuple[State, Spec]:
+    """Of each leaf (a + b g) / (√(c + d g²) + ε): a and c, shaped like it, and b, d, ε. And the state of the map."""
+    kept = {}
+    for name, leaf in spec.items():
+        if name not in states:
+            raise ChainError(f"needs Adam's moments of {name}, found none for it")
+        first, second, step, (beta1, beta2), eps = states[name]
+        if {tuple(first.shape), tuple(second.shape)} != {leaf.shape}:
+            raise ChainError(f"needs moments of {name} for shape {leaf.shape}, found shape {tuple(first.shape)}")
+        of_first, of_second = (1 - beta ** (step + 1) for beta in (beta1, beta2))
+        rates = torch.tensor([(1 - beta1) / of_first, (1 - beta2) / of_second, eps], dtype=torch.float64)
+        first, second = first.float() * (beta1 / of_first), second.float() * (beta2 / of_second)
+        kept[name] = {"first": first, "second": second, "rates": rates}
+    following, result = (None, spec) if behind is None else behind.init(spec)
+    if list(result) != list(spec):
+        raise ChainError(f"needs a map of each leaf by itself behind it, found {then}, which joins or divides them")
+    return {"adam": kept, "then": following}, result
+
+
+def _updates(then: Transform | None, state: State, spec: Spec) -> Lowered:
+    updates = {name: Entrywise(partial(_update, **state["adam"][name])) for name in spec}
+    if then is None or then.lower is None:
+        return {name: own(name, update) for name, update in updates.items()}
+    maps = then.lower(state["then"], spec)
+    return {name: own(name, maps[name].reading.to(spec[name].dtype).after(updates[name])) for name in spec}
+
+
+def _update(gradient: Tensor, first: Tensor, second: Tensor, rates: Tensor) -> Tensor:
+    """At least in float32: squares of small gradients vanish in float16."""
+    g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    b, d, eps = rates.to(g.dtype)
+    root = torch.addcmul(second.to(g.dtype), g * d, g).sqrt_().add_(eps)
+    return torch.add(first.to(g.dtype), g * b).div_(root).to(gradient.dtype)
