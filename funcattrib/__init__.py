@@ -40,8 +40,10 @@ if TYPE_CHECKING:
     from funcattrib.recipes.score import score_gradients as score_gradients
     from funcattrib.score import open_scores as open_scores
     from funcattrib.store import open_store as open_store
+    from funcattrib.training import prepare_for_gradient_collection as prepare_for_gradient_collection
     from funcattrib.training import GradientCollector as GradientCollector
     from funcattrib.training import collect as collect
+    from funcattrib.training import GradientCollectorCallback as GradientCollectorCallback
     from funcattrib.transforms import AttentionConfig as AttentionConfig
     from funcattrib.transforms import adafactor_norm as adafactor_norm
     from funcattrib.transforms import adam_norm as adam_norm
@@ -69,6 +71,7 @@ _EXPORTS = {
     "FaissConfig": "query.faiss_index",
     "FuncattribError": "errors",
     "GradientCollector": "training",
+    "GradientCollectorCallback": "training",
     "Grads": "compose",
     "Leaf": "compose",
     "Spec": "compose",
@@ -97,6 +100,7 @@ _EXPORTS = {
     "per_token_grad": "per_token",
     "nearest": "transforms",
     "precondition": "transforms",
+    "prepare_for_gradient_collection": "training",
     "project": "transforms",
     "reduce_gradients": "recipes.reduce",
     "score_gradients": "recipes.score",

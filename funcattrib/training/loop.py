@@ -23,6 +23,7 @@ from funcattrib.functional import choose
 from funcattrib.lift import unpack
 from funcattrib.per_example import Grads
 from funcattrib.transforms import project
+from funcattrib.transforms.kinds import is_stack
 
 Globs = Iterable[str]
 
@@ -154,9 +155,13 @@ def token_mean(labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
 
 
 def trained(model: nn.Module, modules: Globs | None, exclude: Globs) -> set[str]:
-    """Names of the parameters that the globs select; without globs, of the blocks' matrices that are trained."""
+    """Names of the parameters that the globs select; without globs, of the blocks' matrices that are trained.
+
+    Stacks of experts must be named: reading them takes a forward of their own, which differs in rounding from the one
+    that the model was given, and training shall not change.
+    """
     names = choose(model, modules, exclude)
     if modules is not None:
         return names
-    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return names & wanted or names
+    wanted = {name: parameter for name, parameter in model.named_parameters() if name in names}
+    return {n for n, p in wanted.items() if p.requires_grad and not is_stack(n, tuple(p.shape))} or names

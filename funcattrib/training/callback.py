@@ -1,0 +1,226 @@
+"""``GradientCollectorCallback``: every example's gradient as it was when the model learned from it.
+
+    callback = GradientCollectorCallback(path="runs/example", track_order=True)
+    trainer = prepare_for_gradient_collection(Trainer(model=…, args=…, train_dataset=…, callbacks=[callback]))
+    trainer.train()
+
+leaves `runs/example/epoch_0`, `epoch_1`, …: gradient stores with a row an example, in the data set's order.
+"""
+
+from collections.abc import Container, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+from transformers import TrainerCallback
+
+from funcattrib import tree
+from funcattrib.batched import reader
+from funcattrib.compose import Chain, State, compose
+from funcattrib.errors import FuncattribError
+from funcattrib.loading import model_identity
+from funcattrib.per_example import per_example_grad, spec
+from funcattrib.store import Manifest, lay_out
+from funcattrib.training.journal import Journal
+from funcattrib.training.loop import trained
+from funcattrib.training.loss import LossScale
+from funcattrib.training.session import Session, Weighing
+from funcattrib.training.settle import settle
+from funcattrib.training.shown import data_identity, shown
+from funcattrib.transforms import project
+
+_SHARD_ROWS = 1024
+_SHARD_BYTES = 32 << 20
+
+
+class GradientCollectorCallback(TrainerCallback):
+    """Collects while transformers' ``Trainer`` (or TRL's ``SFTTrainer``) trains; see the module.
+
+    Args:
+        path: the folder of the stores.
+        chain: transforms in place of ``project(projection_dim)``.
+        state: of a chain with fitted stages.
+        projection_dim: coordinates a side; 0 keeps whole gradients.
+        modules, exclude: globs over parameter names; by default the blocks' weight matrices that are trained.
+        dtype: of the stored rows.
+        accumulate: one store with each example's rows added over all epochs, in place of one an epoch.
+        track_order: the stores also tell each example's step (from 1), epoch, position within the step and process.
+        optimizer_moments: rows normalised by the optimizer's second moments as they stand after the row's step. What
+            backward knows of each gradient is then kept until that step is made.
+        scale_by_lr: rows times the step's learning rate.
+        steps, epochs: which to collect, all by default: anything that knows ``in``, e.g. ``range(100)``.
+        loss_scale: what the loss is of the sum of the examples' losses, where it is not their mean over tokens.
+        overwrite: begin anew where the folder holds the stores of another training.
+
+    Raises:
+        FuncattribError: where training begins: a Trainer that was not prepared, or cannot be collected from.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        chain: Chain | None = None,
+        state: State = None,
+        projection_dim: int = 16,
+        modules: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16",
+        accumulate: bool = False,
+        track_order: bool = False,
+        optimizer_moments: bool = False,
+        scale_by_lr: bool = False,
+        steps: Container[int] | None = None,
+        epochs: Container[int] | None = None,
+        loss_scale: LossScale | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.chain = chain or compose(per_example_grad, *([project(projection_dim)] if projection_dim else []))
+        self.state, self.modules, self.exclude, self.dtype = state, modules, tuple(exclude), dtype
+        self.accumulate, self.track_order = accumulate, track_order
+        self.weighing = Weighing(optimizer_moments, scale_by_lr)
+        self.steps, self.epochs, self.loss_scale, self.overwrite = steps, epochs, loss_scale, overwrite
+        self.trainer: Any = None
+        self._session: Session | None = None
+        self._journal: Journal | None = None
+        self._epoch = 0
+
+    def training_step(self, original: Any, rows: Tensor | None, *given: Any, **named: Any) -> Tensor:
+        """The Trainer's step, collected from where it is one to keep."""
+        wanted = self.steps is None or self.trainer.state.global_step + 1 in self.steps
+        if self._session is None or self._journal is None or rows is None or not wanted:
+            return original(*given, **named)
+        self._active = True
+        try:
+            return self._session.training_step(original, rows, self._epoch, *given, **named)
+        finally:
+            self._active = False
+
+    def compute_loss(self, original: Any, *given: Any, **named: Any) -> Any:
+        """The Trainer's loss, looked at inside a step."""
+        if self._session is None or not self._active:
+            return original(*given, **named)
+        return self._session.compute_loss(original, *given, **named)
+
+    _active = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Make everything ready."""
+        if self.trainer is None:
+            raise FuncattribError(
+                "expected a Trainer that was prepared, found one that was not; "
+                "call prepare_for_gradient_collection(trainer) before train()"
+            )
+        model = self.trainer.model
+        names = trained(model, self.modules, self.exclude)
+        params = {name: tensor for name, tensor in model.named_parameters() if name in names}
+        self._spec = spec(params)
+        read = reader(model, names, self.chain, self.state)
+        self._state = tree.flatten(self.chain.init(self._spec)[0] if self.state is None else self.state)
+        announced = self.chain.init(self._spec)[1]
+        leaves = lay_out({name: leaf.shape for name, leaf in announced.items()})
+        smoother = self.trainer.label_smoother
+        self._manifest = Manifest(
+            model=model_identity(model),
+            data=data_identity(self.trainer.train_dataset),
+            loss={
+                "kind": "ce" if self.loss_scale is None else "own",
+                "reduction": "sum",
+                "label_smoothing": 0.0 if smoother is None else smoother.epsilon,
+                "modules": list(self.modules or params),
+                "exclude": list(self.exclude),
+            },
+            computed_with={"training": True, **self.weighing._asdict()},
+            chain=self.chain.describe(),
+            seed=args.seed,
+            leaves=leaves,
+            dtype=self.dtype,
+            rows=len(self.trainer.train_dataset),
+            rows_per_shard=max(1, min(_SHARD_ROWS, _SHARD_BYTES // (4 * leaves[-1].stop))),
+        )
+        self._resumed = state.global_step > 0
+        earlier = sorted(self.path.glob("epoch_*")) + sorted(self.path.glob("manifest.json"))
+        if earlier and not self._resumed and not self.overwrite:
+            raise FuncattribError(
+                f"expected a new folder at {self.path}, found {earlier[0].name} of another training\n"
+                "resume that training from a checkpoint, choose another path, or set overwrite=True"
+            )
+        self._session = Session(self.trainer, model, read, self._spec, self.weighing, self.loss_scale, self._write)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Begin the epoch's journal."""
+        self._epoch = int((state.epoch or 0) + 1e-6)
+        self._journal = None
+        if self.epochs is not None and self._epoch not in self.epochs:
+            return
+        if not self.accumulate and self._finished(self._folder()):
+            return  # a resumed training makes again what is there already
+        dtype = "float32" if self.accumulate or self.dtype == "int8" else self.dtype
+        self._journal = Journal(self._folder(), self._manifest, self._epoch, args.process_index, dtype)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The optimizer's second moments are this step's."""
+        if self._session is not None and self._journal is not None:
+            self._session.after_optimizer_step()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Rows up to a checkpoint are on disk with it."""
+        if self._journal is not None:
+            self._journal.flush()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Make the epoch's store."""
+        if self._journal is None:
+            return
+        self._journal.flush()
+        self._journal = None
+        if not self.accumulate:
+            self._settle(self._folder())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Make the sum's store."""
+        self._session = None
+        if self.accumulate:
+            self._settle(self.path)
+
+    def broken_off(self) -> None:
+        """Training ended with an exception: what there is becomes a store, and a resumed training goes on from it."""
+        self._session, journal, self._journal = None, self._journal, None
+        if journal is not None:
+            journal.flush()
+            if self.trainer.args.world_size == 1:
+                self._settle(self._folder(), partial=True)
+
+    def _folder(self) -> Path:
+        return self.path if self.accumulate else self.path / f"epoch_{self._epoch}"
+
+    def _finished(self, folder: Path) -> bool:
+        from funcattrib.store import read_manifest
+
+        if not self._resumed or not (folder / "manifest.json").exists():
+            return False
+        found = read_manifest(folder)
+        return found.complete and not found.extra.get("partial")
+
+    def _write(self, rows: Tensor, facts: Any, step: int) -> None:
+        assert self._journal is not None
+        self._journal.add(rows, facts, step)
+
+    def _settle(self, folder: Path, partial: bool = False) -> None:
+        """One process makes the store, when all have written theirs."""
+        if not partial:
+            self.trainer.accelerator.wait_for_everyone()
+        if self.trainer.args.process_index == 0:
+            settle(
+                folder,
+                replace(self._manifest, model=model_identity(self.trainer.model)),
+                self._state,
+                shown(self.trainer.train_dataset, self.trainer.processing_class),
+                add_up=self.accumulate,
+                track_order=self.track_order,
+                partial=partial,
+            )
+        if not partial:
+            self.trainer.accelerator.wait_for_everyone()

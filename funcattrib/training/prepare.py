@@ -1,0 +1,84 @@
+"""Making a Trainer ready: its training examples are numbered, and its steps go through the callback."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from funcattrib.errors import FuncattribError
+from funcattrib.training.callback import GradientCollectorCallback
+from funcattrib.training.numbered import ROW, Collate, number
+
+AnyTrainer = TypeVar("AnyTrainer")
+
+
+def prepare_for_gradient_collection(trainer: AnyTrainer) -> AnyTrainer:
+    """The same Trainer, from which its ``GradientCollectorCallback`` collects.
+
+    What it computes stays the same to the bit: the same batches in the same order, the same losses, the same weights.
+
+    Raises:
+        FuncattribError: no such callback among its callbacks; packing; a training set that is a stream; FSDP,
+            DeepSpeed or several GPUs in one process.
+    """
+    _prepare(trainer)
+    return trainer
+
+
+def _prepare(trainer: Any) -> None:
+    callbacks = [each for each in trainer.callback_handler.callbacks if isinstance(each, GradientCollectorCallback)]
+    if len(callbacks) != 1:
+        raise FuncattribError(
+            f"expected one GradientCollectorCallback among the Trainer's callbacks, found {len(callbacks)}; "
+            "Trainer(…, callbacks=[GradientCollectorCallback(path)])"
+        )
+    _refuse(trainer)
+    callback = callbacks[0]
+    if callback.trainer is not None:
+        raise FuncattribError("expected a callback of its own for each Trainer, found one that was prepared before")
+    trainer.train_dataset = number(trainer.train_dataset)
+    trainer.data_collator = Collate(trainer.data_collator)
+    trainer._set_signature_columns_if_needed()
+    trainer._signature_columns.append(ROW)
+    callback.trainer = trainer
+    trainer.training_step = partial(_training_step, callback, trainer.training_step)
+    trainer.compute_loss = partial(callback.compute_loss, trainer.compute_loss)
+    trainer.train = partial(_train, callback, trainer.train)
+
+
+def _training_step(
+    callback: GradientCollectorCallback,
+    original: Callable[..., Tensor],
+    model: Any,
+    inputs: Any,
+    *rest: Any,
+    **named: Any,
+) -> Tensor:
+    rows = inputs.pop(ROW, None)
+    return callback.training_step(original, None if rows is None else rows.cpu(), model, inputs, *rest, **named)
+
+
+def _train(callback: GradientCollectorCallback, original: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    try:
+        return original(*given, **named)
+    except BaseException:
+        callback.broken_off()
+        raise
+
+
+def _refuse(trainer: Any) -> None:
+    args = trainer.args
+    found = None
+    if getattr(args, "packing", False):
+        found = "packing: a packed row holds parts of several examples, whose gradients are not told apart"
+    elif getattr(args, "padding_free", False):
+        found = "padding_free: examples are joined into one row, and their gradients are not told apart"
+    elif trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        found = "FSDP or DeepSpeed: weights are not whole on any process"
+    elif args.n_gpu > 1:
+        found = "several GPUs in one process; start one process a GPU with torchrun"
+    if found is not None:
+        raise FuncattribError(
+            f"expected a Trainer whose steps can be read, found {found}\nset it off, or collect after"
+        )

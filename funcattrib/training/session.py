@@ -1,0 +1,154 @@
+"""One training: the Trainer's own steps with lifted parameters beneath them, and their rows into a journal.
+
+The Trainer's ``training_step`` and ``compute_loss`` run as they are, inside a block in which the model's forward has
+lifted leaves. Outside it (optimizer, checkpoints, evaluation) nothing is different.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from funcattrib.batched import Collected, Reader, lifted
+from funcattrib.errors import FuncattribError
+from funcattrib.per_example import Grads, Spec
+from funcattrib.training import loss as losses
+from funcattrib.training.optimizer import Put, put_aside, read_put, weighed
+
+Write = Callable[[Tensor, Mapping[str, list[Any]], int], None]
+"""Rows (B, D) on the CPU, what is told of each, and the step."""
+
+
+class Weighing(NamedTuple):
+    """Whether rows are normalised by the optimizer's second moments, and scaled by its learning rates."""
+
+    moments: bool
+    rates: bool
+
+
+class Waiting(NamedTuple):
+    """A batch whose rows are read after the optimizer's step."""
+
+    parts: Put
+    scale: Tensor
+    facts: Mapping[str, list[Any]]
+
+
+class Session:
+    """Runs the Trainer's steps; ``write`` receives the rows."""
+
+    def __init__(
+        self, trainer: Any, model: nn.Module, read: Reader, spec: Spec, how: Weighing, loss_scale: Any, write: Write
+    ) -> None:
+        self._trainer, self._model, self._read, self._spec, self._how = trainer, model, read, spec, how
+        self._loss_scale, self._write = loss_scale, write
+        self._checked = loss_scale is not None
+        self._waiting: list[Waiting] = []
+        self._step, self._position = -1, 0
+        # Of the batch in hand: c, the gradient that the loss received, its target, and the sum to check it with.
+        self._scale: Tensor | None = None
+        self._received: Tensor | None = None
+        self._target: Tensor | None = None
+        self._total: Tensor | None = None
+
+    def training_step(
+        self, original: Callable[..., Tensor], rows: Tensor, epoch: int, *given: Any, **named: Any
+    ) -> Tensor:
+        """The Trainer's own step on a batch of the examples ``rows``."""
+        self._scale = self._received = self._target = self._total = None
+        read = self._read
+        parts: Put = {}
+        if self._how.moments:
+            lowered, parts = put_aside(read.lowered)
+            read = read._replace(lowered=lowered)
+        elif self._how.rates:
+            read = read._replace(lowered=self._weighed())
+        seen = (lambda output: None) if self._checked else self._sum
+        with lifted(self._model, read, seen=seen) as collected:
+            result = original(*given, **named)
+        if self._scale is None or self._received is None:
+            raise FuncattribError("expected the step to call compute_loss and to go backward, found that it did not")
+        scale = self._received * self._scale.to(self._received.device)
+        facts = self._facts(rows, epoch, scale)
+        self._same_rows(collected, len(rows))
+        if self._how.moments:
+            self._waiting.append(Waiting(parts, scale, facts))
+        else:
+            self._hand_over(collected.grads(scale), facts)
+        return result
+
+    def compute_loss(
+        self, original: Callable[..., Any], model: nn.Module, inputs: Any, *given: Any, **named: Any
+    ) -> Any:
+        """The Trainer's own loss, looked at."""
+        self._target = losses.targets(self._trainer, inputs)
+        names = ("return_outputs", "num_items_in_batch")
+        items = {**dict(zip(names, given, strict=False)), **named}.get("num_items_in_batch")
+        if self._loss_scale is not None:
+            self._scale = losses.own_scale(self._loss_scale, inputs, items)
+        else:
+            self._scale = losses.token_scale(self._trainer, self._target, items)
+        result = original(model, inputs, *given, **named)
+        loss = result[0] if isinstance(result, tuple) else result
+        if not self._checked:
+            losses.check(loss, self._total, self._scale)
+            self._checked = True
+        loss.register_hook(self._receive)
+        return result
+
+    def after_optimizer_step(self) -> None:
+        """Read what waits for the optimizer's second moments."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        lowered = self._weighed()
+        for batch in waiting:
+            coordinates = read_put(lowered, batch.parts, len(batch.facts["row"]))
+            grads = {name: value / batch.scale for name, value in coordinates.items()}
+            self._hand_over(self._read.rest.apply(self._read.state, grads), batch.facts)
+
+    def _weighed(self) -> Mapping[str, Any]:
+        moments, rates = self._how
+        return weighed(
+            self._read.lowered, self._spec, self._trainer.optimizer, self._model, moments=moments, rates=rates
+        )
+
+    def _receive(self, gradient: Tensor) -> None:
+        self._received = gradient.detach().float()
+
+    def _sum(self, output: Any) -> None:
+        smoother = self._trainer.label_smoother
+        self._total = losses.summed(output, self._target, smoother.epsilon if smoother is not None else 0.0)
+
+    def _same_rows(self, collected: Collected, count: int) -> None:
+        probes = next(iter(collected.passes), None)
+        found = 0 if probes is None else len(next(iter(probes.probes.values())))
+        if len(collected.passes) != 1 or found != count:
+            raise FuncattribError(
+                f"expected one forward pass over {count} rows of the data set in a step, found {len(collected.passes)} "
+                f"over {found}: a batch that joins examples (packing, padding-free) has no gradient of each\n"
+                "train without packing"
+            )
+
+    def _facts(self, rows: Tensor, epoch: int, scale: Tensor) -> dict[str, list[Any]]:
+        step = self._trainer.state.global_step + 1
+        if step != self._step:
+            self._step, self._position = step, 0
+        count = len(rows)
+        first, self._position = self._position, self._position + count
+        target = self._target
+        tokens = [0] * count if target is None else (target != -100).reshape(len(target), -1).sum(1).tolist()
+        return {
+            "row": rows.tolist(),
+            "step": [step] * count,
+            "epoch": [epoch] * count,
+            "position": list(range(first, first + count)),
+            "rank": [self._trainer.args.process_index] * count,
+            "tokens": tokens,
+            "loss_scale": [float(scale)] * count,
+        }
+
+    def _hand_over(self, grads: Grads, facts: Mapping[str, list[Any]]) -> None:
+        flat = torch.cat([grad.flatten(1).float() for grad in grads.values()], 1)
+        self._write(flat.cpu(), facts, facts["step"][0])
