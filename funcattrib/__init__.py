@@ -36,14 +36,15 @@ if TYPE_CHECKING:
     from funcattrib.query.faiss_index import FaissConfig as FaissConfig
     from funcattrib.recipes.collect import collect_gradients as collect_gradients
     from funcattrib.recipes.collect import fit_gradients as fit_gradients
+    from funcattrib.recipes.less import less as less
     from funcattrib.recipes.reduce import reduce_gradients as reduce_gradients
     from funcattrib.recipes.score import score_gradients as score_gradients
     from funcattrib.score import open_scores as open_scores
     from funcattrib.store import open_store as open_store
-    from funcattrib.training import prepare_for_gradient_collection as prepare_for_gradient_collection
     from funcattrib.training import GradientCollector as GradientCollector
-    from funcattrib.training import collect as collect
     from funcattrib.training import GradientCollectorCallback as GradientCollectorCallback
+    from funcattrib.training import collect as collect
+    from funcattrib.training import prepare_for_gradient_collection as prepare_for_gradient_collection
     from funcattrib.transforms import AttentionConfig as AttentionConfig
     from funcattrib.transforms import adafactor_norm as adafactor_norm
     from funcattrib.transforms import adam_norm as adam_norm
@@ -92,6 +93,7 @@ _EXPORTS = {
     "fit_gradients": "recipes.collect",
     "functionalize": "functional",
     "gram_of": "curvature",
+    "less": "recipes.less",
     "mix": "curvature",
     "open_scores": "score",
     "open_store": "store",

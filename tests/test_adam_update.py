@@ -96,3 +96,9 @@ def test_states_that_do_not_fit_are_refused(tmp_path) -> None:
     torch.save(sgd.state_dict(), tmp_path / "optimizer.pt")
     with pytest.raises(fa.FuncattribError, match=r"expected Adam's first and second moments.*momentum_buffer"):
         adam_state(tmp_path, model)
+
+
+def test_a_chain_with_it_is_described_in_plain_values() -> None:
+    described = fa.compose(adam_update({}, then=fa.project(4, seed=2)), adam_update({})).describe()
+    project = {"name": "project", "k": 4, "kind": "rademacher", "seed": 2}
+    assert described == [{"name": "adam_update", "then": project}, {"name": "adam_update", "then": None}]

@@ -28,6 +28,20 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class LoadConfig:
+    """How checkpoints are loaded."""
+
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer, if it is not the checkpoints' own."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """Type of the weights; auto takes the checkpoint's own."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N; auto takes a GPU where there is one."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoints."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Which documents, and which of their tokens count in the loss."""
 

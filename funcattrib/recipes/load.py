@@ -21,15 +21,22 @@ def load_from(config: ModelConfig) -> Loaded:
 def source_of(loaded: Loaded, data: DataConfig) -> dict[str, Any]:
     """Keyword settings of ``collect_gradients`` that say which documents, and what belongs to them."""
     return {
+        **documents_of(data),
         "tokenizer": loaded.tokenizer,
+        "model_name": loaded.name,
+        "revision": loaded.revision,
+        "reference_model": loaded.reference,
+    }
+
+
+def documents_of(data: DataConfig) -> dict[str, Any]:
+    """Keyword settings of ``collect_gradients`` that say which documents, without what comes from a model."""
+    return {
         "columns": Columns(**{field.name: getattr(data, field.name) for field in fields(Columns)}),
         "split": data.split,
         "subset": data.subset,
         "truncation": data.truncation,
         "max_length": data.max_length,
-        "model_name": loaded.name,
-        "revision": loaded.revision,
-        "reference_model": loaded.reference,
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from funcattrib.compose import Chain, Transform, compose
+from funcattrib.compose import Chain, State, Transform, compose
 from funcattrib.data import Columns
 from funcattrib.errors import FuncattribError
 from funcattrib.loading import load_model
@@ -132,15 +132,17 @@ def _compute(
     top_k: int | None,
     granularity: str,
 ) -> None:
-    fitted = state_of(prepared, writer, fit_documents)
-    arriving = prepared.work.chain.init(per_example_grad.spec(prepared.work.params))[1]
-    chain = compose(prepared.work.chain, *last)
-    state = (*fitted, *compose(*last).init(arriving)[0])
-    work = prepared.work._replace(chain=chain)
+    work, state = ending_in(prepared.work, state_of(prepared, writer, fit_documents), last)
     if top_k is None:
         (fill_tokens if granularity == "token" else fill)(work, writer, state, "score")
     else:
         _fill_best(work, writer, state, top_k)
+
+
+def ending_in(work: Work, fitted: State, last: Sequence[Transform]) -> tuple[Work, State]:
+    """The work with stages behind its chain that score what comes out of it, and the longer chain's state."""
+    arriving = work.chain.init(per_example_grad.spec(work.params))[1]
+    return work._replace(chain=compose(work.chain, *last)), (*fitted, *compose(*last).init(arriving)[0])
 
 
 def _fill_best(work: Work, writer: StoreWriter, state: Any, top_k: int) -> None:
@@ -175,13 +177,10 @@ def _against(
     """The last stages of the chain, and what is told of each column."""
     if score == "self":
         return [self_influence()], [{"id": "self"}]
-    rows, told = _query_rows(stores, unit_norm)
+    rows, told = query_rows(stores, unit_norm)
     if score == "mean":
         rows, told = rows.mean(0, keepdim=True), [{"id": f"mean of {len(told)} queries"}]
-    leaves = {
-        name: rows[:, leaf.start : leaf.stop].unflatten(1, leaf.shape).to(prepared.work.device)
-        for name, leaf in stores[0].leaves.items()
-    }
+    leaves = as_leaves(rows, stores[0], prepared.work.device)
     by: Literal["example", "leaf"] = "leaf" if granularity == "module" else "example"
     last = [against(leaves, unit_norm=unit_norm, by=by)]
     if score == "nearest":
@@ -189,8 +188,19 @@ def _against(
     return last, told
 
 
-def _query_rows(stores: Sequence[GradientStore], unit_norm: bool) -> tuple[Tensor, list[dict[str, Any]]]:
-    """(K, D) float32, and what is told of each."""
+def as_leaves(rows: Tensor, store: GradientStore, device: torch.device) -> dict[str, Tensor]:
+    """Rows (K, D) as ``against`` takes them: leaf → (K, *shape)."""
+    return {
+        name: rows[:, leaf.start : leaf.stop].unflatten(1, leaf.shape).to(device) for name, leaf in store.leaves.items()
+    }
+
+
+def query_rows(stores: Sequence[GradientStore], unit_norm: bool) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Every query, (K, D) float32, and what is told of each.
+
+    Raises:
+        FuncattribError: a query that is not finite.
+    """
     rows, told = [], []
     for store in stores:
         matrix = store.matrix().tensor(0, len(store)).float()

@@ -62,13 +62,13 @@ def adam_update(states: Mapping[str, AdamState], then: Transform | None = None) 
     described = None if then is None else {"name": then.name, **settings(then)}
     return Transform(
         "adam_update",
-        init=partial(_init, dict(states), behind=then, then=described),
+        init=partial(_init, dict(states), then, then=described),
         condense=partial(_updates, then),
     )
 
 
 def _init(
-    states: Mapping[str, AdamState], spec: Spec, behind: Transform | None, then: Mapping[str, Any] | None
+    states: Mapping[str, AdamState], behind: Transform | None, spec: Spec, then: Mapping[str, Any] | None
 ) -> tuple[State, Spec]:
     """Of each leaf (a + b g) / (√(c + d g²) + ε): a and c, shaped like it, and b, d, ε. And the state of the map."""
     kept = {}

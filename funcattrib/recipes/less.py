@@ -1,0 +1,258 @@
+"""LESS: which examples of a training set to select for a task that a few queries stand for.
+
+    Inf(z, z′) = Σ_i η_i cos(P Γ(∇ℓ(z; θ_i)), P ∇ℓ(z′; θ_i))
+
+over checkpoints θ_i with learning rates η_i; Γ is the step that Adam would take next on z alone, from the checkpoint's
+optimizer (``transforms/adam_update.py``), P the projection, the same on both sides. The two sides have different chains
+on purpose: what a training step does is compared with what the query asks for.
+
+A document's score is the largest over the queries or subtasks (``nearest``), or the mean over queries. A subtask is the
+mean of its queries' cosines, as in the authors' code; the paper writes the cosine with their mean gradient.
+
+Reference: LESS, arXiv 2402.04333.
+"""
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from funcattrib.adam_state import adam_state
+from funcattrib.compose import Transform, compose
+from funcattrib.data import Columns, load
+from funcattrib.data.hub import quiet
+from funcattrib.errors import FuncattribError
+from funcattrib.per_example import per_example_grad
+from funcattrib.recipes.checkpoints import Shapes, check_same, learning_rates, load_checkpoint, shapes_of
+from funcattrib.recipes.collect import collect_gradients, split_settings
+from funcattrib.recipes.config import RowConfig
+from funcattrib.recipes.documents import Records
+from funcattrib.recipes.explain import explained
+from funcattrib.recipes.prepare import prepare, shard_rows, state_of
+from funcattrib.recipes.score import as_leaves, ending_in, query_rows
+from funcattrib.recipes.work import fill
+from funcattrib.score import Scores, check_gradients, open_scores, scores_manifest
+from funcattrib.store import create_store
+from funcattrib.store.create import PARTS
+from funcattrib.transforms import AdamState, adam_update, against, project
+
+SELECTED = "selected"
+"""Sub-folder of the scores with the data set of the best examples."""
+
+Members = Mapping[str, Sequence[int]]
+"""What a column of scores is called → the queries that it is the mean of."""
+
+
+def less(
+    checkpoints: Sequence[str | Path],
+    data: Records | str,
+    queries: Records | str,
+    *,
+    path: str | Path,
+    rates: Sequence[float] = (),
+    fraction: float = 0.05,
+    score: Literal["nearest", "mean"] = "nearest",
+    subtask_column: str | None = None,
+    query_columns: Columns | None = None,
+    query_split: str | None = None,
+    tokenizer: str | PreTrainedTokenizerBase | None = None,
+    load_options: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    config: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Scores:
+    """Score every document and select the best; a run that was interrupted continues with the checkpoint it was in.
+
+    Args:
+        checkpoints: folders with a model and its ``optimizer.pt`` (Adam, AdamW), as transformers' Trainer leaves them.
+        data, queries: as in ``collect_gradients``; ``query_columns`` and ``query_split`` are the queries' own.
+        path: folder for the scores, one column; each checkpoint's lie in its sub-folder ``gradients``, and the selected
+            documents, best first, in ``selected``, which ``datasets.load_from_disk`` loads.
+        rates: η_i; by default what each checkpoint's ``trainer_state.json`` logged (``learning_rates``).
+        fraction: of the documents that is selected.
+        score: the nearest query (or subtask), or the mean over all queries.
+        subtask_column: column of the queries; those with the same value are one subtask.
+        tokenizer: in the place of the checkpoints' own.
+        load_options: of ``load_model``: precision, device, trust_remote_code.
+        settings: further ones of ``collect_gradients``: projection_dim, loss, modules, token_batch_size, … The loss is
+            the mean over an example's tokens unless asked otherwise, as in training: Γ weighs it against the momentum.
+
+    Raises:
+        FuncattribError: bad input of any kind; what is finished is kept.
+    """
+    path, folders = Path(path), [Path(checkpoint).expanduser() for checkpoint in checkpoints]
+    _check_asked(folders, fraction, score, subtask_column)
+    weights = learning_rates(folders, rates)
+    settings = {"loss_reduction": "mean", "overwrite": overwrite, **settings}
+    split, subset = settings.get("split"), settings.get("subset")
+    records = _opened(data, split, subset)
+    columns = _columns(_opened(queries, query_split, None), score, subtask_column)
+    own = {"columns": query_columns or settings.get("columns"), "split": query_split, "subset": None}
+    parts: list[Scores] = []
+    shapes: Shapes | None = None
+    for number, folder in enumerate(folders):
+        model, of_model = load_checkpoint(folder, tokenizer, load_options or {})
+        shapes = shapes or shapes_of(model)
+        check_same(shapes, shapes_of(model), folder)
+        both = {**settings, **of_model}
+        parts.append(
+            _score_one(
+                model, adam_state(folder, model), (data, queries), columns, path / PARTS / str(number), both, own
+            )
+        )
+        del model
+    scores = _add_up(path, parts, weights, score, overwrite, config)
+    _save_selected(records, scores, fraction, path / SELECTED)
+    return scores
+
+
+def _score_one(
+    model: nn.Module,
+    states: Mapping[str, AdamState],
+    sets: tuple[Records | str, Records | str],
+    columns: Members,
+    path: Path,
+    settings: Mapping[str, Any],
+    own: Mapping[str, Any],
+) -> Scores:
+    """One checkpoint's cosines, (documents, columns); ``sets`` are the data and the queries, ``own`` the latter's."""
+    (data, queries), settings = sets, dict(settings)
+    overwrite = settings.pop("overwrite")
+    source, gradients = split_settings(data, settings)
+    projection = [_projection(gradients)] if gradients.projection_dim else []
+    of_queries = compose(per_example_grad, *projection)
+    of_documents = compose(per_example_grad, adam_update(states, *projection))
+    store = collect_gradients(
+        model,
+        queries,
+        path=path / PARTS / "query",
+        chain=of_queries,
+        overwrite=overwrite,
+        **{**settings, **own, "dtype": "float32"},
+    )
+    prepared = prepare(model, source, gradients, of_documents, None)
+    # the update is on one side alone; in all else the two sides must agree
+    check_gradients(replace(prepared.manifest, chain=of_queries.describe()), store.manifest)
+    method = {
+        "name": "less, one checkpoint",
+        "columns": [list(members) for members in columns.values()],
+        "queries": store.manifest.data["fingerprint"],
+    }
+    manifest = scores_manifest(prepared.manifest, method=method, queries=[{"id": name} for name in columns])
+    per_shard = gradients.rows_per_shard or shard_rows(manifest.width)
+    manifest = replace(manifest, rows_per_shard=per_shard)
+    rows, _ = query_rows([store], unit_norm=True)
+    wanted = torch.stack([rows[list(members)].mean(0) for members in columns.values()])
+    with create_store(path, manifest, overwrite=overwrite) as writer:
+        if writer.pending:
+            last = against(as_leaves(wanted, store, prepared.work.device), unit_norm=True)
+            with explained():
+                work, state = ending_in(prepared.work, state_of(prepared, writer, gradients.fit_documents), [last])
+                fill(work, writer, state, "less")
+        writer.finish()
+    return open_scores(path)
+
+
+def _projection(gradients: RowConfig) -> Transform:
+    return project(gradients.projection_dim, kind=gradients.projection_type, seed=gradients.seed)
+
+
+def _add_up(
+    path: Path,
+    parts: Sequence[Scores],
+    weights: Sequence[float],
+    score: str,
+    overwrite: bool,
+    config: Mapping[str, Any] | None,
+) -> Scores:
+    """Σ_i η_i of the checkpoints' scores, and the largest of its columns."""
+    manifests = [part.manifest for part in parts]
+    told = {"id": f"{score} of {parts[0].shape[1]} queries" if score == "nearest" else parts[0].queries[0]["id"]}
+    manifest = scores_manifest(
+        manifests[-1],
+        method={
+            "name": "less",
+            "score": score,
+            "learning_rates": list(weights),
+            "checkpoints": [one.model["fingerprint"] for one in manifests],
+            "optimizers": [one.computed_with["given"] for one in manifests],
+            **{key: manifests[-1].computed_with["method"][key] for key in ("columns", "queries")},
+        },
+        queries=[told],
+    )
+    with create_store(path, manifest, overwrite=overwrite) as writer:
+        if config is not None:
+            writer.save_config(config)
+        for shard in writer.pending:
+            span = writer.shard_range(shard)
+            rows = sum(
+                weight * torch.from_numpy(np.array(part[span.start : span.stop]))
+                for weight, part in zip(weights, parts, strict=True)
+            )
+            examples = parts[-1].examples.select(span)
+            kept = {name: examples[name][:] for name in examples.column_names}
+            writer.put(shard, torch.as_tensor(rows).amax(1, keepdim=True), kept)
+        writer.finish()
+    return open_scores(path)
+
+
+def _save_selected(records: datasets.Dataset, scores: Scores, fraction: float, folder: Path) -> None:
+    """The best documents as a data set, best first; it takes the place of an earlier one when it is whole."""
+    count = max(1, math.floor(fraction * len(records) + 1e-9))
+    rows = [int(row) for row in scores.topk(count).rows[0] if row >= 0]
+    partial = folder.with_name(f".{folder.name}")
+    with explained(), quiet():
+        shutil.rmtree(partial, ignore_errors=True)
+        records.select(rows).save_to_disk(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+
+def _opened(data: Records | str, split: str | None, subset: str | None) -> datasets.Dataset:
+    if isinstance(data, str):
+        return load(data, split, subset=subset)
+    return data if isinstance(data, datasets.Dataset) else datasets.Dataset.from_list([dict(row) for row in data])
+
+
+def _columns(queries: datasets.Dataset, score: str, subtask_column: str | None) -> Members:
+    """What a column is called, and the queries that it is the mean of."""
+    everything = range(len(queries))
+    if score == "mean":
+        return {f"mean of {len(queries)} queries": everything}
+    if subtask_column is None:
+        return {str(number): [number] for number in everything}
+    if subtask_column not in queries.column_names:
+        raise FuncattribError(
+            f"expected a column {subtask_column!r} of subtasks in the queries, found {', '.join(queries.column_names)}"
+        )
+    members: dict[str, list[int]] = {}
+    for number, value in enumerate(queries[subtask_column][:]):
+        members.setdefault(str(value), []).append(number)
+    return members
+
+
+def _check_asked(folders: Sequence[Path], fraction: float, score: str, subtask_column: str | None) -> None:
+    if not folders:
+        raise FuncattribError("expected checkpoints (--checkpoint), found none")
+    if not 0 < fraction <= 1:
+        raise FuncattribError(f"expected a fraction of the examples above 0 and at most 1, found {fraction}")
+    if score not in ("nearest", "mean"):
+        raise FuncattribError(f"expected a score of 'nearest' or 'mean', found {score!r}")
+    if subtask_column is not None and score == "mean":
+        raise FuncattribError("expected score 'nearest' with subtasks, found 'mean', which takes all queries together")
+    for folder in folders:
+        if not folder.is_dir():
+            raise FuncattribError(f"expected a checkpoint's folder at {folder}, found none; give its path")
+        if not (folder / "optimizer.pt").is_file():
+            raise FuncattribError(
+                f"expected optimizer.pt in {folder}, found none: LESS needs Adam's moments; give a checkpoint of "
+                "transformers' Trainer, saved without save_only_model"
+            )
