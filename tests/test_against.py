@@ -155,3 +155,20 @@ def test_queries_that_do_not_fit_are_refused(queries, found) -> None:
     spec = {"a": fa.Leaf((3,), torch.float32), "b": fa.Leaf((4,), torch.float32)}
     with pytest.raises(fa.ChainError, match=found):
         fa.compose(fa.against(queries)).init(spec)
+
+
+@pytest.mark.parametrize("settings", [{}, {"unit_norm": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_in_half_precision_are_float32_and_do_not_overflow(dtype, settings) -> None:
+    params = {"w": torch.full((40, 30), 0.5, dtype=dtype)}
+
+    def loss(params, example):
+        return torch.nn.functional.linear(example["x"], params["w"]).float().sum()
+
+    batch = {"x": torch.full((2, 5, 30), 30.0, dtype=dtype)}
+    queries = {"w": torch.ones(2, 40, 30)}
+    chain = fa.compose(fa.per_example_grad, fa.against(queries, **settings))
+    scores = chain(loss, params, batch)["scores"]
+    expected = 150.0 * 1200 / (150.0 * 1200**0.5 if settings else 1.0)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, torch.full((2, 2), expected), rtol=1e-3, atol=0)

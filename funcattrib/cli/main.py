@@ -44,7 +44,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "score": Command(
         "funcattrib.cli.score",
-        "Score every training example against query gradients, in one pass and without storing gradients.",
+        "Score every training example against query gradients, in one pass; none are stored.",
         resumable=True,
     ),
     "query": Command("funcattrib.cli.query", "Find the training examples whose gradients align with a text's."),

@@ -13,7 +13,7 @@ from funcattrib.recipes.config import DataConfig, GradientConfig, ModelConfig, Q
 
 @dataclass(frozen=True)
 class Score:
-    """Score every training example against query gradients, in one pass and without storing gradients.
+    """Score every training example against query gradients, in one pass; none are stored.
 
     The same command continues a run that was interrupted.
     """

@@ -35,6 +35,11 @@ class Against(NamedTuple):
     queries: Tensor
     norm: bool = False
 
+    @property
+    def wide(self) -> bool:
+        """What is read has at least float32."""
+        return True
+
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The same for every weight, so that they can share a probe."""
         return (self.queries.shape[0] + self.norm,)
@@ -68,12 +73,11 @@ class Against(NamedTuple):
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
         """From formed gradients."""
-        flat = gradient.flatten(1)
+        flat = _wide(gradient.flatten(1))
         products = flat @ self.queries.flatten(1).to(flat).T
         if not self.norm:
             return products
-        squares = torch.linalg.vector_norm(flat, dim=1, keepdim=True).square()
-        return torch.cat([products, squares.to(products.dtype)], 1)
+        return torch.cat([products, torch.linalg.vector_norm(flat, dim=1, keepdim=True).square()], 1)
 
     def adjoint(self, theta: Tensor) -> Tensor:
         """Σ_k θ_k Q_k; with the norm there is none."""
@@ -81,8 +85,8 @@ class Against(NamedTuple):
         return torch.tensordot(theta, self.queries.to(theta.dtype), 1)
 
     def to(self, dtype: torch.dtype) -> "Against":
-        """The queries in ``dtype``."""
-        return self._replace(queries=self.queries.to(dtype))
+        """The queries in ``dtype``, or in float32 where that is wider."""
+        return self._replace(queries=self.queries.to(torch.promote_types(dtype, torch.float32)))
 
     def after(self, first: Reading) -> Reading:
         """Of what ``first`` reads."""
@@ -93,6 +97,7 @@ def _contract(queries: Tensor, rows: Factor, cols: Tensor) -> Tensor:
     """(E, K): Σ_n rows_nᵀ Q_k cols_n."""
     if not len(queries):
         return cols.new_zeros(cols.shape[0], 0)
+    cols = _wide(cols)
     if isinstance(rows, OneHot):
         scaled = cols if rows.weight is None else cols * rows.weight[..., None]
         return torch.stack([(query[rows.ids] * scaled).flatten(1).sum(1) for query in queries], 1)
@@ -101,13 +106,19 @@ def _contract(queries: Tensor, rows: Factor, cols: Tensor) -> Tensor:
 
 def _squared_norm(rows: Factor, cols: Tensor) -> Tensor:
     """(E, 1): of Σ_n rows_n colsᵀ_n, from the tokens' inner products."""
+    cols = _wide(cols)
     if isinstance(rows, OneHot):
         of_rows = (rows.ids[..., :, None] == rows.ids[..., None, :]).to(cols.dtype)
         if rows.weight is not None:
             of_rows = of_rows * rows.weight[..., :, None] * rows.weight[..., None, :]
     else:
-        of_rows = rows @ rows.mT
+        of_rows = _wide(rows) @ _wide(rows).mT
     return (of_rows * (cols @ cols.mT)).flatten(1).sum(1, keepdim=True).clamp(min=0)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: scores are sums over many small products."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 __all__ = ["Against"]

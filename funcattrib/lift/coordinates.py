@@ -187,6 +187,11 @@ class Measured(NamedTuple):
     inner: Reading
     measure: Callable[[Tensor], Tensor]
 
+    @property
+    def wide(self) -> bool:
+        """What is read has at least float32."""
+        return True
+
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of a weight of ``shape``."""
         probe = torch.zeros(1, *self.inner.coordinates_shape(shape), device="meta")
@@ -221,12 +226,14 @@ class Measured(NamedTuple):
         return Measured(self.inner.after(first), self.measure)
 
 
-def is_statistic(reading: Reading) -> bool:
-    """Whether what is read is a statistic, by itself or as the last of several maps.
+def is_wide(reading: Reading) -> bool:
+    """Whether what is read has at least float32, by itself or as the last of several maps: statistics and scores.
 
     Example:
-        >>> is_statistic(Measured(TwoSided(), torch.square)), is_statistic(TwoSided())
+        >>> is_wide(Measured(TwoSided(), torch.square)), is_wide(TwoSided())
         (True, False)
     """
-    last = getattr(reading, "maps", (reading.second,) if isinstance(reading, Then) else ())
-    return isinstance(reading, Measured) or any(is_statistic(one) for one in last)
+    if isinstance(reading, Then):
+        return is_wide(reading.second)
+    last = getattr(reading, "maps", (reading.inner,) if hasattr(reading, "inner") else ())
+    return getattr(reading, "wide", False) or any(is_wide(one) for one in last)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from funcattrib.lift.coordinates import Reading, is_statistic
+from funcattrib.lift.coordinates import Reading, is_wide
 from funcattrib.lift.ops import RULES
 from funcattrib.lift.parameter import Lifted
 
@@ -54,14 +54,14 @@ def lift(
 def zero_probes(params: Params, lowered: Lowered, examples: int = 1) -> dict[str, Tensor]:
     """θ₀ = 0, (E, *coordinates), one for every probe that ``lowered`` names, in the weight's type.
 
-    Statistics have at least float32: squares of what float16 can just hold are nothing there.
+    Statistics and scores have at least float32: squares of what float16 can just hold are nothing there.
     """
     probes: dict[str, Tensor] = {}
     for name, (reading, probe, _) in lowered.items():
         if probe not in probes:
             weight = params[name]
             shape = reading.coordinates_shape(tuple(weight.shape))
-            dtype = torch.promote_types(weight.dtype, torch.float32) if is_statistic(reading) else weight.dtype
+            dtype = torch.promote_types(weight.dtype, torch.float32) if is_wide(reading) else weight.dtype
             probes[probe] = torch.zeros(examples, *shape, dtype=dtype, device=weight.device)
     return probes
 
