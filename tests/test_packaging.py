@@ -92,7 +92,7 @@ def test_constraints_pin_all_that_is_installed_here():
     assert pins["torch"] == "2.13.0"
     assert {canonical(line) for line in project["dependencies"] + extras["cpu"] + extras["dev"]} <= set(pins)
     assert not any("==" in line for line in project["dependencies"]), "a library's own dependencies stay ranges"
-    assert set(extras) == {"cpu", "gpu", "jax", "docs", "dev"}
+    assert set(extras) == {"cpu", "gpu", "jax", "train", "docs", "dev"}
 
 
 # The wheel

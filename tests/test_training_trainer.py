@@ -1,5 +1,6 @@
 """The Trainer, collected from: its bits, and every row against a loop over examples at the weights of its step."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,9 @@ import transformers
 from torch import nn
 
 import funcattrib as fa
-from tests import cases, tiny
+from tests import cases, laws, tiny
 from tests.test_training_collect import fresh
-from tests.training import check, examples, make, train
+from tests.training import check, examples, gradient, make, train
 
 CHAIN = fa.compose(fa.per_example_grad, fa.project(4))
 
@@ -123,11 +124,38 @@ def test_evaluation_in_between_and_early_stopping(tmp_path: Path) -> None:
     assert fa.open_store(stores[-1]).manifest.extra["unseen"] > 0
 
 
+@pytest.mark.parametrize("kind", ["one", "several"])
+def test_rows_of_the_evaluation_set(tmp_path: Path, kind: str) -> None:
+    first, second = examples(5, seed=9), list(examples(7, seed=8))
+    data = first if kind == "one" else {"a": first, "b": second}
+    settings = {
+        "eval_strategy": "steps", "eval_steps": 2, "named": {"eval_dataset": data}, "label_smoothing_factor": 0.1,
+        "per_device_eval_batch_size": 3,
+    }  # fmt: skip
+    for name in ("gpt2", "llama"):  # the first with dropout
+        model = (lambda: copy.deepcopy(cases.causal("gpt2"))) if name == "gpt2" else (lambda: fresh("llama"))
+        plain = train(tmp_path, None, model=model(), **settings)
+        ran = train(tmp_path, callback(tmp_path, evaluate=True, overwrite=True), model=model(), **settings)
+        same(plain, ran)
+        stores = {"eval": first} if kind == "one" else {"eval_a": first, "eval_b": second}
+        for folder, of in stores.items():
+            assert sorted(p.name for p in (tmp_path / "run" / folder).iterdir()) == ["step_2", "step_4", "step_6"]
+            store = fa.open_store(tmp_path / "run" / folder / "step_2")
+            assert len(store) == len(of)
+            for row, example in enumerate(of):
+                names = list(store.leaves)
+                grads = gradient(model().eval(), ran.weights[3], example, names, 0.1, training=False)
+                state = CHAIN.init({n: fa.Leaf(tuple(g.shape[1:]), g.dtype) for n, g in grads.items()})[0]
+                wanted = fa.Chain(None, CHAIN.stages).apply(state, grads)
+                ours = {n: store[n].tensor(row, row + 1).double() for n in names}
+                laws.close(ours, {n: wanted[n] for n in names}, 1e-3)
+
+
 def test_the_sum_over_epochs(tmp_path: Path) -> None:
     train(tmp_path, callback(tmp_path))
     train(tmp_path, callback(tmp_path / "sum", accumulate=True))
     epochs = [fa.open_store(tmp_path / f"run/epoch_{epoch}").matrix().tensor() for epoch in (0, 1)]
-    summed = fa.open_store(tmp_path / "sum/run")
+    summed = fa.open_store(tmp_path / "sum/run/sum")
     torch.testing.assert_close(summed.matrix().tensor(), epochs[0] + epochs[1])
     assert all(len(each["step"]) == 2 == each["visits"] for each in summed.examples)
 
@@ -265,8 +293,6 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 def test_dropout_and_the_models_own_state_are_untouched(tmp_path: Path) -> None:
-    import copy
-
     def model() -> nn.Module:
         made = copy.deepcopy(cases.causal("gpt2"))  # with its dropout
         assert any(isinstance(m, nn.Dropout) and m.p for m in made.modules())

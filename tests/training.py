@@ -119,9 +119,12 @@ def own_loss(model: nn.Module, example: dict[str, Any], smoothing: float = 0.0) 
     return nn.functional.cross_entropy(logits, target, reduction="sum", label_smoothing=smoothing)
 
 
-def gradient(model: nn.Module, weights: dict[str, Tensor], example: Any, names: list[str], smoothing: float = 0.0):
+def gradient(
+    model: nn.Module, weights: dict[str, Tensor], example: Any, names: list[str], smoothing: float = 0.0,
+    training: bool = True,
+) -> dict[str, Tensor]:  # fmt: skip
     """Name → (1, *shape), in float64, by one plain backward pass."""
-    double = copy.deepcopy(model).train().double()
+    double = copy.deepcopy(model).train(training).double()
     if hasattr(double, "gradient_checkpointing_disable"):
         double.activation_checkpointing_disable()
     double.load_state_dict(weights)

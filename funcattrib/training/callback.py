@@ -7,6 +7,7 @@
 leaves `runs/example/epoch_0`, `epoch_1`, …: gradient stores with a row an example, in the data set's order.
 """
 
+import shutil
 from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +22,13 @@ from funcattrib.compose import Chain, State, compose
 from funcattrib.errors import FuncattribError
 from funcattrib.loading import model_identity
 from funcattrib.per_example import per_example_grad, spec
-from funcattrib.store import Manifest, lay_out
+from funcattrib.store import Manifest, lay_out, read_manifest
+from funcattrib.store.create import PARTS
+from funcattrib.training.evaluation import evaluation_store
 from funcattrib.training.journal import Journal
 from funcattrib.training.loop import trained
 from funcattrib.training.loss import LossScale
+from funcattrib.training.recover import save_plan
 from funcattrib.training.session import Session, Weighing
 from funcattrib.training.settle import settle
 from funcattrib.training.shown import data_identity, shown
@@ -44,12 +48,14 @@ class GradientCollectorCallback(TrainerCallback):
         projection_dim: coordinates a side; 0 keeps whole gradients.
         modules, exclude: globs over parameter names; by default the blocks' weight matrices that are trained.
         dtype: of the stored rows.
-        accumulate: one store with each example's rows added over all epochs, in place of one an epoch.
+        accumulate: one store `path/sum` of each example's rows added over all epochs, in place of one an epoch.
         track_order: the stores also tell each example's step (from 1), epoch, position within the step and process.
         optimizer_moments: rows normalised by the optimizer's second moments as they stand after the row's step. What
             backward knows of each gradient is then kept until that step is made.
         scale_by_lr: rows times the step's learning rate.
         steps, epochs: which to collect, all by default: anything that knows ``in``, e.g. ``range(100)``.
+        evaluate: also a store `path/eval/step_N` (`eval_NAME` of several sets) of the evaluation set's rows at every
+            evaluation while training; with this chain, without the optimizer's moments.
         loss_scale: what the loss is of the sum of the examples' losses, where it is not their mean over tokens.
         overwrite: begin anew where the folder holds the stores of another training.
 
@@ -73,6 +79,7 @@ class GradientCollectorCallback(TrainerCallback):
         scale_by_lr: bool = False,
         steps: Container[int] | None = None,
         epochs: Container[int] | None = None,
+        evaluate: bool = False,
         loss_scale: LossScale | None = None,
         overwrite: bool = False,
     ) -> None:
@@ -81,8 +88,10 @@ class GradientCollectorCallback(TrainerCallback):
         self.state, self.modules, self.exclude, self.dtype = state, modules, tuple(exclude), dtype
         self.accumulate, self.track_order = accumulate, track_order
         self.weighing = Weighing(optimizer_moments, scale_by_lr)
-        self.steps, self.epochs, self.loss_scale, self.overwrite = steps, epochs, loss_scale, overwrite
+        self.steps, self.epochs, self.evaluate = steps, epochs, evaluate
+        self.loss_scale, self.overwrite = loss_scale, overwrite
         self.trainer: Any = None
+        self._active = False
         self._session: Session | None = None
         self._journal: Journal | None = None
         self._epoch = 0
@@ -104,7 +113,14 @@ class GradientCollectorCallback(TrainerCallback):
             return original(*given, **named)
         return self._session.compute_loss(original, *given, **named)
 
-    _active = False
+    def evaluated(self, examples: Any, name: str) -> None:
+        """An evaluation while training is over: its rows, where they are wanted."""
+        examples = self.trainer.eval_dataset if examples is None else examples
+        examples = self.trainer.eval_dataset[examples] if isinstance(examples, str) else examples
+        if self._session is None or not self.evaluate or isinstance(examples, dict):
+            return
+        folder = self.path / name / f"step_{self.trainer.state.global_step}"
+        evaluation_store(folder, self.trainer, self._read, self._current(), self._state, examples)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Make everything ready."""
@@ -117,7 +133,7 @@ class GradientCollectorCallback(TrainerCallback):
         names = trained(model, self.modules, self.exclude)
         params = {name: tensor for name, tensor in model.named_parameters() if name in names}
         self._spec = spec(params)
-        read = reader(model, names, self.chain, self.state)
+        read = self._read = reader(model, names, self.chain, self.state)
         self._state = tree.flatten(self.chain.init(self._spec)[0] if self.state is None else self.state)
         announced = self.chain.init(self._spec)[1]
         leaves = lay_out({name: leaf.shape for name, leaf in announced.items()})
@@ -141,12 +157,7 @@ class GradientCollectorCallback(TrainerCallback):
             rows_per_shard=max(1, min(_SHARD_ROWS, _SHARD_BYTES // (4 * leaves[-1].stop))),
         )
         self._resumed = state.global_step > 0
-        earlier = sorted(self.path.glob("epoch_*")) + sorted(self.path.glob("manifest.json"))
-        if earlier and not self._resumed and not self.overwrite:
-            raise FuncattribError(
-                f"expected a new folder at {self.path}, found {earlier[0].name} of another training\n"
-                "resume that training from a checkpoint, choose another path, or set overwrite=True"
-            )
+        self._make_room()
         self._session = Session(self.trainer, model, read, self._spec, self.weighing, self.loss_scale, self._write)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -157,6 +168,8 @@ class GradientCollectorCallback(TrainerCallback):
             return
         if not self.accumulate and self._finished(self._folder()):
             return  # a resumed training makes again what is there already
+        if args.process_index == 0:
+            save_plan(self._folder(), self._manifest, self._state, self._settings())
         dtype = "float32" if self.accumulate or self.dtype == "int8" else self.dtype
         self._journal = Journal(self._folder(), self._manifest, self._epoch, args.process_index, dtype)
 
@@ -183,7 +196,7 @@ class GradientCollectorCallback(TrainerCallback):
         """Make the sum's store."""
         self._session = None
         if self.accumulate:
-            self._settle(self.path)
+            self._settle(self._folder())
 
     def broken_off(self) -> None:
         """Training ended with an exception: what there is becomes a store, and a resumed training goes on from it."""
@@ -193,12 +206,30 @@ class GradientCollectorCallback(TrainerCallback):
             if self.trainer.args.world_size == 1:
                 self._settle(self._folder(), partial=True)
 
+    def _make_room(self) -> None:
+        """Refuse another training's folder, or forget the rows it left waiting."""
+        earlier = [] if self._resumed else [*sorted(self.path.glob("epoch_*")), *self.path.glob("sum")]
+        if earlier and not self.overwrite:
+            raise FuncattribError(
+                f"expected a new folder at {self.path}, found {earlier[0].name} of another training\n"
+                "resume that training from a checkpoint, choose another path, or set overwrite=True"
+            )
+        self.trainer.accelerator.wait_for_everyone()  # none writes before all have looked
+        if self.trainer.args.process_index == 0:
+            for folder in earlier:
+                shutil.rmtree(folder / PARTS, ignore_errors=True)
+        self.trainer.accelerator.wait_for_everyone()
+
     def _folder(self) -> Path:
-        return self.path if self.accumulate else self.path / f"epoch_{self._epoch}"
+        return self.path / ("sum" if self.accumulate else f"epoch_{self._epoch}")
+
+    def _current(self) -> Manifest:
+        return replace(self._manifest, model=model_identity(self.trainer.model))
+
+    def _settings(self) -> dict[str, bool]:
+        return {"add_up": self.accumulate, "track_order": self.track_order}
 
     def _finished(self, folder: Path) -> bool:
-        from funcattrib.store import read_manifest
-
         if not self._resumed or not (folder / "manifest.json").exists():
             return False
         found = read_manifest(folder)
@@ -215,12 +246,11 @@ class GradientCollectorCallback(TrainerCallback):
         if self.trainer.args.process_index == 0:
             settle(
                 folder,
-                replace(self._manifest, model=model_identity(self.trainer.model)),
+                self._current(),
                 self._state,
                 shown(self.trainer.train_dataset, self.trainer.processing_class),
-                add_up=self.accumulate,
-                track_order=self.track_order,
                 partial=partial,
+                **self._settings(),
             )
         if not partial:
             self.trainer.accelerator.wait_for_everyone()

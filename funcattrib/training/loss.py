@@ -48,7 +48,6 @@ def own_scale(loss_scale: LossScale, inputs: Mapping[str, Any], num_items: Tenso
     return torch.as_tensor(loss_scale(inputs, num_items) if callable(loss_scale) else loss_scale)
 
 
-@torch.no_grad()
 def summed(output: Any, target: Tensor | None, smoothing: float) -> Tensor | None:
     """Σ_b ℓ_b from what the model returned, an example at a time; None where it returned neither logits nor losses."""
     if (of_tokens := _field(output, "log_probs")) is not None:  # TRL's fused head
@@ -61,7 +60,7 @@ def summed(output: Any, target: Tensor | None, smoothing: float) -> Tensor | Non
     total = torch.zeros((), device=logits.device)
     for rows, wanted in zip(logits, target.to(logits.device), strict=True):
         rows, wanted = rows.reshape(-1, rows.shape[-1]).float(), wanted.reshape(-1)
-        total += F.cross_entropy(rows, wanted, ignore_index=-100, reduction="sum", label_smoothing=smoothing)
+        total = total + F.cross_entropy(rows, wanted, ignore_index=-100, reduction="sum", label_smoothing=smoothing)
     return total
 
 

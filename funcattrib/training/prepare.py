@@ -44,6 +44,7 @@ def _prepare(trainer: Any) -> None:
     callback.trainer = trainer
     trainer.training_step = partial(_training_step, callback, trainer.training_step)
     trainer.compute_loss = partial(callback.compute_loss, trainer.compute_loss)
+    trainer.evaluate = partial(_evaluate, callback, trainer.evaluate)
     trainer.train = partial(_train, callback, trainer.train)
 
 
@@ -57,6 +58,18 @@ def _training_step(
 ) -> Tensor:
     rows = inputs.pop(ROW, None)
     return callback.training_step(original, None if rows is None else rows.cpu(), model, inputs, *rest, **named)
+
+
+def _evaluate(
+    callback: GradientCollectorCallback,
+    original: Callable[..., Any],
+    eval_dataset: Any = None,
+    *given: Any,
+    **named: Any,
+) -> Any:
+    metrics = original(eval_dataset, *given, **kw)
+    callback.evaluated(eval_dataset, kw.get("metric_key_prefix", "eval"))
+    return metrics
 
 
 def _train(callback: GradientCollectorCallback, original: Callable[..., Any], *given: Any, **named: Any) -> Any:

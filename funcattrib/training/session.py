@@ -119,7 +119,8 @@ class Session:
 
     def _sum(self, output: Any) -> None:
         smoother = self._trainer.label_smoother
-        self._total = losses.summed(output, self._target, smoother.epsilon if smoother is not None else 0.0)
+        with torch.no_grad():
+            self._total = losses.summed(output, self._target, smoother.epsilon if smoother is not None else 0.0)
 
     def _same_rows(self, collected: Collected, count: int) -> None:
         probes = next(iter(collected.passes), None)

@@ -1,0 +1,168 @@
+"""What collecting costs a training: transformers' Trainer with the callback against the same Trainer without.
+
+    step      one optimizer step on a batch, forward to the callbacks behind it, median over all steps but each first
+    writing   what follows at the epoch's end, divided by its steps
+    memory    peak of a process of its own
+
+Trainings with and without take turns in one process, so that the machine's drift cancels in the ratio. With
+``--library bergson``, run by a Python that has Bergson 2.5.1, its callback is measured by the same lines.
+
+    python -m benchmarks.training [--size 14m] [--batch 4] [--steps 8] [--rounds 4] [--library funcattrib]
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+from benchmarks.inputs import PYTHIA, VOCABULARY, pythia
+from benchmarks.report import write_result
+
+LIBRARIES = ("plain", "funcattrib", "bergson")
+
+
+class Timer(TrainerCallback):
+    """The last of the callbacks: seconds of each step, and of the epoch's end."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.writing = self._begun = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._begun = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.steps.append(time.perf_counter() - self._begun)
+        self._begun = time.perf_counter()
+
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
+        self.writing = time.perf_counter() - self._begun
+
+
+def train(library: str, a: argparse.Namespace) -> Timer:
+    """One epoch of ``a.steps`` steps with a library's callback, or with none."""
+    model = pythia(a.size).to(a.device)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(VOCABULARY, (a.batch * a.steps, a.tokens), generator=generator).tolist()
+    data = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    timer, callbacks = Timer(), []
+    with tempfile.TemporaryDirectory() as folder:
+        if library == "funcattrib":
+            import funcattrib as fa
+
+            callbacks = [fa.GradientCollectorCallback(Path(folder) / "run", track_order=True)]
+            prepare: Any = fa.prepare_for_gradient_collection
+        elif library == "bergson":
+            from bergson.huggingface import GradientCollectorCallback, prepare_for_gradient_collection
+
+            callbacks = [
+                GradientCollectorCallback(
+                    Path(folder) / "run", projection_dim=16, use_optimizer_state=False, track_order=True
+                )
+            ]
+            prepare = prepare_for_gradient_collection
+        arguments = TrainingArguments(
+            output_dir=f"{folder}/out",
+            per_device_train_batch_size=a.batch,
+            num_train_epochs=1,
+            learning_rate=1e-4,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=a.device == "cpu",
+            bf16=a.dtype == "bfloat16",
+        )
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=data,
+            data_collator=default_data_collator,
+            callbacks=[*callbacks, timer],
+        )
+        if callbacks:
+            prepare(trainer)
+        trainer.train()
+    return timer
+
+
+def peak(library: str, words: list[str]) -> float:
+    """Megabytes that a process of its own reaches."""
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.training", *words, "--memory-of", library],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(run.stdout.split()[-1])
+
+
+def own_peak() -> float:
+    """Megabytes that this process has held at most (``ru_maxrss`` would count what its parent held at the fork)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=PYTHIA, default="14m")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--library", choices=LIBRARIES[1:], default="funcattrib")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--memory-of", choices=LIBRARIES, help="train once and print the peak alone")
+    parser.add_argument("--out", help="name of the result file under benchmarks/results")
+    a = parser.parse_args()
+    if a.memory_of:
+        train(a.memory_of, a)
+        on_gpu = torch.cuda.max_memory_allocated() / 1e6 if a.device != "cpu" else 0.0
+        print(on_gpu or own_peak())
+        return
+
+    seconds: dict[str, list[float]] = {"plain": [], a.library: []}
+    writing: dict[str, list[float]] = {"plain": [], a.library: []}
+    ratios = []
+    for number in range(a.rounds):
+        of_round = {}
+        for library in sorted(seconds, reverse=bool(number % 2)):  # each goes first in its turn
+            timer = train(library, a)
+            seconds[library] += timer.steps[1:]
+            writing[library].append(timer.writing / a.steps)
+            of_round[library] = statistics.median(timer.steps[1:]) + timer.writing / a.steps
+        ratios.append(of_round[a.library] / of_round["plain"])
+    step = {library: statistics.median(each) for library, each in seconds.items()}
+    written = statistics.median(writing[a.library])
+    words = ["--size", a.size, "--batch", str(a.batch), "--tokens", str(a.tokens), "--steps", "4"]
+    words += ["--device", a.device, "--dtype", a.dtype]
+    memory = {library: peak(library, words) for library in seconds}
+    write_result(
+        a.out,
+        task=f"Training Pythia-{a.size} on {a.batch} x {a.tokens} tokens a step with the callback of {a.library}",
+        figures={
+            "threads": torch.get_num_threads(),
+            "plain step, s (median)": f"{step['plain']:.3f}",
+            "step with the callback, s (median)": f"{step[a.library]:.3f}",
+            "writing, s a step": f"{written:.4f}",
+            "overhead, writing included": f"{100 * (statistics.median(ratios) - 1):.1f} %",
+            "overhead of each round": ", ".join(f"{100 * (ratio - 1):.1f} %" for ratio in ratios),
+            "plain peak memory, MB": round(memory["plain"]),
+            "peak memory with the callback, MB": round(memory[a.library]),
+            "memory over plain": f"{100 * (memory[a.library] / memory['plain'] - 1):.1f} %",
+        },
+        device=a.device,
+    )
+
+
+if __name__ == "__main__":
+    main()
