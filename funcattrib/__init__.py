@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from funcattrib.recipes.less import less as less
     from funcattrib.recipes.reduce import reduce_gradients as reduce_gradients
     from funcattrib.recipes.score import score_gradients as score_gradients
+    from funcattrib.recipes.trak import trak as trak
     from funcattrib.score import open_scores as open_scores
     from funcattrib.store import open_store as open_store
     from funcattrib.training import GradientCollector as GradientCollector
@@ -111,6 +112,7 @@ _EXPORTS = {
     "sketch": "transforms",
     "split_experts": "transforms",
     "split_heads": "transforms",
+    "trak": "recipes.trak",
     "unit_norm": "transforms",
 }
 

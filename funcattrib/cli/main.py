@@ -58,6 +58,11 @@ COMMANDS: dict[str, Command] = {
         "Score training examples by LESS, and select those that a task's queries ask for.",
         resumable=True,
     ),
+    "trak": Command(
+        "funcattrib.cli.trak",
+        "Score every training example against a data set of queries, by TRAK over an ensemble of checkpoints.",
+        resumable=True,
+    ),
     "inspect": Command("funcattrib.cli.inspect", "Say what RUN holds, and whether it is whole."),
     "check": Command("funcattrib.cli.check", "Check that a model's gradients do not depend on their batch."),
     "quickstart": Command(

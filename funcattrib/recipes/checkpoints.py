@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from funcattrib.errors import FuncattribError
+from funcattrib.functional import Params
 from funcattrib.loading import load_model
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -33,9 +34,10 @@ def load_checkpoint(
     return loaded.model, {"tokenizer": own, "model_name": loaded.name}
 
 
-def shapes_of(model: nn.Module) -> Shapes:
+def shapes_of(model: nn.Module | Params) -> Shapes:
     """Parameter name → shape."""
-    return {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    named = model.named_parameters() if isinstance(model, nn.Module) else model.items()
+    return {name: tuple(tensor.shape) for name, tensor in named}
 
 
 def check_same(first: Shapes, other: Shapes, what: object) -> None:
