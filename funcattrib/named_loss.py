@@ -180,7 +180,16 @@ def _with_rest(loss: Loss, rest: Params, params: Params, example: Example) -> Te
 
 def _checked(name: str, loss: Loss, params: Params, example: Example) -> Tensor:
     """The user's loss; what it returns must be a scalar."""
-    value: Any = loss(params, example)
+    try:
+        value: Any = loss(params, example)
+    except KeyError as error:
+        key = error.args[0] if error.args else None
+        if key in example or key in params:
+            raise
+        raise FuncattribError(
+            f"expected {key!r} for the loss {name}, found an example with {', '.join(example)}\n"
+            "give data with such a column of numbers (a text alone, as in a query, has none)"
+        ) from error
     if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
         found = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise FuncattribError(

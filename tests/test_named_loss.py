@@ -3,6 +3,7 @@
 import copy
 import itertools
 import logging
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -263,3 +264,19 @@ def test_rewards_and_an_own_loss_by_the_command_line(
 
 def records() -> list[dict]:
     return [{"text": text} for text in TEXTS]
+
+
+def test_what_a_loss_asks_for_in_vain_is_named() -> None:
+    model = cases.causal("llama")
+
+    def asks(params, example):
+        return params["lm_head.weight"].sum() * example["reward"]
+
+    def branches(params, example):
+        return params["lm_head.weight"].sum() if example["input_ids"].sum() > 0 else params["lm_head.weight"].mean()
+
+    rows = [{"input_ids": [3, 4, 5]}]
+    common = {"modules": "lm_head.weight", "quiet": True}
+    for loss, message in ((asks, "expected 'reward' for the loss"), (branches, "without branches on values")):
+        with tempfile.TemporaryDirectory() as folder, pytest.raises(fa.FuncattribError, match=message):
+            fa.collect_gradients(model, rows, path=f"{folder}/run", loss=loss, **common)

@@ -257,3 +257,34 @@ def test_zero_queries_warn_and_score_zero_and_nan_rows_are_left_out(tmp_path, ca
 def test_what_cannot_be_asked_for(asked, found, tmp_path) -> None:
     with pytest.raises(fa.FuncattribError, match=found):
         score_gradients(cases.causal("llama"), TRAIN, path=tmp_path / "out", quiet=True, **asked)
+
+
+def test_what_is_no_query_is_said_to_be_none(tmp_path, caplog) -> None:
+    model, settings = cases.causal("llama"), {**COMMON, "projection_dim": 4}
+    score_gradients(model, TRAIN, path=tmp_path / "scores", query_data=QUERY, **settings)
+    with pytest.raises(fa.FuncattribError, match=r"expected query gradients at .*, found scores"):
+        score_gradients(model, TRAIN, path=tmp_path / "again", queries=tmp_path / "scores", **settings)
+    queries = tmp_path / "scores" / "gradients" / "query"
+    with caplog.at_level(logging.WARNING):
+        cosines = score_gradients(
+            model, TRAIN, path=tmp_path / "other", queries=queries, loss="log_odds", unit_norm=True, **settings
+        )
+    assert "have the loss kind ce, the documents log_odds" in caplog.text
+    assert cosines.manifest.score_convention.startswith("cosine")
+
+
+def test_unfinished_scores_are_not_opened(tmp_path, monkeypatch) -> None:
+    model, settings = cases.causal("llama"), {**COMMON, "projection_dim": 4}
+    work = __import__("funcattrib.recipes.work", fromlist=["rows_of"])
+    rows_of = work.rows_of
+
+    def stop(work, compute, rows, count):
+        if len(rows) == 4 and rows[0] == 4:
+            raise KeyboardInterrupt
+        return rows_of(work, compute, rows, count)
+
+    monkeypatch.setattr(work, "rows_of", stop)
+    with pytest.raises(KeyboardInterrupt):
+        score_gradients(model, TRAIN, path=tmp_path / "out", query_data=QUERY, **settings)
+    with pytest.raises(fa.StoreError, match="an interrupted run"), pytest.warns(UserWarning, match="unfinished|rows"):
+        fa.open_scores(tmp_path / "out")

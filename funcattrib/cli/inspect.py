@@ -32,9 +32,15 @@ def run(config: Inspect) -> int | None:
     print(f"model: {model['id']} ({model['architecture']}, fingerprint {model['fingerprint'][:12]})")
     print(f"data: {data['id']}, {data['documents']:,} documents, {data['tokens']:,} tokens")
     print(f"loss: {manifest.loss['kind']}, {manifest.loss['reduction']} over tokens")
+    method = manifest.computed_with.get("method", manifest.computed_with)
+    for name in ("name", "score", "unit_norm", "reduced", "unit_normalize", "granularity"):
+        if name in method:
+            print(f"{'made by' if name == 'name' else name}: {method[name]}")
     for stage in manifest.chain:
         settings = ", ".join(f"{key}={value}" for key, value in stage.items() if key != "name")
         print(f"stage: {stage['name']}({settings})")
+    if not manifest.rows and manifest.state is not None and "queries" not in manifest.extra:
+        print("a fitted state without rows: give it to --state")
     print(f"shards: {len(store.shards)} of {manifest.shard_count}{'' if manifest.complete else ' (unfinished)'}")
     for what, count in (("clipped", manifest.clipped), ("not finite", manifest.nonfinite)):
         if count:

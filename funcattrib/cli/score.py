@@ -8,7 +8,7 @@ import tyro
 
 from funcattrib.cli.config_file import settings
 from funcattrib.cli.say import reports_on_stderr
-from funcattrib.recipes.config import DataConfig, GradientConfig, ModelConfig, QueryColumns
+from funcattrib.recipes.config import DataConfig, GradientConfig, ModelConfig, QueryColumns, at_least
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class Score:
     """Begin anew where OUT holds another run."""
     show: int = 3
     """Training examples to show for the first queries."""
+
+    def __post_init__(self) -> None:
+        """Check what a type cannot say."""
+        at_least(self, show=1, top_k=1)
 
 
 @reports_on_stderr()

@@ -8,7 +8,7 @@ import tyro
 
 from funcattrib.cli.config_file import settings
 from funcattrib.cli.say import reports_on_stderr
-from funcattrib.recipes.config import DataConfig, ModelConfig, QueryColumns, RowConfig
+from funcattrib.recipes.config import DataConfig, ModelConfig, QueryColumns, RowConfig, at_least
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class Trackstar:
     """Begin anew where OUT holds another run."""
     top_k: int = 3
     """Training examples to show for the first queries."""
+
+    def __post_init__(self) -> None:
+        """Check what a type cannot say."""
+        at_least(self, top_k=1, mixing_rank=1, damping=0)
 
 
 @reports_on_stderr()

@@ -11,11 +11,16 @@ def explained() -> Iterator[None]:
     """Turn torch's errors about memory and randomness into what to do about them.
 
     Raises:
-        FuncattribError: memory was short, or the model draws random numbers.
+        FuncattribError: memory was short, the model draws random numbers, or a loss branches on values.
     """
     try:
         yield
     except RuntimeError as error:
+        if "data-dependent control flow" in str(error):
+            raise FuncattribError(
+                "expected a loss without branches on values (if, while, float(), .item()), found one; choose between "
+                "tensors with torch.where"
+            ) from error
         if is_random(error):
             raise FuncattribError(
                 "expected a model that is deterministic in eval mode, found one that draws random numbers (dropout, "

@@ -90,10 +90,11 @@ def score_gradients(
         columns = query_columns or settings.get("columns")
         own = {**common, "columns": columns, "split": query_split, "subset": None}
         paths = [collect_gradients(model, query_data, path=path / PARTS / "query", state=state, **own).path]
-    stores = [open_store(each) for each in paths]
+    stores = [_gradients_at(each) for each in paths]
     prepared = prepare(model, source, gradients, chain, state)
     for store in stores:
         check_gradients(prepared.manifest, store.manifest)
+        _say_other_loss(prepared, store)
     if state is None and stores and stores[0].manifest.state is not None:
         prepared = with_state(prepared, stores[0])
     last, told = _against(stores, score, unit_norm, granularity, prepared)
@@ -220,6 +221,21 @@ def query_rows(stores: Sequence[GradientStore], unit_norm: bool) -> tuple[Tensor
 def _spec(prepared: Prepared, last: Sequence[Transform]) -> Mapping[str, Any]:
     arriving = prepared.work.chain.init(per_example_grad.spec(prepared.work.params))[1]
     return compose(*last).init(arriving)[1]
+
+
+def _gradients_at(path: str | Path) -> GradientStore:
+    store = open_store(path)
+    if "queries" in store.manifest.extra:
+        raise FuncattribError(f"expected query gradients at {path}, found scores; give what build or reduce left")
+    return store
+
+
+def _say_other_loss(prepared: Prepared, store: GradientStore) -> None:
+    """Two losses may be meant (a task's own for the queries), or a flag that was forgotten."""
+    for name in ("kind", "reduction", "label_smoothing"):
+        ours, theirs = prepared.manifest.loss.get(name), store.manifest.loss.get(name)
+        if ours != theirs:
+            log.warning("the queries of %s have the loss %s %s, the documents %s", store.path, name, theirs, ours)
 
 
 def _check_asked(

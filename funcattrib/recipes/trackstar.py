@@ -94,6 +94,7 @@ def trackstar(
         of=[query.manifest],
         method={
             "name": "trackstar",
+            "unit_norm": True,
             "score": score,
             "mixing_rank": mixing_rank,
             "mixing_weight": mixed.weight,

@@ -139,6 +139,8 @@ def open_scores(path: str | Path) -> Scores:
     store = open_store(path)
     if "queries" not in store.manifest.extra:
         raise StoreError(f"expected scores at {path}, found a store of gradients; open it with open_store")
+    if not store.manifest.complete:
+        raise StoreError(f"expected finished scores at {path}, found an interrupted run; the same command continues it")
     return Scores(store)
 
 
@@ -163,13 +165,17 @@ def scores_manifest(
         check_gradients(train, query)
         _refuse("fitted state", _state_of(train), _state_of(query))
     leaves = lay_out(dict.fromkeys(modules or ["scores"], (len(queries),)))
+    convention = train.score_convention
+    if method.get("unit_norm"):
+        convention = convention.replace("inner product", "cosine", 1)
     return replace(
         train,
         leaves=leaves,
         dtype="float32",
+        score_convention=convention,
         computed_with={
             **train.computed_with,
-            "method": dict(method),
+            "method": {**method, "columns": len(queries)},
             "query_data": [query.data["fingerprint"] for query in of],
         },
         extra={"queries": [dict(entry) for entry in queries]},
