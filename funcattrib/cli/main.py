@@ -60,7 +60,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "trak": Command(
         "funcattrib.cli.trak",
-        "Score every training example against a data set of queries, by TRAK over an ensemble of checkpoints.",
+        "Score every training example against a data set of queries, by TRAK over checkpoints.",
         resumable=True,
     ),
     "inspect": Command("funcattrib.cli.inspect", "Say what RUN holds, and whether it is whole."),

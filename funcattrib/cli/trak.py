@@ -13,7 +13,7 @@ from funcattrib.recipes.config import DataConfig, LoadConfig, QueryColumns, RowC
 
 @dataclass(frozen=True)
 class Trak:
-    """Score every training example against a data set of queries, by TRAK over an ensemble of checkpoints.
+    """Score every training example against a data set of queries, by TRAK over checkpoints.
 
     The same command continues a run that was interrupted.
     """
