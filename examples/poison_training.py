@@ -1,7 +1,8 @@
 """Finding mislabelled rows: gradients collected while a tiny model is fine-tuned, ranked by self-influence.
 
-Every document is a question of some kind and its answer; a few rows are planted with the answer of another kind. A row's
-self-influence is the squared length of its own gradient, added over the epochs: long where the others teach another answer.
+Every document is a question of some kind and its answer; a few rows are planted with the answer of another kind. A
+row's self-influence is the squared length of its own gradient, added over the epochs: long where the other rows teach
+another answer.
 
     python examples/poison_training.py
 """

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 import funcattrib as fa
+from funcattrib.kernels.experts import expert_linear
+from funcattrib.lift import Lifted, TwoSided
+from funcattrib.lift.ops import RULES
 from funcattrib.training import GradientCollector, collect, token_mean
 from tests import cases, laws, tiny
 
@@ -261,3 +264,11 @@ def test_tokens_gathered_across_examples_are_refused() -> None:
     model = Gathers()
     with pytest.raises(fa.ChainError, match="gathers tokens across examples"), collect(model, modules=["*"]):
         model(torch.tensor([[1, 2, 0], [1, 0, 0]]))
+
+
+def test_experts_whose_tokens_need_not_be_in_order_are_refused() -> None:
+    weight = torch.randn(3, 4, 4)
+    for tokens, count in ((None, 6), (2, 6), (4, 4)):
+        leaf = Lifted(weight, torch.zeros(2, 3, 4, 4), TwoSided(), RULES, tokens)
+        with pytest.raises(fa.ChainError, match="tokens of 2 examples of equal length"):
+            expert_linear(torch.randn(count, 4), leaf, torch.zeros(count, dtype=torch.long))

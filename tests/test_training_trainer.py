@@ -275,6 +275,7 @@ def test_the_stores_answer_queries(tmp_path: Path) -> None:
         ran.trainer.model(**batch).loss.backward()
     assert traced.rows.shape == (4, 3)
     assert traced.hits[0][0].example["id"].startswith("e")
+    assert traced.hits[0][0].text == ""  # no column of text, and no tokenizer to make one
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ from funcattrib.store import GradientStore, open_store
 from funcattrib.transforms.describe import rebuild
 
 _BUDGET = 4096
-_FACTS = ("id", "loss", "tokens", "advantage", "document", "position")  # columns of a store's examples that are no text
+_FACTS = ("id", "loss", "tokens", "advantage", "document", "position", "loss_scale", "visits", "step", "epoch", "rank")
+"""Columns of a store's examples that are no text."""
 
 
 class Hit(NamedTuple):

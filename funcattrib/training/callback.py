@@ -35,7 +35,7 @@ from funcattrib.training.shown import data_identity, shown
 from funcattrib.transforms import project
 
 _SHARD_ROWS = 1024
-_SHARD_BYTES = 32 << 20
+_SHARD_BYTES = 64 << 20
 
 
 class GradientCollectorCallback(TrainerCallback):

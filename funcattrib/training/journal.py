@@ -16,6 +16,7 @@ from torch import Tensor
 from funcattrib.store import Manifest, StoreWriter, create_store
 from funcattrib.store.create import PARTS
 
+_BUFFER = 8 << 20  # bytes of rows, in float32, that are held before they are written
 _SEGMENT = re.compile(r"epoch_(\d+)-rank_(\d+)-(\d+)")
 
 
@@ -30,7 +31,9 @@ class Journal:
     """
 
     def __init__(self, folder: Path, manifest: Manifest, epoch: int, rank: int, dtype: str) -> None:
-        self._folder, self._manifest = folder / PARTS, replace(manifest, dtype=dtype, rows=max(manifest.rows, 1))
+        rows_per_shard = max(1, min(manifest.rows_per_shard, _BUFFER // (4 * manifest.width)))
+        self._folder = folder / PARTS
+        self._manifest = replace(manifest, dtype=dtype, rows=max(manifest.rows, 1), rows_per_shard=rows_per_shard)
         self._epoch, self._rank = epoch, rank
         self._writer: StoreWriter | None = None
         self._shard = 0

@@ -60,6 +60,7 @@ def settle(
         "unseen": int(manifest.rows - len(np.unique(rows))),
         "steps": [int(steps.min()), int(steps.max())] if len(steps) else [],
         "partial": partial,
+        "clipped": sum(shard.clipped for store in visits.stores for shard in store.shards),
     }
     order = np.lexsort((np.arange(len(rows)), steps, rows))
     starts = np.searchsorted(rows[order], np.arange(manifest.rows + 1))
