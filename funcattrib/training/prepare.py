@@ -67,8 +67,8 @@ def _evaluate(
     *given: Any,
     **named: Any,
 ) -> Any:
-    metrics = original(eval_dataset, *given, **kw)
-    callback.evaluated(eval_dataset, kw.get("metric_key_prefix", "eval"))
+    metrics = original(eval_dataset, *given, **named)
+    callback.evaluated(eval_dataset, named.get("metric_key_prefix", "eval"))
     return metrics
 
 
