@@ -3,6 +3,8 @@
     step      one optimizer step on a batch, forward to the callbacks behind it, median over all steps but each first
     writing   what follows at the epoch's end, divided by its steps
     memory    peak of a process of its own
+    turns     funcattrib alone: one training that collects from every second step, the median of one kind of step
+              over that of the other
 
 Trainings with and without take turns in one process, so that the machine's drift cancels in the ratio. With
 ``--library bergson``, run by a Python that has Bergson 2.5.1, its callback is measured by the same lines.
@@ -47,7 +49,14 @@ class Timer(TrainerCallback):
         self.writing = time.perf_counter() - self._begun
 
 
-def train(library: str, a: argparse.Namespace) -> Timer:
+class EverySecond:
+    """Steps to collect from: those with an even number."""
+
+    def __contains__(self, step: int) -> bool:
+        return step % 2 == 0
+
+
+def train(library: str, a: argparse.Namespace, collected: Any = None) -> Timer:
     """One epoch of ``a.steps`` steps with a library's callback, or with none."""
     model = pythia(a.size).to(a.device)
     generator = torch.Generator().manual_seed(0)
@@ -58,7 +67,7 @@ def train(library: str, a: argparse.Namespace) -> Timer:
         if library == "funcattrib":
             import funcattrib as fa
 
-            callbacks = [fa.GradientCollectorCallback(Path(folder) / "run", track_order=True)]
+            callbacks = [fa.GradientCollectorCallback(Path(folder) / "run", track_order=True, steps=collected)]
             prepare: Any = fa.prepare_for_gradient_collection
         elif library == "bergson":
             from bergson.huggingface import GradientCollectorCallback, prepare_for_gradient_collection
@@ -118,6 +127,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--turns", type=int, default=0, help="steps of a training that collects from every second")
     parser.add_argument("--library", choices=LIBRARIES[1:], default="funcattrib")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -128,6 +138,22 @@ def main() -> None:
         train(a.memory_of, a)
         on_gpu = torch.cuda.max_memory_allocated() / 1e6 if a.device != "cpu" else 0.0
         print(on_gpu or own_peak())
+        return
+
+    if a.turns:
+        steps = train("funcattrib", argparse.Namespace(**{**vars(a), "steps": a.turns}), EverySecond()).steps[2:]
+        plain, ours = statistics.median(steps[::2]), statistics.median(steps[1::2])
+        pairs = statistics.median(b / c for c, b in zip(steps[::2], steps[1::2], strict=True))
+        figures = {
+            "threads": torch.get_num_threads(),
+            "steps of each kind": len(steps) // 2,
+            "plain step, s (median)": f"{plain:.3f}",
+            "collected step, s (median)": f"{ours:.3f}",
+            "overhead, writing at the epoch's end not included": f"{100 * (ours / plain - 1):.1f} %",
+            "the same as the median over neighbours": f"{100 * (pairs - 1):.1f} %",
+        }
+        task = f"Training Pythia-{a.size} on {a.batch} x {a.tokens} tokens a step, every second step collected from"
+        write_result(a.out, task=task, figures=figures, device=a.device)
         return
 
     seconds: dict[str, list[float]] = {"plain": [], a.library: []}
