@@ -14,7 +14,7 @@ from funcattrib.recipes import less as recipe
 from funcattrib.recipes.checkpoints import learning_rates
 from funcattrib.recipes.less import less
 from tests import tiny
-from tests.checkpoints import records, save_run
+from tests.saved_runs import records, save_run
 
 TRAIN, QUERY = records((9, 5, 12, 2, 7, 11, 6, 8, 10, 4), 1), records((6, 9, 7, 8), 2)
 SUBTASKS = ["a", "b", "a", "c"]

@@ -10,7 +10,7 @@ import transformers
 import funcattrib as fa
 from funcattrib.recipes.trak import trak
 from tests import cases, tiny
-from tests.checkpoints import records, save_run
+from tests.saved_runs import records, save_run
 
 TRAIN, QUERY = records((9, 5, 12, 2, 7, 11, 6, 8, 10, 4, 1, 7, 9, 6), 1), records((6, 9, 7), 2)
 COMMON = {"rows_per_shard": 4, "token_batch_size": 40, "quiet": True}
