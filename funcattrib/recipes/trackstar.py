@@ -19,9 +19,10 @@ from funcattrib.compose import Chain, State, compose
 from funcattrib.curvature import gram_of, mix
 from funcattrib.data import Columns
 from funcattrib.functional import choose
-from funcattrib.per_example import Grads, Leaf, Spec, per_example_grad
+from funcattrib.per_example import Leaf, Spec, per_example_grad
 from funcattrib.recipes.collect import collect_gradients
 from funcattrib.recipes.documents import Records
+from funcattrib.recipes.score import as_leaves
 from funcattrib.score import Scores, open_scores, scores_manifest
 from funcattrib.store import GradientStore, create_store
 from funcattrib.store.create import PARTS
@@ -135,7 +136,7 @@ def gram_of_store(store: GradientStore) -> dict[str, Tensor]:
     stage = precondition()
     state = stage.init(_spec(store))[0]
     for block in store.matrix().blocks(_BLOCK_ROWS):
-        state = stage.observe(state, _leaves(store, block))
+        state = stage.observe(state, as_leaves(block.float(), store, block.device))
     return gram_of(state)
 
 
@@ -143,12 +144,8 @@ def _spec(store: GradientStore) -> Spec:
     return {name: Leaf(tuple(leaf.shape), torch.float32) for name, leaf in store.leaves.items()}
 
 
-def _leaves(store: GradientStore, block: Tensor) -> Grads:
-    """Rows of a store (n, D) as leaves, float32."""
-    rows = block.to(torch.float32)
-    return {name: rows[:, leaf.start : leaf.stop].unflatten(1, leaf.shape) for name, leaf in store.leaves.items()}
-
-
 def _rows(after: Chain, state: State, store: GradientStore, block: Tensor) -> Tensor:
     """Rows of a store (n, D) with the last stages applied, float32."""
-    return torch.cat([grad.flatten(1) for grad in after.apply(state, _leaves(store, block)).values()], 1)
+    return torch.cat(
+        [grad.flatten(1) for grad in after.apply(state, as_leaves(block.float(), store, block.device)).values()], 1
+    )
