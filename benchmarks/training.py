@@ -7,9 +7,9 @@
               over that of the other
 
 Trainings with and without take turns in one process, so that the machine's drift cancels in the ratio. With
-``--library bergson``, run by a Python that has Bergson 2.5.1, its callback is measured by the same lines.
+``--library funcattrib bergson``, run by a Python that has Bergson 2.5.1 too, its callback stands in the same table.
 
-    python -m benchmarks.training [--size 14m] [--batch 4] [--steps 8] [--rounds 4] [--library funcattrib]
+    python -m benchmarks.training [--size 14m] [--batch 4] [--steps 8] [--rounds 4] [--library funcattrib bergson]
 """
 
 import argparse
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--turns", type=int, default=0, help="steps of a training that collects from every second")
-    parser.add_argument("--library", choices=LIBRARIES[1:], default="funcattrib")
+    parser.add_argument("--library", choices=LIBRARIES[1:], nargs="+", default=["funcattrib"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--memory-of", choices=LIBRARIES, help="train once and print the peak alone")
@@ -156,38 +156,37 @@ def main() -> None:
         write_result(a.out, task=task, figures=figures, device=a.device)
         return
 
-    seconds: dict[str, list[float]] = {"plain": [], a.library: []}
-    writing: dict[str, list[float]] = {"plain": [], a.library: []}
-    ratios = []
+    libraries = ["plain", *a.library]
+    seconds: dict[str, list[float]] = {library: [] for library in libraries}
+    writing: dict[str, list[float]] = {library: [] for library in libraries}
+    whole: dict[str, list[float]] = {library: [] for library in libraries}  # seconds a step, writing included, by round
     for number in range(a.rounds):
-        of_round = {}
-        for library in sorted(seconds, reverse=bool(number % 2)):  # each goes first in its turn
+        turn = number % len(libraries)
+        for library in libraries[turn:] + libraries[:turn]:  # each goes first in its turn
             timer = train(library, a)
             seconds[library] += timer.steps[1:]
             writing[library].append(timer.writing / a.steps)
-            of_round[library] = statistics.median(timer.steps[1:]) + timer.writing / a.steps
-        ratios.append(of_round[a.library] / of_round["plain"])
-    step = {library: statistics.median(each) for library, each in seconds.items()}
-    written = statistics.median(writing[a.library])
+            whole[library].append(statistics.median(timer.steps[1:]) + timer.writing / a.steps)
     words = ["--size", a.size, "--batch", str(a.batch), "--tokens", str(a.tokens), "--steps", "4"]
     words += ["--device", a.device, "--dtype", a.dtype]
-    memory = {library: peak(library, words) for library in seconds}
-    write_result(
-        a.out,
-        task=f"Training Pythia-{a.size} on {a.batch} x {a.tokens} tokens a step with the callback of {a.library}",
-        figures={
-            "threads": torch.get_num_threads(),
-            "plain step, s (median)": f"{step['plain']:.3f}",
-            "step with the callback, s (median)": f"{step[a.library]:.3f}",
-            "writing, s a step": f"{written:.4f}",
-            "overhead, writing included": f"{100 * (statistics.median(ratios) - 1):.1f} %",
-            "overhead of each round": ", ".join(f"{100 * (ratio - 1):.1f} %" for ratio in ratios),
-            "plain peak memory, MB": round(memory["plain"]),
-            "peak memory with the callback, MB": round(memory[a.library]),
-            "memory over plain": f"{100 * (memory[a.library] / memory['plain'] - 1):.1f} %",
-        },
-        device=a.device,
-    )
+    memory = {library: peak(library, words) for library in libraries}
+    figures = {
+        "threads": torch.get_num_threads(),
+        "plain step, s (median)": f"{statistics.median(seconds['plain']):.3f}",
+        "plain peak memory, MB": round(memory["plain"]),
+    }
+    for library in a.library:
+        ratios = [ours / plain for ours, plain in zip(whole[library], whole["plain"], strict=True)]
+        figures |= {
+            f"{library}: step, s (median)": f"{statistics.median(seconds[library]):.3f}",
+            f"{library}: writing, s a step": f"{statistics.median(writing[library]):.4f}",
+            f"{library}: **overhead, writing included**": f"{100 * (statistics.median(ratios) - 1):.1f} %",
+            f"{library}: overhead of each round": ", ".join(f"{100 * (ratio - 1):.1f} %" for ratio in ratios),
+            f"{library}: peak memory, MB": round(memory[library]),
+            f"{library}: **memory over plain**": f"{100 * (memory[library] / memory['plain'] - 1):.1f} %",
+        }
+    task = f"Training Pythia-{a.size} on {a.batch} x {a.tokens} tokens a step with a callback that collects gradients"
+    write_result(a.out, task=task, figures=figures, device=a.device)
 
 
 if __name__ == "__main__":
