@@ -11,11 +11,13 @@ from typing import Protocol
 from torch import Tensor
 
 from funcattrib.condensed import reader
+from funcattrib.distributed import ALONE, World
 from funcattrib.errors import ChainError
 from funcattrib.functional import Loss, Params
 from funcattrib.lift import Lowered, Measured, TwoSided, own
 from funcattrib.per_example import Batch, PerExample, Source, Spec
 from funcattrib.transform import State, Transform
+from funcattrib.tree import flatten, restore
 
 
 class Fittable(Protocol):
@@ -56,6 +58,7 @@ def passes(
     batches: Iterable[Batch],
     state: tuple[State, ...] | None = None,
     done: int = 0,
+    world: World = ALONE,
 ) -> Iterator[tuple[State, ...]]:
     """The chain's state after each pass that is still to be made.
 
@@ -64,6 +67,7 @@ def passes(
     Args:
         batches: anything that can be iterated once a pass.
         state: the state after ``done`` passes, with which an interrupted fit goes on.
+        world: processes that each have some of the batches: their states are added up when a pass is done.
 
     Raises:
         ChainError: no batches although a stage must be fitted; a one-shot iterator and several fitted stages.
@@ -86,10 +90,22 @@ def passes(
             if len(counted.losses):
                 own_state = stage.observe(own_state, counted.grads)
             seen += len(counted.losses)
-        if not seen:
+        if not sum(world.gather(seen)):
             raise ChainError(f"expected examples with a finite loss to fit {stage.name} on, found none")
-        state = (*state[:at], stage.finalize(own_state), *state[at + 1 :])
+        own_state = restore(own_state, world.sum(flatten(own_state)))
+        own_state = finalized(stage, own_state, world)
+        state = (*state[:at], own_state, *state[at + 1 :])
         yield state
+
+
+def finalized(stage: Transform, state: State, world: World) -> State:
+    """``stage.finalize`` once for all processes, so that all have the same bits."""
+    if world.size == 1:
+        return stage.finalize(state)
+    made = world.first(lambda: flatten(stage.finalize(state)))
+    shared = world.share(made)
+    assert shared is not None, "rank 0 has made it"
+    return restore(state, shared)
 
 
 def statistics(

@@ -27,6 +27,7 @@ class Progress:
         stream: Where to write; by default stderr.
         clock: Seconds, monotonic.
         every: Seconds between two plain lines.
+        shared: Adds tokens and rows to counts that several processes keep together, and gives their sums.
 
     Example:
         >>> with Progress(4096, label="build", stream=sys.stdout) as progress:
@@ -43,8 +44,10 @@ class Progress:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
         every: float = 10.0,
+        shared: Callable[[int, int], tuple[int, int]] | None = None,
     ) -> None:
         self.total, self.tokens, self.rows = total, done, 0
+        self._done, self._shared = done, shared
         self._label = f"{label}: " if label else ""
         self._stream = sys.stderr if stream is None else stream
         self._live = self._stream.isatty()
@@ -58,12 +61,15 @@ class Progress:
         """Count work that is finished.
 
         Args:
-            tokens: Tokens finished since the last call.
+            tokens: Tokens finished since the last call; 0 to show what other processes have done.
             rows: Examples finished since the last call.
         """
         now = self._clock()
-        self.tokens += tokens
-        self.rows += rows
+        if self._shared is None:
+            self.tokens, self.rows = self.tokens + tokens, self.rows + rows
+        else:
+            counted, self.rows = self._shared(tokens, rows)
+            self.tokens = self._done + counted
         self._seen.append((now, self.tokens))
         while len(self._seen) > 2 and self._seen[1][0] <= now - _WINDOW:
             self._seen.popleft()

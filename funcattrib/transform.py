@@ -34,7 +34,8 @@ class Transform(NamedTuple):
         name: as in the manifest and in error messages.
         init: spec → (state, spec of the result); shapes and random draws, no data; raises ChainError on a spec
             that does not fit.
-        observe: folds one batch of incoming gradients (or of what ``measure`` makes of them) into the state.
+        observe: folds one batch of incoming gradients (or of what ``measure`` makes of them) into the state. It adds to
+            what ``init`` leaves at zero: states of several processes are merged by their sum.
         finalize: what is done once after the pass, e.g. an eigendecomposition.
         apply: pure, row by row.
         lower: the same as a linear map per parameter, where it is one. Parameters left out are dropped.

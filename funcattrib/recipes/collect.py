@@ -20,7 +20,7 @@ from funcattrib.recipes.explain import explained
 from funcattrib.recipes.prepare import Model, Source, prepare, settings_of, shard_rows, state_of
 from funcattrib.recipes.tokens import MOST_ROWS, by_token, fill_tokens
 from funcattrib.recipes.work import fill, fit_state
-from funcattrib.store import GradientStore, Manifest, create_store, open_store
+from funcattrib.store import GradientStore, Manifest, open_store, share_store
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def collect_gradients(
     if granularity == "token":
         rows = gradients.rows_per_shard or shard_rows(manifest.width, MOST_ROWS)
         manifest, filled = by_token(manifest, prepared.work, rows), fill_tokens
-    with create_store(path, manifest, overwrite=overwrite) as writer:
+    with share_store(path, manifest, prepared.work.world, overwrite=overwrite) as writer:
         if config is not None:
             writer.save_config(config)
         if writer.pending:
@@ -81,7 +81,7 @@ def collect_gradients(
                 filled(prepared.work, writer, state_of(prepared, writer, gradients.fit_documents))
         finished = writer.finish()
     store = open_store(path)
-    if not source.quiet:
+    if not source.quiet and prepared.work.world.leads:
         _warn(finished, store)
     return store
 
@@ -104,7 +104,7 @@ def fit_gradients(
     """
     source, gradients = split_settings(data, settings)
     prepared = prepare(model, source, gradients, chain, None)
-    with create_store(path, replace(prepared.manifest, rows=0), overwrite=overwrite) as writer:
+    with share_store(path, replace(prepared.manifest, rows=0), prepared.work.world, overwrite=overwrite) as writer:
         if config is not None:
             writer.save_config(config)
         if not writer.manifest.complete:

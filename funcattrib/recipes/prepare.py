@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from funcattrib import tree
 from funcattrib.compose import Chain, State
 from funcattrib.data import Columns, load
+from funcattrib.distributed import world
 from funcattrib.errors import ChainError, FuncattribError
 from funcattrib.functional import Loss, Params
 from funcattrib.loading import PRECISIONS, context_length, fingerprint, load_model, model_identity, vocabulary
@@ -113,7 +114,7 @@ def prepare(
         rows_per_shard=rows_per_shard,
         extra=corpus.notes(),
     )
-    work = Work(loss, params, chain, corpus, gradients.token_batch_size, source.quiet)
+    work = Work(loss, params, chain, corpus, gradients.token_batch_size, source.quiet, world())
     prepared = Prepared(work, manifest, None)
     return prepared if state is None else with_state(prepared, open_store(state))
 
@@ -139,7 +140,7 @@ def shard_rows(width: int, most: int = _SHARD_ROWS) -> int:
 
 def state_of(prepared: Prepared, writer: StoreWriter, fit_documents: int) -> State:
     """The chain's state: what an earlier run saved, or the one given, or fitted now; saved with the rows."""
-    if prepared.given is None or writer.load_state() is not None:
+    if prepared.given is None:
         return fit_state(prepared.work, fit_documents, writer)
     saved = prepared.given.state()
     state = tree.restore(template(prepared.work), saved)

@@ -6,9 +6,9 @@ Summed in float64, a part of the documents at a time, in their order.
 """
 
 import logging
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,18 +16,19 @@ import torch
 
 from funcattrib.compose import Chain, State
 from funcattrib.errors import FuncattribError
+from funcattrib.per_example import Batch, PerExample
+from funcattrib.progress import Progress
 from funcattrib.recipes.collect import split_settings
 from funcattrib.recipes.documents import Records
 from funcattrib.recipes.explain import explained
+from funcattrib.recipes.parts import Fold, Result, fold_parts
 from funcattrib.recipes.prepare import Model, prepare, shard_rows, state_of
-from funcattrib.recipes.work import Work, progress, rows_of
-from funcattrib.store import GradientStore, StoreWriter, create_store, open_store
+from funcattrib.recipes.work import Work, rows_of
+from funcattrib.store import GradientStore, StoreWriter, open_store, share_store
 
 log = logging.getLogger(__name__)
 
 Method = Literal["mean", "sum"]
-
-_SAVE_EVERY = 30.0  # seconds of work that an interruption may cost
 
 
 def reduce_gradients(
@@ -63,7 +64,7 @@ def reduce_gradients(
     manifest = replace(
         manifest, rows=1, rows_per_shard=1, dtype="float32", computed_with={**manifest.computed_with, **how}
     )
-    with create_store(path, manifest, overwrite=overwrite) as writer:
+    with share_store(path, manifest, prepared.work.world, overwrite=overwrite) as writer:
         if config is not None:
             writer.save_config(config)
         if writer.pending:
@@ -76,33 +77,36 @@ def reduce_gradients(
 
 def _reduce(work: Work, writer: StoreWriter, state: State, method: Method, unit: bool, step: int) -> None:
     compute, lengths = work.chain.bind(work.loss, work.params, state), work.corpus.lengths
-    kept = writer.load_progress()
-    total = torch.zeros(writer.manifest.width, dtype=torch.float64) if kept is None else kept[0]["sum"]
-    facts = torch.zeros(2, dtype=torch.float64) if kept is None else kept[0]["facts"]  # documents, their losses
-    done = 0 if kept is None else kept[1]
-    saved = time.monotonic()
-    with progress(work, "reduce", int(lengths.sum()), int(lengths[: done * step].sum())) as bar:
-        for part in range(done, -(-len(lengths) // step)):
-            rows, losses = rows_of(work, compute, range(part * step, min((part + 1) * step, len(lengths))), bar.update)
-            finite = rows.isfinite().all(1)
-            rows, losses = rows[finite].double(), losses[finite].double()
-            if unit:
-                norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-                rows = rows / norms.where(norms > 0, 1.0)
-            total += rows.sum(0)
-            facts += torch.stack([torch.tensor(float(len(rows)), dtype=torch.float64), losses.sum()])
-            if time.monotonic() - saved > _SAVE_EVERY:
-                writer.save_progress({"sum": total, "facts": facts}, part + 1)
-                saved = time.monotonic()
-    count = int(facts[0])
+    start = {"sum": torch.zeros(writer.manifest.width, dtype=torch.float64), "facts": torch.zeros(2).double()}
+    found = fold_parts(work, writer, step, Fold(start, partial(_add, work, compute, unit), _add_up), "reduce")
+    count, loss = int(found["facts"][0]), float(found["facts"][1])
     if not count:
         raise FuncattribError("expected documents with finite gradients, found none; check the model's loss on them")
-    if lost := len(lengths) - count:
+    if (lost := len(lengths) - count) and work.world.leads:
         log.warning("%d of %d documents have gradients that are NaN or infinite and are left out", lost, len(lengths))
-    row = total / count if method == "mean" else total
+    row = found["sum"] / count if method == "mean" else found["sum"]
     told: dict[str, Any] = {
         "id": [f"{method} of {count} documents"],
-        "loss": [float(facts[1])],
+        "loss": [loss],
         "tokens": [int(lengths.sum())],
     }
-    writer.put(0, row[None].float(), told)
+    for shard in writer.claims():
+        writer.put(shard, row[None].float(), told)
+
+
+def _add(
+    work: Work, compute: Callable[[Batch], PerExample], unit: bool, total: Result, part: range, bar: Progress
+) -> Result:
+    """``facts`` are the documents added, and the sum of their losses."""
+    rows, losses = rows_of(work, compute, part, bar.update)
+    finite = rows.isfinite().all(1)
+    rows, losses = rows[finite].double(), losses[finite].double()
+    if unit:
+        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        rows = rows / norms.where(norms > 0, 1.0)
+    facts = torch.stack([torch.tensor(float(len(rows)), dtype=torch.float64), losses.sum()])
+    return {"sum": total["sum"] + rows.sum(0), "facts": total["facts"] + facts}
+
+
+def _add_up(totals: Sequence[Result]) -> Result:
+    return {name: torch.stack([each[name] for each in totals]).sum(0) for name in ("sum", "facts")}

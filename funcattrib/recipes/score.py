@@ -4,8 +4,9 @@ documents → batches by length → chain → ⟨·, queries⟩, read in the bac
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,17 +17,19 @@ from funcattrib.compose import Chain, State, Transform, compose
 from funcattrib.data import Columns
 from funcattrib.errors import FuncattribError
 from funcattrib.loading import load_model
-from funcattrib.per_example import per_example_grad
+from funcattrib.per_example import Batch, PerExample, per_example_grad
+from funcattrib.progress import Progress
 from funcattrib.recipes.chains import chain_of
 from funcattrib.recipes.collect import collect_gradients, fit_gradients, split_settings
 from funcattrib.recipes.documents import Records
 from funcattrib.recipes.explain import explained
+from funcattrib.recipes.parts import Fold, Result, fold_parts
 from funcattrib.recipes.prepare import Model, Prepared, prepare, shard_rows, state_of, with_state
 from funcattrib.recipes.tokens import MOST_ROWS, by_token, fill_tokens
-from funcattrib.recipes.work import Work, fill, progress, rows_of
+from funcattrib.recipes.work import Work, fill, rows_of
 from funcattrib.score import Scores, check_gradients, open_scores, scores_manifest
-from funcattrib.score.best import Best, fold, nothing, save_best
-from funcattrib.store import GradientStore, StoreWriter, create_store, open_store
+from funcattrib.score.best import Best, best_of, fold, nothing, save_best
+from funcattrib.store import GradientStore, StoreWriter, open_store, share_store
 from funcattrib.store.create import PARTS
 from funcattrib.transforms import against, nearest, self_influence
 
@@ -113,14 +116,14 @@ def score_gradients(
     if top_k is not None:
         kept = {"top_k": top_k, "shard": manifest.rows_per_shard, "scored": manifest.rows}
         manifest = replace(manifest, rows=0, computed_with={**manifest.computed_with, **kept})
-    with create_store(path, manifest, overwrite=overwrite) as writer:
+    with share_store(path, manifest, prepared.work.world, overwrite=overwrite) as writer:
         if config is not None:
             writer.save_config(config)
         if not writer.manifest.complete:
             with explained():
                 _compute(prepared, last, writer, gradients.fit_documents, top_k, granularity)
         finished = writer.finish()
-    if finished.nonfinite and not source.quiet:
+    if finished.nonfinite and not source.quiet and prepared.work.world.leads:
         log.warning("%d scores are NaN or infinite; their rows are left out of top-k", finished.nonfinite)
     return open_scores(path)
 
@@ -147,29 +150,32 @@ def ending_in(work: Work, fitted: State, last: Sequence[Transform]) -> tuple[Wor
 
 
 def _fill_best(work: Work, writer: StoreWriter, state: Any, top_k: int) -> None:
-    """One pass that keeps the best alone; what it has so far is saved after every shard."""
-    made_with = writer.manifest.computed_with
-    step, rows = int(made_with["shard"]), len(work.corpus.lengths)
-    spans = [range(start, min(start + step, rows)) for start in range(0, rows, step)]
-    best, done = nothing(len(writer.manifest.extra["queries"])), 0
-    if (saved := writer.load_progress()) is not None:
-        best, done = Best(saved[0]["values"], saved[0]["rows"]), saved[1]
-    compute, lengths = work.chain.bind(work.loss, work.params, state), work.corpus.lengths
-    lost = 0
-    before = int(lengths[: done * step].sum())
-    with progress(work, "score", int(lengths.sum()), before) as bar:
-        for number in range(done, len(spans)):
-            matrix, _ = rows_of(work, compute, spans[number], bar.update)
-            lost += int((~matrix.isfinite()).any(1).sum())
-            best = fold(best, matrix, spans[number].start, top_k)
-            writer.save_progress(best._asdict(), number + 1)
-    if lost and not work.quiet:
-        log.warning("%d rows have scores that are NaN or infinite and are left out", lost)
+    """One pass that keeps the best alone; what it has so far is saved now and then."""
+    compute = work.chain.bind(work.loss, work.params, state)
+    start = {**nothing(len(writer.manifest.extra["queries"]))._asdict(), "lost": torch.zeros(1, dtype=torch.int64)}
+    folded = Fold(start, partial(_take_best, work, compute, top_k), partial(_merge_best, top_k))
+    found = fold_parts(work, writer, int(writer.manifest.computed_with["shard"]), folded, "score")
+    if int(found["lost"]) and not work.quiet and work.world.leads:
+        log.warning("%d rows have scores that are NaN or infinite and are left out", int(found["lost"]))
 
     def shown(row: int) -> dict[str, Any]:
         return {name: values[0] for name, values in work.corpus.shown(range(row, row + 1)).items()}
 
-    save_best(writer.path, best, shown)
+    if writer.place.leads:
+        save_best(writer.path, Best(found["values"], found["rows"]), shown)
+
+
+def _take_best(
+    work: Work, compute: Callable[[Batch], PerExample], count: int, best: Result, part: range, bar: Progress
+) -> Result:
+    matrix, _ = rows_of(work, compute, part, bar.update)
+    kept = fold(Best(best["values"], best["rows"]), matrix, part.start, count)
+    return {**kept._asdict(), "lost": best["lost"] + (~matrix.isfinite()).any(1).sum()}
+
+
+def _merge_best(count: int, parts: Sequence[Result]) -> Result:
+    kept = best_of([Best(part["values"], part["rows"]) for part in parts], count)
+    return {**kept._asdict(), "lost": torch.stack([part["lost"] for part in parts]).sum(0)}
 
 
 def _against(

@@ -47,9 +47,9 @@ def fill_tokens(work: Work, writer: StoreWriter, state: State, label: str = "bui
     """Compute and hand over every pending shard of rows (document, token)."""
     chain = work.chain._replace(source=per_token_grad)
     compute, ends = chain.bind(work.loss, work.params, state), np.cumsum(work.corpus.lengths)
-    before = sum(len(writer.shard_range(i)) for i in writer.finished)
+    before = int(ends[-1]) - sum(len(writer.shard_range(i)) for i in writer.pending)
     with progress(work, label, int(ends[-1]), before) as bar:
-        for shard in writer.pending:
+        for shard in writer.claims():
             span = writer.shard_range(shard)
             first, last = (int(at) for at in np.searchsorted(ends, [span.start, span.stop - 1], side="right"))
             documents = range(first, last + 1)
@@ -59,6 +59,7 @@ def fill_tokens(work: Work, writer: StoreWriter, state: State, label: str = "bui
             inside = slice(skipped, skipped + len(span))
             writer.put(shard, matrix[inside].clone(), {name: values[inside] for name, values in told.items()})
             bar.update(len(span), len(documents))
+        work.world.meet(lambda: bar.update(0))
 
 
 def _rows_of(work: Work, compute: Callable[[Batch], PerExample], documents: range) -> tuple[Tensor, np.ndarray]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from funcattrib import tree
 from funcattrib.compose import Chain, State
 from funcattrib.data import plan
+from funcattrib.distributed import ALONE, World
 from funcattrib.fitting import passes
 from funcattrib.functional import Loss, Params
 from funcattrib.memory import trim
@@ -52,7 +53,7 @@ class Corpus(Protocol):
 
 
 class Work(NamedTuple):
-    """What one process computes: a loss, its parameters, the chain, the documents, the tokens of a batch."""
+    """What is computed: a loss, its parameters, the chain, the documents, the tokens of a batch; by which processes."""
 
     loss: Loss
     params: Params
@@ -60,6 +61,7 @@ class Work(NamedTuple):
     corpus: Corpus
     budget: int
     quiet: bool
+    world: World = ALONE
 
     @property
     def device(self) -> torch.device:
@@ -75,13 +77,17 @@ def template(work: Work) -> State:
 def fit_state(work: Work, most: int, writer: StoreWriter) -> State:
     """The chain's state, fitted on at most ``most`` documents spread evenly over the corpus (all where 0).
 
-    It is saved after every pass, and an interrupted fit goes on with the pass that it was in.
+    It is saved after every pass, and an interrupted fit goes on with the pass that it was in. Of several processes each
+    takes every n-th batch; their sums are added when a pass is done.
     """
-    if (saved := writer.load_state()) is not None:
+    world = work.world
+    if (saved := world.share(writer.load_state() if world.leads else None)) is not None:
+        writer.save_state(saved)
         return tree.restore(template(work), saved)
     state, done = template(work), 0
-    if (partial := writer.load_progress()) is not None:
-        state, done = tree.restore(state, partial[0]), partial[1]
+    partial = writer.load_progress() if world.leads else None
+    if (kept := world.share(partial and partial[0])) is not None:
+        state, done = tree.restore(state, kept), world.tell(partial and partial[1])
     wanted = sum(stage.fitted for stage in work.chain.stages)
     lengths = work.corpus.lengths
     chosen = np.asarray(spread(len(lengths), most))
@@ -89,7 +95,7 @@ def fit_state(work: Work, most: int, writer: StoreWriter) -> State:
     if done < wanted:
         with progress(work, "fit", tokens * wanted, tokens * done) as bar:
             batches = Batches(work, chosen, bar.update)
-            for after in passes(work.chain, work.loss, work.params, batches, state, done):
+            for after in passes(work.chain, work.loss, work.params, batches, state, done, world):
                 state, done = after, done + 1
                 if done < wanted:
                     writer.save_progress(tree.flatten(state), done)
@@ -102,13 +108,15 @@ def fill(work: Work, writer: StoreWriter, state: State, label: str = "build") ->
     lengths = work.corpus.lengths
     bound = work.chain.bind(work.loss, work.params, state)
     compute = bound if work.quiet else naming_unused(bound)
-    before = sum(int(lengths[list(writer.shard_range(i))].sum()) for i in writer.finished)
-    with progress(work, label, int(lengths.sum()), before) as bar:
-        for shard in writer.pending:
+    todo = sum(int(lengths[list(writer.shard_range(i))].sum()) for i in writer.pending)
+    total = int(lengths.sum())
+    with progress(work, label, total, total - todo) as bar:
+        for shard in writer.claims():
             span = writer.shard_range(shard)
             matrix, losses = rows_of(work, compute, span, bar.update)
             shown = work.corpus.shown(span)
             writer.put(shard, matrix, {**shown, "loss": losses.numpy(), "tokens": lengths[list(span)]})
+        work.world.meet(lambda: bar.update(0))
 
 
 def rows_of(
@@ -156,11 +164,14 @@ def naming_unused(compute: Callable[[Batch], PerExample]) -> Callable[[Batch], P
 
 
 class Batches:
-    """Batches of some documents by the token budget, counted as they are used; can be iterated again and again."""
+    """Batches of some documents by the token budget, counted as they are used; can be iterated again and again.
+
+    Of several processes, each has its part of them.
+    """
 
     def __init__(self, work: Work, indices: np.ndarray, count: Count) -> None:
         self.work, self.indices, self.count = work, indices, count
-        self.plan = plan(work.corpus.lengths[indices], work.budget)
+        self.plan = plan(work.corpus.lengths[indices], work.budget)[work.world.rank :: work.world.size]
 
     def __iter__(self) -> Iterator[Batch]:
         for chosen in self.plan:
@@ -182,5 +193,7 @@ def spread(count: int, most: int) -> list[int]:
 
 
 def progress(work: Work, label: str, tokens: int, done: int = 0) -> Progress:
-    """A line on stderr, or nothing where the work is quiet."""
-    return Progress(tokens, label=label, done=done, stream=io.StringIO() if work.quiet else None)
+    """A line on stderr for all processes together, from rank 0; nothing where the work is quiet."""
+    silent = work.quiet or not work.world.leads
+    shared = work.world.counter() if work.world.size > 1 else None
+    return Progress(tokens, label=label, done=done, stream=io.StringIO() if silent else None, shared=shared)

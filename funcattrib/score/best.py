@@ -3,7 +3,7 @@
 On disk they are ``best.parquet``: query, rank (from 1), row, score, and what is told of the row's example.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,9 +53,21 @@ def fold(best: Best, scores: Float[Tensor, "B K"], start: int, count: int) -> Be
     columns = scores.T.to(torch.float32)
     values = columns.where(columns.isfinite(), -torch.inf)
     rows = torch.arange(start, start + len(scores)).where(values > -torch.inf, -1)
-    together = torch.cat([best.values, values], 1)
-    kept, order = together.sort(dim=1, descending=True, stable=True)
-    return Best(kept[:, :count].contiguous(), torch.cat([best.rows, rows], 1).gather(1, order[:, :count]))
+    return best_of([best, Best(values, rows)], count)
+
+
+def best_of(parts: Sequence[Best], count: int) -> Best:
+    """The best ``count`` of several parts, of other rows each.
+
+    Example:
+        >>> one = Best(torch.tensor([[3.0, 1.0]]), torch.tensor([[7, 8]]))
+        >>> best_of([one, Best(torch.tensor([[3.0]]), torch.tensor([[2]]))], 2).rows
+        tensor([[2, 7]])
+    """
+    values, rows = (torch.cat(each, 1) for each in zip(*parts, strict=True))
+    by_row = rows.argsort(dim=1, stable=True)  # of equal scores the lower row is first
+    kept, order = values.gather(1, by_row).sort(dim=1, descending=True, stable=True)
+    return Best(kept[:, :count].contiguous(), rows.gather(1, by_row).gather(1, order[:, :count]))
 
 
 def save_best(folder: Path, best: Best, shown: Callable[[int], Mapping[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""The gradient store: shards of rows on disk, written by one process, resumed after a kill, read memory-mapped."""
+"""The gradient store: shards of rows on disk, each written by one process, resumed after a kill, read memory-mapped."""
 
 from funcattrib.store.create import create_store
 from funcattrib.store.encode import decode, encode
@@ -6,6 +6,7 @@ from funcattrib.store.facts import FileFacts, LeafColumns, Shard, lay_out
 from funcattrib.store.lazy import LazyMatrix
 from funcattrib.store.manifest import SCORE_CONVENTION, Manifest, differences, identity, read_manifest
 from funcattrib.store.reader import GradientStore, open_store
+from funcattrib.store.share import share_store
 from funcattrib.store.verify import verify
 from funcattrib.store.writer import StoreWriter
 
@@ -26,5 +27,6 @@ __all__ = [
     "lay_out",
     "open_store",
     "read_manifest",
+    "share_store",
     "verify",
 ]

@@ -4,12 +4,13 @@ import os
 import queue
 import re
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import safetensors.torch
 import torch
@@ -17,34 +18,60 @@ import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
+from funcattrib.distributed import ALONE, World
 from funcattrib.errors import StoreError
+from funcattrib.signals import undisturbed
 from funcattrib.store import shards
 from funcattrib.store.atomic import hash_file, replacing, write_file
 from funcattrib.store.examples import Column, to_table
 from funcattrib.store.facts import FileFacts, Shard
 from funcattrib.store.lock import Lock
-from funcattrib.store.manifest import FILE, Manifest
+from funcattrib.store.manifest import FILE, Manifest, read_manifest
 from funcattrib.store.write_shard import Job, write_shard
 
 STATE = "state.safetensors"
 PROGRESS = "progress.safetensors"  # what a pass over the data has so far, until it is done
+PARTIAL = "progress-*.safetensors"  # what one process has of such a pass, by its rank
 CONFIG = "config.yaml"
 
 _DONE = "done"  # among the tensors in PROGRESS
 
 # Shards that wait while one is written: enough to overlap, and a bound on memory.
 _WAITING = 2
+# Seconds in which a network file system must show what another machine has written.
+_DELAY = 60.0
+
+
+class Place(NamedTuple):
+    """A writer's place among those of one store.
+
+    Attributes:
+        world: the processes that write it.
+        leads: whether this one holds the lock, and writes what there is one of.
+        todo: numbers of the shards to compute, the same list for all of them; None takes all that are not finished.
+        part: the folder is this machine's own, and the others' shards lie in theirs.
+    """
+
+    world: World = ALONE
+    leads: bool = True
+    todo: Sequence[int] | None = None
+    part: bool = False
 
 
 class StoreWriter:
     """Writes the shards of one store; `create_store` makes it. A context manager: leaving it gives up the lock.
 
-    On a store that is complete already nothing is pending, and finishing or saving changes nothing.
+    On a store that is complete already nothing is pending, and finishing or saving changes nothing. Several processes
+    may write one store, each with a writer of its own (`share_store`): no two write one file.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, finished: Mapping[int, Shard], lock: Lock | None) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, finished: Mapping[int, Shard], lock: Lock | None, place: Place = Place()
+    ) -> None:
         self.path = path
         self.manifest = manifest
+        self.place = place
+        self._open = not manifest.complete
         self._finished = dict(finished)
         self._taken = set(finished)
         self._lock = lock
@@ -55,8 +82,22 @@ class StoreWriter:
 
     @property
     def pending(self) -> list[int]:
-        """Numbers of the shards that were neither written nor handed over yet, in order."""
-        return [i for i in range(self.manifest.shard_count) if i not in self._taken]
+        """Numbers of the shards that were neither written nor handed over yet, in order.
+
+        Of several processes' shards, those that were to be computed when they began.
+        """
+        todo = range(self.manifest.shard_count) if self.place.todo is None else self.place.todo
+        return [i for i in todo if i not in self._taken]
+
+    def claims(self) -> Iterator[int]:
+        """Numbers of pending shards, each given to one of the processes that write the store, whoever asks next.
+
+        SIGTERM waits until the shard in hand is handed over.
+        """
+        todo = self.pending
+        for number in self.place.world.claims(len(todo)):
+            with undisturbed():
+                yield todo[number]
 
     @property
     def finished(self) -> list[int]:
@@ -99,7 +140,7 @@ class StoreWriter:
                 f"expected shard {shard} as floats of shape {shape}, found {matrix.dtype} of {tuple(matrix.shape)}"
             )
         job = Job(shard, matrix.detach().cpu(), to_table(examples, len(span)))
-        if self._lock is None:
+        if not self._open:
             raise StoreError("expected a writer that is open, found one that was closed; make a new one")
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="funcattrib-store-writer", daemon=True)
@@ -109,13 +150,14 @@ class StoreWriter:
 
     def save_state(self, state: Mapping[str, Tensor]) -> None:
         """Save the chain's fitted state as `state.safetensors`; on a complete store, do nothing."""
-        if not self.manifest.complete:
+        if self._saves:
             self._save(state, STATE)
             (self.path / PROGRESS).unlink(missing_ok=True)
 
     def save_progress(self, tensors: Mapping[str, Tensor], done: int) -> None:
         """Save what unfinished work has so far, to go on with: after `done` passes, or `done` parts of one."""
-        self._save({**tensors, _DONE: torch.tensor(done)}, PROGRESS)
+        if self._saves:
+            self._save({**tensors, _DONE: torch.tensor(done)}, PROGRESS)
 
     def load_progress(self) -> tuple[dict[str, Tensor], int] | None:
         """What `save_progress` kept; None where there is none."""
@@ -123,6 +165,29 @@ class StoreWriter:
             return None
         tensors = safetensors.torch.load_file(self.path / PROGRESS)
         return tensors, int(tensors.pop(_DONE))
+
+    def save_parts(self, tensors: Mapping[str, Tensor], parts: Sequence[int]) -> None:
+        """Save what this process has made of some parts of a pass, in a file of its own."""
+        self._save({**tensors, _DONE: torch.tensor(parts, dtype=torch.int64)}, _parts_file(self.place.world.rank))
+
+    def load_parts(self) -> list[tuple[dict[str, Tensor], list[int]]]:
+        """What the processes of earlier runs have made, with the parts that it is made of; no part twice."""
+        found: list[tuple[dict[str, Tensor], list[int]]] = []
+        seen: set[int] = set()
+        for file in sorted(self.path.glob(PARTIAL), key=lambda file: (len(file.name), file.name)):
+            tensors = safetensors.torch.load_file(file)
+            parts = [int(part) for part in tensors.pop(_DONE)]
+            if seen.isdisjoint(parts):
+                found.append((tensors, parts))
+                seen.update(parts)
+        return found
+
+    def replace_parts(self, tensors: Mapping[str, Tensor], parts: Sequence[int]) -> None:
+        """Put one result in the place of those that it was merged from."""
+        self.save_parts(tensors, parts)  # first: of a part that is there twice, this file is the one that counts
+        for file in self.path.glob(PARTIAL):
+            if file.name != _parts_file(self.place.world.rank):
+                file.unlink()
 
     def _save(self, state: Mapping[str, Tensor], file: str) -> None:
         with replacing(self.path / file) as temporary:
@@ -141,12 +206,22 @@ class StoreWriter:
 
     def save_config(self, config: Mapping[str, Any]) -> None:
         """Save the settings that replay the run as `config.yaml`; on a complete store, do nothing."""
-        if not self.manifest.complete:
+        if self._saves:
             text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
             write_file(self.path, CONFIG, lambda sink: sink.write(text.encode()))
 
-    def finish(self) -> Manifest:
+    @property
+    def _saves(self) -> bool:
+        """Whether what there is one of is this writer's to save."""
+        return self.place.leads and not self.manifest.complete
+
+    def finish(self, waiting: Callable[[], object] = lambda: None) -> Manifest:
         """Wait for the last shard, check that all are there, and mark the store complete.
+
+        Of several processes, all call it; where each machine has a folder of its own, each is left as a part.
+
+        Args:
+            waiting: called now and then while other processes are waited for.
 
         Raises:
             StoreError: A shard could not be written, or was never handed over.
@@ -155,10 +230,24 @@ class StoreWriter:
             return self.manifest
         self._queue.join()
         self._raise_failure()
-        if self.pending:
+        world = self.place.world
+        world.meet(waiting)
+        if any(world.gather(self.place.part)):
+            if self.place.leads and not self.manifest.shard_count:  # a state alone: every machine has it
+                self._complete()
+            world.meet()
+        else:
+            world.first(self._complete)
+        self.manifest = read_manifest(self.path)
+        return self.manifest
+
+    def _complete(self) -> None:
+        """Mark the store complete, once all its shards are on disk."""
+        self._collect()
+        if missing := sorted(set(range(self.manifest.shard_count)) - self._finished.keys()):
             raise StoreError(
                 f"expected all {self.manifest.shard_count} shards, found {len(self._finished)}; "
-                f"still to be written: {', '.join(map(str, self.pending[:5]))}{', …' if self.pending[5:] else ''}"
+                f"still to be written: {', '.join(map(str, missing[:5]))}{', …' if missing[5:] else ''}"
             )
         if wrong := shards.misfits(self.path, self._finished):
             raise StoreError(f"{next(iter(wrong.values()))}; run the same command again to write it anew")
@@ -173,10 +262,22 @@ class StoreWriter:
         )
         save_manifest(self.path, complete)
         self.manifest = complete
-        (self.path / PROGRESS).unlink(missing_ok=True)
+        for file in (self.path / PROGRESS, *self.path.glob(PARTIAL)):
+            file.unlink(missing_ok=True)
         # The manifest lists the shards from here on. Killed before this, a leftover side file is never read again.
         shards.sweep(self.path, keep=[facts.file for shard in complete.shards for facts in shards.files_of(shard)])
-        return complete
+
+    def _collect(self) -> None:
+        """Take in what the other processes have written; a network file system may show it late."""
+        if self.place.world.size == 1:
+            return
+        until = time.monotonic() + _DELAY
+        while True:
+            self._finished = shards.recorded(self.path, self.manifest)
+            late = len(self._finished) < self.manifest.shard_count or shards.misfits(self.path, self._finished)
+            if not late or time.monotonic() > until:
+                return
+            time.sleep(1.0)
 
     def close(self) -> None:
         """Wait for what was handed over, then give up the lock.
@@ -188,6 +289,7 @@ class StoreWriter:
             self._queue.put(None)
             self._thread.join()
             self._thread = None
+        self._open = False
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -226,6 +328,10 @@ class StoreWriter:
         if self._failure is not None:
             self._reported = True
             raise self._failure
+
+
+def _parts_file(rank: int) -> str:
+    return PARTIAL.replace("*", str(rank))
 
 
 def save_manifest(path: Path, manifest: Manifest) -> None:

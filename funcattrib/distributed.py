@@ -1,0 +1,303 @@
+"""The processes of one run, under torchrun or srun: which one this is, who takes what, sums over all of them.
+
+Work is taken, not dealt: a counter that all processes share gives each number to one of them, so that none waits for a
+slower one, and no collective operation stands inside a loop over data. Sums are made between loops, when all have met.
+A process that waits looks up at short intervals, so that signals and the failure of another are heard.
+
+``ALONE`` is a run of one process: everything is its own, and torch.distributed is not asked.
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from funcattrib.errors import FuncattribError
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(days=7)  # of a sum: processes may come to it hours apart
+_FAILED = "failed"
+
+
+class World(NamedTuple):
+    """One process among those of a run.
+
+    Attributes:
+        rank: its number, from 0.
+        size: how many there are.
+        local_rank: its number on its machine.
+        board: what they all read and write; None where there is one process.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    board: "Board | None" = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def claims(self, count: int) -> Iterator[int]:
+        """Numbers below ``count``, in order, each given to one process: whoever asks next.
+
+        Example:
+            >>> list(ALONE.claims(3))
+            [0, 1, 2]
+        """
+        if self.board is None:
+            yield from range(count)
+            return
+        key = self.board.name("claim")
+        while (number := self.board.add(key, 1) - 1) < count:
+            yield number
+
+    def counter(self) -> Callable[[int, int], tuple[int, int]]:
+        """A function that adds to two counts and gives the sums over all processes."""
+        if self.board is None:
+            total = [0, 0]
+
+            def add(first: int, second: int) -> tuple[int, int]:
+                total[0] += first
+                total[1] += second
+                return total[0], total[1]
+
+            return add
+        board, keys = self.board, (self.board.name("first"), self.board.name("second"))
+        return lambda first, second: (board.add(keys[0], first), board.add(keys[1], second))
+
+    def meet(self, waiting: Callable[[], object] = lambda: None) -> None:
+        """Go on when all processes are here; ``waiting`` is called now and then.
+
+        Raises:
+            FuncattribError: another process failed.
+        """
+        if self.board is not None:
+            key = self.board.name("meet")
+            self.board.add(key, 1)
+            self.board.until(lambda board: board.add(key, 0) >= self.size, waiting)
+
+    def tell(self, value: Any = None) -> Any:
+        """Rank 0's value, a JSON one, on every process; what the others give is not looked at."""
+        if self.board is None:
+            return value
+        key = self.board.name("tell")
+        if self.leads:
+            self.board.set(key, json.dumps(value))
+            return value
+        self.board.until(lambda board: board.has(key))
+        return json.loads(self.board.get(key))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, JSON ones, by rank."""
+        if self.board is None:
+            return [value]
+        key = self.board.name("gather")
+        self.board.set(f"{key}/{self.rank}", json.dumps(value))
+        keys = [f"{key}/{rank}" for rank in range(self.size)]
+        self.board.until(lambda board: all(map(board.has, keys)))
+        return [json.loads(self.board.get(each)) for each in keys]
+
+    def first(self, function: Callable[[], T]) -> T | None:
+        """What ``function`` gives on rank 0; the others wait for it and have None.
+
+        Raises:
+            FuncattribError: that of rank 0, on every process.
+        """
+        if not self.leads:
+            if (error := self.tell()) is not None:
+                raise FuncattribError(error)
+            return None
+        try:
+            result = function()
+        except FuncattribError as error:
+            self.tell(str(error))
+            raise
+        self.tell(None)
+        return result
+
+    def sum(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over all processes, name → tensor of the same shape, equal to the bit on each of them."""
+        if self.board is None:
+            return dict(tensors)
+        self.meet()
+        sums = {}
+        for name, tensor in tensors.items():
+            total = tensor.detach().to("cpu", copy=True).contiguous()
+            dist.all_reduce(total)
+            sums[name] = total.to(tensor.device)
+        return sums
+
+    def share(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """Rank 0's tensors, or its None, on every process; on the CPU where they are another's."""
+        if self.board is None:
+            return None if tensors is None else dict(tensors)
+        told = None
+        if self.leads and tensors is not None:
+            told = [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()]
+        told = self.tell(told)
+        if told is None:
+            return None
+        self.meet()
+        shared = {}
+        for name, shape, dtype in told:
+            if self.leads and tensors is not None:
+                shared[name] = tensors[name]
+                dist.broadcast(tensors[name].detach().cpu().contiguous(), 0)
+            else:
+                shared[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+                dist.broadcast(shared[name], 0)
+        return shared
+
+    def collect(self, tensor: Tensor) -> list[Tensor]:
+        """Every process's tensor, by rank; their last axes may differ in length."""
+        if self.board is None:
+            return [tensor]
+        lengths = self.gather(tensor.shape[-1])
+        padded = tensor.new_zeros(*tensor.shape[:-1], max(lengths), device="cpu")
+        padded[..., : tensor.shape[-1]] = tensor.cpu()
+        self.meet()
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        return [part[..., :length].to(tensor.device) for part, length in zip(parts, lengths, strict=True)]
+
+    def fail(self, message: str) -> bool:
+        """Let the others know that this process stops; whether it is the first to say so."""
+        if self.board is None:
+            return True
+        first = self.board.add(f"{_FAILED}/count", 1) == 1
+        if first:
+            self.board.set(_FAILED, f"rank {self.rank}: {message}")
+        return first
+
+
+ALONE = World()
+"""A run of one process."""
+
+
+class Board:
+    """What the processes of a run read and write: torch's key-value store, with names that are given out in order.
+
+    Every process asks for the same names in the same order, so that a name means the same to all of them.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self._store, self._given = store, 0
+
+    def name(self, what: str) -> str:
+        """A name that was not given before."""
+        self._given += 1
+        return f"{self._given}/{what}"
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to a count and give its sum."""
+        return int(self._asked(lambda: self._store.add(key, amount)))
+
+    def set(self, key: str, text: str) -> None:
+        """Write a text."""
+        self._asked(lambda: self._store.set(key, text))
+
+    def get(self, key: str) -> str:
+        """A text that is there."""
+        return str(self._asked(lambda: self._store.get(key)).decode())
+
+    def has(self, key: str) -> bool:
+        """Whether it is."""
+        return bool(self._asked(lambda: self._store.check([key])))
+
+    def until(self, done: Callable[["Board"], bool], waiting: Callable[[], object] = lambda: None) -> None:
+        """Look again and again, up to half a second apart, until ``done``."""
+        pause = 0.001
+        while not done(self):
+            if self.has(_FAILED):
+                raise FuncattribError(
+                    f"expected all processes to go on, found that one stopped\n{self.get(_FAILED)}\n"
+                    "run the same command again: finished shards are kept"
+                )
+            waiting()
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
+
+    def _asked(self, question: Callable[[], Any]) -> Any:
+        try:
+            return question()
+        except (RuntimeError, dist.DistNetworkError) as error:  # whoever keeps the store is gone
+            raise FuncattribError(
+                f"expected the other processes of this run, found the connection to them lost "
+                f"({str(error).splitlines()[0][:80]})\nrun the same command again: finished shards are kept"
+            ) from error
+
+
+def world() -> World:
+    """This process's place in torch.distributed's default group; ``ALONE`` where none was set up."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return ALONE
+    return World(dist.get_rank(), dist.get_world_size(), local_rank(), _board(dist.group.WORLD))
+
+
+def local_rank() -> int:
+    """This process's number on its machine, as its launcher says; 0 where there is none."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """Join the processes that torchrun or srun started, if one did, and part from them at the end.
+
+    A group that the caller has set up is taken as it is.
+    """
+    if not launched() or dist.is_initialized():
+        yield world()
+        return
+    _from_slurm()
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=_PATIENCE)
+    try:
+        yield world()
+    finally:
+        dist.destroy_process_group()
+
+
+def launched() -> bool:
+    """Whether a launcher has started more than one process for this run."""
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", 1))) > 1
+
+
+def _from_slurm() -> None:
+    """What torchrun sets and srun does not: rank, size, and where to meet."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    asked = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    os.environ.update({name: os.environ[slurm] for name, slurm in asked.items()})
+    os.environ.setdefault("MASTER_ADDR", first_host(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")))
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
+
+
+def first_host(nodes: str) -> str:
+    """The first of a list of hosts as SLURM writes it.
+
+    Example:
+        >>> first_host("node[07-09,12],login1"), first_host("a,b")
+        ('node07', 'a')
+    """
+    found = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
+    return nodes if found is None else found[1] + (found[2] or "")
+
+
+@cache
+def _board(group: Any) -> Board:
+    """One board a process group: its store outlives a process, but not an attempt under ``--max-restarts``."""
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+    return Board(PrefixStore("funcattrib", _get_default_store()))
