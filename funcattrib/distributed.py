@@ -8,11 +8,9 @@ A process that waits looks up at short intervals, so that signals and the failur
 """
 
 import json
-import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
@@ -22,11 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from funcattrib.errors import FuncattribError
+from funcattrib.launcher import launched, local_rank, set_up_from_slurm
 
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=7)  # of a sum: processes may come to it hours apart
-_FAILED = "failed"
+_FAREWELL = 5.0  # seconds
+_FAILED, _LEFT = "failed", "left"
 
 
 class World(NamedTuple):
@@ -176,10 +176,11 @@ class World(NamedTuple):
         """Let the others know that this process stops; whether it is the first to say so."""
         if self.board is None:
             return True
-        first = self.board.add(f"{_FAILED}/count", 1) == 1
-        if first:
+        with suppress(FuncattribError):  # the connection is lost: nobody hears it
+            if self.board.add(f"{_FAILED}/count", 1) > 1:
+                return False
             self.board.set(_FAILED, f"rank {self.rank}: {message}")
-        return first
+        return True
 
 
 ALONE = World()
@@ -246,11 +247,6 @@ def world() -> World:
     return World(dist.get_rank(), dist.get_world_size(), local_rank(), _board(dist.group.WORLD))
 
 
-def local_rank() -> int:
-    """This process's number on its machine, as its launcher says; 0 where there is none."""
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-
-
 @contextmanager
 def joined() -> Iterator[World]:
     """Join the processes that torchrun or srun started, if one did, and part from them at the end.
@@ -260,39 +256,27 @@ def joined() -> Iterator[World]:
     if not launched() or dist.is_initialized():
         yield world()
         return
-    _from_slurm()
+    set_up_from_slurm()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=_PATIENCE)
+    here = world()
     try:
-        yield world()
+        yield here
     finally:
+        _part(here)
         dist.destroy_process_group()
 
 
-def launched() -> bool:
-    """Whether a launcher has started more than one process for this run."""
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", 1))) > 1
-
-
-def _from_slurm() -> None:
-    """What torchrun sets and srun does not: rank, size, and where to meet."""
-    if "WORLD_SIZE" in os.environ:
-        return
-    asked = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-    os.environ.update({name: os.environ[slurm] for name, slurm in asked.items()})
-    os.environ.setdefault("MASTER_ADDR", first_host(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")))
-    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
-
-
-def first_host(nodes: str) -> str:
-    """The first of a list of hosts as SLURM writes it.
-
-    Example:
-        >>> first_host("node[07-09,12],login1"), first_host("a,b")
-        ('node07', 'a')
-    """
-    found = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
-    return nodes if found is None else found[1] + (found[2] or "")
+def _part(here: World) -> None:
+    """Rank 0 goes last, as it may be the one that keeps the board; it does not wait long for one that was killed."""
+    with suppress(FuncattribError):
+        assert here.board is not None, "a group of one process is not set up"
+        if not here.leads:
+            here.board.add(_LEFT, 1)
+            return
+        until = time.monotonic() + _FAREWELL
+        while here.board.add(_LEFT, 0) < here.size - 1 and time.monotonic() < until:
+            time.sleep(0.01)
 
 
 @cache

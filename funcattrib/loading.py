@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from funcattrib.data.hub import hub_reachable, offline
 from funcattrib.data.reason import reason
 from funcattrib.errors import FuncattribError
+from funcattrib.launcher import launched, local_rank
 
 log = logging.getLogger(__name__)
 
@@ -119,13 +120,15 @@ def is_causal(model: nn.Module) -> bool:
 
 
 def pick_device(device: str) -> torch.device:
-    """``auto`` is a GPU where there is one.
+    """``auto`` is a GPU where there is one; of several processes on a machine, each has its own.
 
     Raises:
         FuncattribError: a device that torch does not know or that is not there.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and launched():
+        device = f"cuda:{local_rank() % max(1, torch.cuda.device_count())}"
     try:
         chosen = torch.device(device)
     except RuntimeError as error:

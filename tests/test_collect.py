@@ -280,7 +280,8 @@ def test_an_unused_parameter_gives_zeros_and_is_named_once(tmp_path: Path, caplo
         return nn.functional.linear(example["x"], params["used"] + params["frozen"]).square().sum()
 
     # The first batch of all has no gradient: it says nothing about the parameters.
-    examples = [{"x": [[0.0] * 3]}] + [{"x": [[1.0, 2.0, i + 0.3]]} for i in range(9)]  # no signs make these add up to 0
+    # No signs make the others' entries add up to 0.
+    examples = [{"x": [[0.0] * 3]}] + [{"x": [[1.0, 2.0, i + 0.3]]} for i in range(9)]
     for number, settings in enumerate(({}, {"projection_dim": 2}, {"projection_dim": 2, "normalizer": "adafactor"})):
         caplog.clear()
         common = {"projection_dim": 0, "dtype": "float32", "rows_per_shard": 3, "token_batch_size": 1, **settings}

@@ -14,6 +14,9 @@ from typing import Any, NamedTuple, get_type_hints
 
 from funcattrib import __version__
 from funcattrib.errors import FuncattribError
+from funcattrib.launcher import launched
+from funcattrib.signals import EXIT_CODE as TERMINATED
+from funcattrib.signals import Terminated, terminating
 
 
 class Command(NamedTuple):
@@ -23,46 +26,60 @@ class Command(NamedTuple):
         module: Where `run` is; imported when the command or its help is asked for.
         summary: One line for `funcattrib --help`: the first line of the configuration's docstring.
         resumable: Whether the same command, given again, continues what an interruption left.
+        together: Whether the processes that torchrun starts share its work.
     """
 
     module: str
     summary: str
     resumable: bool = False
+    together: bool = False
 
 
 COMMANDS: dict[str, Command] = {
     "build": Command(
-        "funcattrib.cli.build", "Compute every training example's gradient and store it in RUN.", resumable=True
+        "funcattrib.cli.build",
+        "Compute every training example's gradient and store it in RUN.",
+        resumable=True,
+        together=True,
     ),
     "fit": Command(
-        "funcattrib.cli.fit", "Fit the statistics of a chain of transforms and keep them in OUT.", resumable=True
+        "funcattrib.cli.fit",
+        "Fit the statistics of a chain of transforms and keep them in OUT.",
+        resumable=True,
+        together=True,
     ),
     "reduce": Command(
         "funcattrib.cli.reduce",
         "Reduce a data set's gradients to one row, a query for `funcattrib score`.",
         resumable=True,
+        together=True,
     ),
     "score": Command(
         "funcattrib.cli.score",
         "Score every training example against query gradients, in one pass; none are stored.",
         resumable=True,
+        together=True,
     ),
     "query": Command("funcattrib.cli.query", "Find the training examples whose gradients align with a text's."),
     "trackstar": Command(
         "funcattrib.cli.trackstar",
         "Score every training example against a data set of queries, by TrackStar.",
         resumable=True,
+        together=True,
     ),
     "less": Command(
         "funcattrib.cli.less",
         "Score training examples by LESS, and select those that a task's queries ask for.",
         resumable=True,
+        together=True,
     ),
     "trak": Command(
         "funcattrib.cli.trak",
         "Score every training example against a data set of queries, by TRAK over checkpoints.",
         resumable=True,
+        together=True,
     ),
+    "merge": Command("funcattrib.cli.merge", "Join the parts of a run that machines without a shared folder left."),
     "inspect": Command("funcattrib.cli.inspect", "Say what RUN holds, and whether it is whole."),
     "check": Command("funcattrib.cli.check", "Check that a model's gradients do not depend on their batch."),
     "quickstart": Command(
@@ -80,8 +97,8 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
 
     Returns:
         The exit code: 0, or what the command returned; 2 for an error that is the reader's to mend (its message goes
-        to stderr); 130 after Ctrl-C; 141 when nobody reads the output. Any other exception is a bug, and keeps its
-        traceback.
+        to stderr); 130 after Ctrl-C; 143 after SIGTERM; 141 when nobody reads the output. Any other exception is a bug,
+        and keeps its traceback.
 
     Raises:
         SystemExit: After `--help` of a command (code 0) and for flags that do not parse (code 2).
@@ -107,15 +124,19 @@ def _dispatch(name: str = "", *args: str, commands: Mapping[str, Command]) -> in
     if name not in commands:
         print(_not_a_command(name, commands), file=sys.stderr)
         return 2
+    cure = " What is finished is kept: the same command continues it." if commands[name].resumable else ""
     try:
-        return _run(name, commands[name], args)
+        with terminating():
+            return _run(name, commands[name], args)
     except FuncattribError as error:
         print(f"funcattrib {name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        cure = " What is finished is kept: the same command continues it." if commands[name].resumable else ""
         print(f"\nfuncattrib {name}: interrupted.{cure}", file=sys.stderr)
         return 130
+    except Terminated:
+        print(f"funcattrib {name}: ended by SIGTERM.{cure}", file=sys.stderr)
+        return TERMINATED
 
 
 def _run(name: str, command: Command, args: Sequence[str]) -> int:
@@ -123,7 +144,12 @@ def _run(name: str, command: Command, args: Sequence[str]) -> int:
     config_type = get_type_hints(run)["config"]
     from funcattrib.cli.arguments import parse  # tyro: not needed for `funcattrib --help`
 
-    return run(parse(config_type, args, command=name)) or 0
+    config = parse(config_type, args, command=name)
+    if command.together and launched():
+        from funcattrib.cli.together import together
+
+        return together(run, config)
+    return run(config) or 0
 
 
 def _overview(commands: Mapping[str, Command]) -> str:

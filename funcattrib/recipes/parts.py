@@ -63,6 +63,7 @@ def fold_parts(work: Work, writer: StoreWriter, step: int, fold: Fold, label: st
             if len(mine) > kept:
                 writer.save_parts(own, mine)
         world.meet(lambda: bar.update(0))
+        bar.update(0)
     return _together(own, fold, work)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from funcattrib.compose import Chain, State, Transform, compose
 from funcattrib.data import Columns
+from funcattrib.distributed import world
 from funcattrib.errors import FuncattribError
 from funcattrib.loading import load_model
 from funcattrib.per_example import Batch, PerExample, per_example_grad
@@ -29,7 +30,7 @@ from funcattrib.recipes.tokens import MOST_ROWS, by_token, fill_tokens
 from funcattrib.recipes.work import Work, fill, rows_of
 from funcattrib.score import Scores, check_gradients, open_scores, scores_manifest
 from funcattrib.score.best import Best, best_of, fold, nothing, save_best
-from funcattrib.store import GradientStore, StoreWriter, open_store, share_store
+from funcattrib.store import GradientStore, StoreWriter, open_store, require_shared, share_store
 from funcattrib.store.create import PARTS
 from funcattrib.transforms import against, nearest, self_influence
 
@@ -87,6 +88,7 @@ def score_gradients(
     source, gradients = split_settings(data, settings)
     common: dict[str, Any] = {"chain": chain, "overwrite": overwrite, **settings}
     if query_data is not None:
+        require_shared(path, world())
         stages = (chain or chain_of(gradients, model[1] if isinstance(model, tuple) else model)).stages
         if state is None and any(stage.fitted for stage in stages):
             state = fit_gradients(model, data, path=path / PARTS / "state", **common).path

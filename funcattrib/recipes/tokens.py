@@ -60,6 +60,7 @@ def fill_tokens(work: Work, writer: StoreWriter, state: State, label: str = "bui
             writer.put(shard, matrix[inside].clone(), {name: values[inside] for name, values in told.items()})
             bar.update(len(span), len(documents))
         work.world.meet(lambda: bar.update(0))
+        bar.update(0)
 
 
 def _rows_of(work: Work, compute: Callable[[Batch], PerExample], documents: range) -> tuple[Tensor, np.ndarray]:

@@ -116,7 +116,10 @@ def fill(work: Work, writer: StoreWriter, state: State, label: str = "build") ->
             matrix, losses = rows_of(work, compute, span, bar.update)
             shown = work.corpus.shown(span)
             writer.put(shard, matrix, {**shown, "loss": losses.numpy(), "tokens": lengths[list(span)]})
+            if not work.world.leads:  # whose progress line is for all
+                log.info("%s: shard %d, rows %d to %d", label, shard, span.start, span.stop - 1)
         work.world.meet(lambda: bar.update(0))
+        bar.update(0)
 
 
 def rows_of(

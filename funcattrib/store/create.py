@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 # Sub-folder of a run for the stores it is made from, such as the gradients that scores were computed of.
 PARTS = "gradients"
+# Sub-folder of a run for what its processes but the first report.
+LOGS = "logs"
 # Differences named in an error before the rest is only counted.
 _NAMED = 4
 _ENTAILED = ("leaves", "rows", "data.documents", "data.tokens", "computed_with.given")
@@ -93,7 +95,7 @@ def _existing(path: Path) -> Manifest | None:
         return read_manifest(path)
     if path.exists() and not path.is_dir():
         raise StoreError(f"expected a folder at {path}, found a file; choose another RUN")
-    known = {lock.FILE, FILE + TEMPORARY, "lost+found", PARTS}
+    known = {lock.FILE, FILE + TEMPORARY, "lost+found", PARTS, LOGS}
     others = [entry.name for entry in path.iterdir()] if path.exists() else []
     others = sorted(name for name in others if name not in known and not name.startswith("."))
     others = [name for name in others if name not in shards.FOLDERS or any((path / name).iterdir())]

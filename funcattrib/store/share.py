@@ -74,6 +74,23 @@ def _place(path: Path, manifest: Manifest, world: World, overwrite: bool, writer
     return writer
 
 
+def require_shared(path: str | Path, world: World) -> None:
+    """Check that all processes see one folder: for work that reads what others have written.
+
+    Raises:
+        StoreError: a machine has a folder of its own at `path`.
+    """
+    if world.size == 1:
+        return
+    path = Path(path)
+    world.first(lambda: path.mkdir(parents=True, exist_ok=True))
+    if not all(world.gather(all_see(path, world))):
+        raise StoreError(
+            f"expected {path} to be one folder that all machines share, found that each has its own\n"
+            "give a folder on a shared file system, or run this command on one machine"
+        )
+
+
 def all_see(path: Path, world: World) -> bool:
     """Whether this process sees in `path` what rank 0 writes there: a file of a name that was never asked for."""
     mark = path / str(world.tell(f".{secrets.token_hex(8)}"))

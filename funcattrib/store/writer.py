@@ -148,6 +148,12 @@ class StoreWriter:
         self._taken.add(shard)
         self._queue.put(job)
 
+    def take(self, shard: int, facts: Shard) -> None:
+        """Count a shard whose files another store's writer has made and are in place here."""
+        shards.record(self.path, shard, facts)
+        self._finished[shard] = facts
+        self._taken.add(shard)
+
     def save_state(self, state: Mapping[str, Tensor]) -> None:
         """Save the chain's fitted state as `state.safetensors`; on a complete store, do nothing."""
         if self._saves:

@@ -1,0 +1,30 @@
+"""``funcattrib merge``: the parts of a run as one store."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from funcattrib.cli.say import reports_on_stderr, say_store
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Join the parts of a run that machines without a shared folder left.
+
+    Each part is a folder that one machine wrote; together they hold every shard. The parts are left as they are.
+    """
+
+    out: tyro.conf.Positional[Path]
+    """The folder to write: a new one, or one of the parts."""
+    parts: tyro.conf.Positional[tuple[Path, ...]]
+    """The parts' folders."""
+
+
+@reports_on_stderr()
+def run(config: Merge) -> int | None:
+    """Join the parts and say what the store holds."""
+    from funcattrib.store import merge_stores
+
+    say_store(merge_stores(config.out, config.parts))
+    return None

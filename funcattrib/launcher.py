@@ -1,0 +1,35 @@
+"""What torchrun or srun says of this process: whether there are others, and which of them it is."""
+
+import os
+import re
+
+
+def launched() -> bool:
+    """Whether a launcher has started more than one process for this run."""
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", 1))) > 1
+
+
+def local_rank() -> int:
+    """This process's number on its machine, from 0; 0 where no launcher says one."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+
+
+def set_up_from_slurm() -> None:
+    """Set what torchrun sets and srun does not: rank, size, and where to meet."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    asked = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    os.environ.update({name: os.environ[slurm] for name, slurm in asked.items()})
+    os.environ.setdefault("MASTER_ADDR", first_host(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")))
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
+
+
+def first_host(nodes: str) -> str:
+    """The first of a list of hosts as SLURM writes it.
+
+    Example:
+        >>> first_host("node[07-09,12],login1"), first_host("a,b")
+        ('node07', 'a')
+    """
+    found = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
+    return nodes if found is None else found[1] + (found[2] or "")
