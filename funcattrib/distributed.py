@@ -8,6 +8,7 @@ A process that waits looks up at short intervals, so that signals and the failur
 """
 
 import json
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -258,13 +259,38 @@ def joined() -> Iterator[World]:
         return
     set_up_from_slurm()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=_PATIENCE)
+    store, rank, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"funcattrib/{agreed(store, rank, size)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     here = world()
     try:
         yield here
     finally:
         _part(here)
         dist.destroy_process_group()
+
+
+def agreed(store: Any, rank: int, size: int) -> str:
+    """A name for this attempt, the same on all processes.
+
+    torchrun starts a killed run again on the store of the attempt before, with all that was written there: rank 0
+    makes a name, and the others take it when what they wrote under it comes back.
+    """
+    mine = secrets.token_hex(8)
+    if rank == 0:
+        store.set("attempt", mine)
+        for other in range(1, size):
+            store.set(f"{mine}/back/{other}", store.get(f"{mine}/{other}"))  # get waits for it
+        return mine
+    while True:
+        name = store.get("attempt").decode()
+        store.set(f"{name}/{rank}", mine)
+        for _ in range(50):
+            if store.check([f"{name}/back/{rank}"]):
+                if store.get(f"{name}/back/{rank}").decode() == mine:
+                    return str(name)
+                break  # another attempt's
+            time.sleep(0.01)
 
 
 def _part(here: World) -> None:

@@ -2,5 +2,6 @@
 
 from funcattrib.curvature.gram import gram_of, spectrum
 from funcattrib.curvature.mix import Mixed, mix
+from funcattrib.curvature.owners import owned
 
-__all__ = ["Mixed", "gram_of", "mix", "spectrum"]
+__all__ = ["Mixed", "gram_of", "mix", "owned", "spectrum"]

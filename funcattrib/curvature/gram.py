@@ -49,4 +49,5 @@ def spectrum(gram: Gram) -> Float[Tensor, "D"]:
         tensor([3., 2., 1.], dtype=torch.float64)
     """
     values = [without_rounding(torch.linalg.eigvalsh(matrix.to(torch.float64))) for matrix in gram.values()]
-    return torch.cat([value.cpu() for value in values]).sort(descending=True).values
+    none = torch.empty(0, dtype=torch.float64)
+    return torch.cat([none, *(value.cpu() for value in values)]).sort(descending=True).values

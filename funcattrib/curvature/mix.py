@@ -11,9 +11,11 @@ References: TrackStar, arXiv 2410.17413, §A.1.3 (k = 1000 of 65,536; a of about
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from funcattrib.curvature.gram import spectrum
+from funcattrib.distributed import ALONE, World
 from funcattrib.errors import ChainError
 from funcattrib.transforms.precondition import Gram
 
@@ -32,7 +34,7 @@ class Mixed(NamedTuple):
     component: int
 
 
-def mix(query: Gram, train: Gram, k: int = 1000) -> Mixed:
+def mix(query: Gram, train: Gram, k: int = 1000, world: World = ALONE) -> Mixed:
     """H = a H_query + (1 - a) H_train, block by block, with one a for all blocks.
 
     a = σ_train[k] / (σ_query[k] + σ_train[k]), k counted from 1 over the eigenvalues of all blocks together. Where one
@@ -43,6 +45,7 @@ def mix(query: Gram, train: Gram, k: int = 1000) -> Mixed:
     Args:
         query, train: H of each block, undamped, the same blocks in both (``gram_of``).
         k: how many directions are to be weighed down.
+        world: processes that each have some of the blocks; a is of all of them.
 
     Raises:
         ChainError: k below 1; blocks that differ.
@@ -65,9 +68,13 @@ def mix(query: Gram, train: Gram, k: int = 1000) -> Mixed:
                 f"expected Gram matrices of {block} of the same shape, "
                 f"found {tuple(matrix.shape)} and {tuple(train[block].shape)}"
             )
-    weight, component = _weight(spectrum(query), spectrum(train), k)
+    weight, component = _weight(_pooled(query, world), _pooled(train, world), k)
     gram = {block: weight * query[block].double() + (1 - weight) * train[block].double() for block in query}
     return Mixed(gram, weight, component)
+
+
+def _pooled(gram: Gram, world: World) -> Tensor:
+    return torch.cat(world.collect(spectrum(gram))).sort(descending=True).values
 
 
 def _weight(query: Tensor, train: Tensor, k: int) -> tuple[float, int]:

@@ -29,6 +29,7 @@ from funcattrib.adam_state import adam_state
 from funcattrib.compose import Transform, compose
 from funcattrib.data import Columns, load
 from funcattrib.data.hub import quiet
+from funcattrib.distributed import world
 from funcattrib.errors import FuncattribError
 from funcattrib.per_example import per_example_grad
 from funcattrib.recipes.checkpoints import Shapes, check_same, learning_rates, load_checkpoint, shapes_of
@@ -40,7 +41,7 @@ from funcattrib.recipes.prepare import prepare, shard_rows, state_of
 from funcattrib.recipes.score import as_leaves, ending_in, query_rows
 from funcattrib.recipes.work import fill
 from funcattrib.score import Scores, check_gradients, open_scores, scores_manifest
-from funcattrib.store import create_store
+from funcattrib.store import require_shared, share_store
 from funcattrib.store.create import PARTS
 from funcattrib.transforms import AdamState, adam_update, against, project
 
@@ -90,6 +91,7 @@ def less(
     """
     path, folders = Path(path), [Path(checkpoint).expanduser() for checkpoint in checkpoints]
     _check_asked(folders, fraction, score, subtask_column)
+    require_shared(path, world())
     weights = learning_rates(folders, rates)
     settings = {"loss_reduction": "mean", "overwrite": overwrite, **settings}
     split, subset = settings.get("split"), settings.get("subset")
@@ -110,7 +112,7 @@ def less(
         )
         del model
     scores = _add_up(path, parts, weights, score, overwrite, config)
-    _save_selected(records, scores, fraction, path / SELECTED)
+    world().first(lambda: _save_selected(records, scores, fraction, path / SELECTED))
     return scores
 
 
@@ -151,7 +153,7 @@ def _score_one(
     manifest = replace(manifest, rows_per_shard=per_shard)
     rows, _ = query_rows([store], unit_norm=True)
     wanted = torch.stack([rows[list(members)].mean(0) for members in columns.values()])
-    with create_store(path, manifest, overwrite=overwrite) as writer:
+    with share_store(path, manifest, prepared.work.world, overwrite=overwrite) as writer:
         if writer.pending:
             last = against(as_leaves(wanted, store, prepared.work.device), unit_norm=True)
             with explained():
@@ -188,10 +190,10 @@ def _add_up(
         },
         queries=[told],
     )
-    with create_store(path, manifest, overwrite=overwrite) as writer:
+    with share_store(path, manifest, world(), overwrite=overwrite) as writer:
         if config is not None:
             writer.save_config(config)
-        for shard in writer.pending:
+        for shard in writer.claims():
             span = writer.shard_range(shard)
             rows = sum(
                 weight * torch.from_numpy(np.array(part[span.start : span.stop]))

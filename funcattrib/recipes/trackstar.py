@@ -4,29 +4,35 @@
     H              a H_query + (1 − a) H_train, a from the 1000th pooled eigenvalue
     score          ⟨u(H^-½ train), u(H^-½ query)⟩, u(x) = x / ‖x‖ over all parameters together
 
+Of several processes each owns some of the parameters: their H is summed, decomposed and applied there alone, and what
+the processes make of their columns, products and squared lengths, is added up.
+
 Reference: TrackStar, arXiv 2410.17413. Its loss is cross-entropy; here it is the log-odds unless asked
 otherwise, because a fact that is known by heart has no cross-entropy left to attribute.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from funcattrib.compose import Chain, State, compose
-from funcattrib.curvature import gram_of, mix
+from funcattrib.compose import State, Transform, compose
+from funcattrib.curvature import gram_of, mix, owned
 from funcattrib.data import Columns
+from funcattrib.distributed import world
 from funcattrib.functional import choose
 from funcattrib.per_example import Leaf, Spec, per_example_grad
 from funcattrib.recipes.collect import collect_gradients
 from funcattrib.recipes.documents import Records
 from funcattrib.recipes.score import as_leaves
 from funcattrib.score import Scores, open_scores, scores_manifest
-from funcattrib.store import GradientStore, create_store
+from funcattrib.store import GradientStore, require_shared, share_store
 from funcattrib.store.create import PARTS
-from funcattrib.transforms import adafactor_norm, precondition, project, split_experts, unit_norm
+from funcattrib.transforms import adafactor_norm, precondition, project, split_experts
 from funcattrib.transforms.kinds import is_stack
 
 _BLOCK_ROWS = 1024
@@ -64,7 +70,8 @@ def trackstar(
     Raises:
         FuncattribError: bad input of any kind; what is finished is kept.
     """
-    path = Path(path)
+    path, here = Path(path), world()
+    require_shared(path, here)
     settings.setdefault("loss", "log_odds")
     settings.setdefault("modules", blocks_and_head(model, settings.pop("exclude", ())))
     seed = settings.get("seed", 0)
@@ -73,7 +80,7 @@ def trackstar(
     experts = [split_experts()] if _has_stacks(model, settings) else []  # each has a Gram matrix of its own
     chain = compose(per_example_grad, normalizer, *experts, project(projection_dim, kind=kind, seed=seed))
     train = collect_gradients(model, data, path=path / PARTS / "train", chain=chain, overwrite=overwrite, **settings)
-    own = {"columns": query_columns or settings.get("columns"), "split": query_split, "subset": None}
+    of_queries = {"columns": query_columns or settings.get("columns"), "split": query_split, "subset": None}
     query = collect_gradients(
         model,
         queries,
@@ -81,12 +88,14 @@ def trackstar(
         chain=chain,
         state=train.path,
         overwrite=overwrite,
-        **{**settings, **own},
+        **{**settings, **of_queries},
     )
-    mixed = mix(gram_of_store(query), gram_of_store(train), mixing_rank)
-    after = compose(precondition(gram=mixed.gram, power=-0.5, damping=damping), unit_norm)
-    state = after.init(_spec(train))[0]
-    columns = torch.cat([_rows(after, state, query, block) for block in query.matrix().blocks(_BLOCK_ROWS)])
+    own = owned({name: math.prod(leaf.shape) for name, leaf in train.leaves.items()}, here)
+    mixed = mix(gram_of_store(query, own), gram_of_store(train, own), mixing_rank, here)
+    after = precondition(gram=mixed.gram, power=-0.5, damping=damping)
+    read = partial(_transformed, after, after.init({name: _spec(train)[name] for name in own})[0], own)
+    columns = torch.cat([read(query, block) for block in query.matrix().blocks(_BLOCK_ROWS)])
+    columns = columns / _lengths(here.sum({"squares": columns.double().square().sum(1)})["squares"])
     told = [dict(entry) for entry in query.examples]
     if score == "mean":
         columns, told = columns.mean(0, keepdim=True), [{"id": f"mean of {len(told)} queries"}]
@@ -104,15 +113,17 @@ def trackstar(
         },
         queries=told,
     )
-    with create_store(path, manifest, overwrite=overwrite) as writer:
+    with share_store(path, manifest, here, overwrite=overwrite) as writer:
         if config is not None:
             writer.save_config(config)
-        for shard in writer.pending:
+        for number, shard in enumerate(writer.pending):  # all processes together: each has some of the columns
             span = writer.shard_range(shard)
-            block = train.matrix().tensor(span.start, span.stop)
-            examples = train.examples.select(span)
-            kept = {name: examples[name][:] for name in examples.column_names}
-            writer.put(shard, _rows(after, state, train, block) @ columns.T, kept)
+            rows = read(train, train.matrix().tensor(span.start, span.stop))
+            both = here.sum({"products": rows @ columns.T, "squares": rows.double().square().sum(1)})
+            if number % here.size == here.rank:
+                examples = train.examples.select(span)
+                kept = {name: examples[name][:] for name in examples.column_names}
+                writer.put(shard, both["products"] / _lengths(both["squares"]), kept)
         writer.finish()
     return open_scores(path)
 
@@ -131,12 +142,15 @@ def _has_stacks(model: nn.Module, settings: Mapping[str, Any]) -> bool:
     return any(is_stack(name, tuple(tensor.shape)) for name, tensor in model.named_parameters() if name in names)
 
 
-def gram_of_store(store: GradientStore) -> dict[str, Tensor]:
-    """H = E[c cᵀ] of every leaf over the rows of a store, (D, D) float64."""
+def gram_of_store(store: GradientStore, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """H = E[c cᵀ] of leaves over the rows of a store, (D, D) float64; of all leaves where none are named."""
+    wanted = list(store.leaves) if names is None else names
+    if not wanted:
+        return {}
     stage = precondition()
-    state = stage.init(_spec(store))[0]
+    state = stage.init({name: _spec(store)[name] for name in wanted})[0]
     for block in store.matrix().blocks(_BLOCK_ROWS):
-        state = stage.observe(state, as_leaves(block.float(), store, block.device))
+        state = stage.observe(state, _some(block, store, wanted))
     return gram_of(state)
 
 
@@ -144,8 +158,20 @@ def _spec(store: GradientStore) -> Spec:
     return {name: Leaf(tuple(leaf.shape), torch.float32) for name, leaf in store.leaves.items()}
 
 
-def _rows(after: Chain, state: State, store: GradientStore, block: Tensor) -> Tensor:
-    """Rows of a store (n, D) with the last stages applied, float32."""
-    return torch.cat(
-        [grad.flatten(1) for grad in after.apply(state, as_leaves(block.float(), store, block.device)).values()], 1
-    )
+def _some(block: Tensor, store: GradientStore, names: Sequence[str]) -> dict[str, Tensor]:
+    """The named leaves of rows (n, D)."""
+    leaves = as_leaves(block, store, block.device)
+    return {name: leaves[name].float() for name in names}
+
+
+def _transformed(after: Transform, state: State, names: Sequence[str], store: GradientStore, block: Tensor) -> Tensor:
+    """The named leaves of rows (n, D), preconditioned, one after the other, float32."""
+    if not names:
+        return block.new_empty(len(block), 0, dtype=torch.float32)
+    return torch.cat([grad.flatten(1) for grad in after.apply(state, _some(block, store, names)).values()], 1)
+
+
+def _lengths(squares: Tensor) -> Tensor:
+    """(n, 1) Euclidean lengths, 1 for a zero row, which stays zero."""
+    lengths = squares.sqrt().float()[:, None]
+    return lengths.where(lengths > 0, 1.0)

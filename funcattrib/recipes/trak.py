@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from funcattrib.compose import Transform, compose
 from funcattrib.data import IGNORED, Columns
+from funcattrib.distributed import world
 from funcattrib.errors import FuncattribError
 from funcattrib.functional import Loss, Params
 from funcattrib.per_example import per_example_grad
@@ -32,7 +33,7 @@ from funcattrib.recipes.documents import Documents, Records
 from funcattrib.recipes.prepare import Model, prepare, shard_rows
 from funcattrib.recipes.score import query_rows
 from funcattrib.score import Scores, open_scores, scores_manifest
-from funcattrib.store import GradientStore, create_store
+from funcattrib.store import GradientStore, require_shared, share_store
 from funcattrib.store.create import PARTS
 from funcattrib.transforms import project, sketch
 from funcattrib.transforms.damping import inverse_power
@@ -77,6 +78,7 @@ def trak(
         FuncattribError: bad input of any kind; what is finished is kept.
     """
     path = Path(path)
+    require_shared(path, world())
     settings = {"loss": "log_odds", "projection_dim": 0, "dtype": "float32", **settings}
     _check_asked(models, settings, score, sketch_dim, damping)
     seed, common = settings.get("seed", 0), {"overwrite": overwrite, **settings}
@@ -127,7 +129,7 @@ def _score(
     }
     manifest = scores_manifest(train[0].manifest, of=[query[0].manifest], method=method, queries=told)
     manifest = replace(manifest, rows_per_shard=shard_rows(manifest.width))
-    with create_store(path, manifest, overwrite=overwrite) as writer:
+    with share_store(path, manifest, world(), overwrite=overwrite) as writer:
         if config is not None:
             writer.save_config(config)
         columns = (
@@ -135,7 +137,7 @@ def _score(
             if writer.pending
             else []
         )
-        for shard in writer.pending:
+        for shard in writer.claims():
             span = writer.shard_range(shard)
             blocks = [store.matrix().tensor(span.start, span.stop).double() for store in train]
             products = torch.stack([block @ own for block, own in zip(blocks, columns, strict=True)]).mean(0)
@@ -151,12 +153,14 @@ def _score(
 def _columns(train: GradientStore, queries: Tensor, damping: float, score: str) -> Tensor:
     """(ΦᵀΦ)⁻¹ φ(z′) of every query, (k, K) float64. Documents whose gradient is not finite are left out of Φ."""
     wanted = queries.double().mean(0, keepdim=True) if score == "mean" else queries.double()
-    total, count = torch.zeros(train.width, train.width, dtype=torch.float64), 0
-    for block in train.matrix().blocks(_BLOCK_ROWS):
-        finite = block[block.isfinite().all(1)].double()
-        total.addmm_(finite.T, finite)
-        count += len(finite)
-    if not count:
+    here, total, count = world(), torch.zeros(train.width, train.width, dtype=torch.float64), 0
+    for number, block in enumerate(train.matrix().blocks(_BLOCK_ROWS)):
+        if number % here.size == here.rank:
+            finite = block[block.isfinite().all(1)].double()
+            total.addmm_(finite.T, finite)
+            count += len(finite)
+    total = here.sum({"gram": total})["gram"]
+    if not sum(here.gather(count)):
         raise FuncattribError(f"expected documents with finite gradients in {train.path}, found none; check their loss")
     return inverse_power(total, -1, damping) @ wanted.T
 
