@@ -1,6 +1,6 @@
 # `make quickstart` and `make test` need python3 (3.11 or newer) and nothing else: the first of them builds .venv.
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format bench clean
+.PHONY: help quickstart test docs lint format bench clean
 
 PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
 BIN := .venv/bin
@@ -9,6 +9,7 @@ INSTALLED := .venv/installed
 help:
 	@echo "make quickstart   train a tiny model, build a gradient store, find the training examples that matter"
 	@echo "make test         lint, types and tests"
+	@echo "make docs         build the documents into site/"
 	@echo "make lint         ruff and mypy alone"
 	@echo "make format       let ruff rewrite the files"
 	@echo "make bench        measure speed and memory; results go to benchmarks/results/"
@@ -20,6 +21,9 @@ quickstart: $(INSTALLED)
 # One torch thread per pytest worker: on few cores that is faster than workers whose threads compete.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -36,7 +40,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.query
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv site .mypy_cache .pytest_cache .ruff_cache
 
 # Built again only when the dependencies may have changed. Choose the interpreter with `make PYTHON=python3.12 …`.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -55,5 +59,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 		$$found -m venv --clear .venv; \
 	fi
 	@echo "Installing the pinned versions into .venv (once, a minute or two)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,dev,docs]'
 	@touch $@

@@ -1,0 +1,1 @@
+"""Named pipelines over the other parts, each one readable function."""
