@@ -77,6 +77,7 @@ VAGUE = {
     "…: expected …, found ….": "cli/config_file.py",
     "…: …": "store/manifest.py",
     "stage … (…) …": "compose.py",
+    "expected one of …, found …": "losses.py",
     "expected …; found no …": "data/read.py",
     "expected …, found: …": "data/read.py",
     "expected …, found …, which cannot be read": "data/read.py",
