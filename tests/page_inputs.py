@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments, default_data_collator
 
 import funcattrib as fa
-from tests import cases, saved_runs, tiny
+from tests import cases, saved_runs, store_run, tiny
 
 
 def lay_out(folder: Path) -> None:
@@ -72,9 +72,17 @@ def training() -> dict[str, Any]:
     }
 
 
+def parts() -> dict[str, Any]:
+    """What two machines without a shared folder leave."""
+    fa.collect_gradients("M", "D", path="whole", quiet=True, rows_per_shard=3)
+    store_run.take_apart(Path("whole"), [Path("part-of-machine-a"), Path("part-of-machine-b")])
+    return {}
+
+
 NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": readme,
     "docs/index.md": readme,
+    "docs/multi-process.md": parts,
     "docs/store.md": store,
     "docs/training.md": training,
 }

@@ -1,9 +1,12 @@
 """A run that writes a store of made-up rows, as a function and as a program: tests kill it, starve it, continue it."""
 
 import argparse
+import json
 import resource
+import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,6 +31,20 @@ def manifest(**changes: object) -> Manifest:
         "dtype": "float32",
     }
     return Manifest(**{**settings, **changes})
+
+
+def take_apart(whole: Path, parts: Sequence[Path]) -> list[Path]:
+    """Parts as machines without a shared folder leave them: shard i in part i mod n, and none of them finished."""
+    manifest = json.loads((whole / "manifest.json").read_text())
+    for which, part in enumerate(parts):
+        shutil.copytree(whole, part)
+        (part / "manifest.json").write_text(json.dumps({**manifest, "shards": [], "complete": False, "state": None}))
+        for number, shard in enumerate(manifest["shards"]):
+            if number % len(parts) == which:
+                (part / f"shards/{number:05d}.json").write_text(json.dumps(shard))
+            else:
+                (part / shard["file"]).unlink()
+    return list(parts)
 
 
 def rows(span: range) -> torch.Tensor:

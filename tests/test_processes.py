@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import funcattrib as fa
 from funcattrib.recipes.reduce import reduce_gradients
@@ -20,7 +21,7 @@ from funcattrib.recipes.score import score_gradients
 from funcattrib.recipes.trackstar import trackstar
 from funcattrib.recipes.trak import trak
 from funcattrib.store import merge_stores, open_store
-from tests import cases, tiny
+from tests import cases, store_run, tiny
 
 SETTINGS = {"projection_dim": 4, "rows_per_shard": 4, "token_batch_size": 48, "quiet": True}
 FITTED = {**SETTINGS, "normalizer": "adafactor", "precondition": "parameter", "dtype": "float32"}
@@ -237,21 +238,8 @@ def test_parts_of_machines_that_share_no_folder_are_merged(tmp_path: Path, one_t
 def two_parts(tmp_path: Path) -> list[Path]:
     """A store taken apart: the even shards and the odd ones."""
     settings = {**SETTINGS, "normalizer": "adafactor"}
-    model = cases.causal("gpt_neox")
-    fa.collect_gradients(model, records(23, 1), path=tmp_path / "whole", **settings)
-    shards = json.loads((tmp_path / "whole/manifest.json").read_text())["shards"]
-    parts = []
-    for which in range(2):
-        part = shutil.copytree(tmp_path / "whole", tmp_path / f"part{which}")
-        manifest = json.loads((part / "manifest.json").read_text())
-        (part / "manifest.json").write_text(json.dumps({**manifest, "shards": [], "complete": False, "state": None}))
-        for number, shard in enumerate(shards):
-            if number % 2 == which:
-                (part / f"shards/{number:05d}.json").write_text(json.dumps(shard))
-            else:
-                (part / shard["file"]).unlink()
-        parts.append(part)
-    return parts
+    fa.collect_gradients(cases.causal("gpt_neox"), records(23, 1), path=tmp_path / "whole", **settings)
+    return store_run.take_apart(tmp_path / "whole", [tmp_path / "part0", tmp_path / "part1"])
 
 
 def test_only_parts_that_fit_are_merged(two_parts: list[Path], tmp_path: Path) -> None:
@@ -264,7 +252,7 @@ def test_only_parts_that_fit_are_merged(two_parts: list[Path], tmp_path: Path) -
         merge_stores(tmp_path / "no", [two_parts[0], other])
 
     state = open_store(tmp_path / "whole").state()
-    torch_save(other / "state.safetensors", {name: tensor * 2 for name, tensor in state.items()})
+    save_file({name: tensor * 2 for name, tensor in state.items()}, other / "state.safetensors")
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(fa.StoreError, match="the same fitted state in every part, found another"):
         merge_stores(tmp_path / "no", [two_parts[0], other])
@@ -275,12 +263,6 @@ def test_only_parts_that_fit_are_merged(two_parts: list[Path], tmp_path: Path) -
         merge_stores(tmp_path / "damaged", two_parts)
     with pytest.raises(fa.StoreError, match="expected parts to join"):
         merge_stores(tmp_path / "none", [])
-
-
-def torch_save(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    save_file(tensors, file)
 
 
 def test_sigterm_finishes_the_shard_in_hand(tmp_path: Path, files: Path, funcattrib) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from funcattrib.distributed import joined
 from funcattrib.errors import FuncattribError
 from funcattrib.signals import EXIT_CODE, Terminated
-from funcattrib.store import LOGS
+from funcattrib.store.create import LOGS
 from funcattrib.store.manifest import FILE
 
 

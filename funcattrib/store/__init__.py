@@ -1,6 +1,6 @@
 """The gradient store: shards of rows on disk, each written by one process, resumed after a kill, read memory-mapped."""
 
-from funcattrib.store.create import LOGS, create_store
+from funcattrib.store.create import create_store
 from funcattrib.store.encode import decode, encode
 from funcattrib.store.facts import FileFacts, LeafColumns, Shard, lay_out
 from funcattrib.store.lazy import LazyMatrix
@@ -12,7 +12,6 @@ from funcattrib.store.verify import verify
 from funcattrib.store.writer import StoreWriter
 
 __all__ = [
-    "LOGS",
     "SCORE_CONVENTION",
     "FileFacts",
     "GradientStore",
