@@ -99,3 +99,11 @@ def test_examples_are_listed() -> None:
     page = text_of("docs/examples.md")
     for example in (ROOT / "examples").glob("*.py"):
         assert f"](../examples/{example.name})" in page, example.name
+
+
+def test_every_transform_is_on_its_page() -> None:
+    page = text_of("docs/transforms.md")
+    costs = page[page.index("## What each costs") : page.index("## Which parameters")]
+    for name in importlib.import_module("funcattrib.transforms").__all__:
+        assert re.search(rf"`{name}\b", page), name
+        assert name in ("AdamState", "AttentionConfig") or re.search(rf"`{name}\b", costs), f"{name}: its cost"
