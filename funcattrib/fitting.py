@@ -6,7 +6,7 @@ pass can be kept once it is made: ``passes`` gives the chain's state after every
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -18,6 +18,14 @@ from funcattrib.lift import Lowered, Measured, TwoSided, own
 from funcattrib.per_example import Batch, PerExample, Source, Spec
 from funcattrib.transform import State, Transform
 from funcattrib.tree import flatten, restore
+
+Pieces: TypeAlias = Callable[[Callable[[Batch], PerExample], Batch], Iterable[PerExample]]
+"""(read, batch) → what ``read`` makes of consecutive parts of the batch."""
+
+
+def whole(read: Callable[[Batch], PerExample], batch: Batch) -> Iterable[PerExample]:
+    """The batch in one piece."""
+    return (read(batch),)
 
 
 class Fittable(Protocol):
@@ -59,6 +67,7 @@ def passes(
     state: tuple[State, ...] | None = None,
     done: int = 0,
     world: World = ALONE,
+    pieces: Pieces = whole,
 ) -> Iterator[tuple[State, ...]]:
     """The chain's state after each pass that is still to be made.
 
@@ -68,6 +77,7 @@ def passes(
         batches: anything that can be iterated once a pass.
         state: the state after ``done`` passes, with which an interrupted fit goes on.
         world: processes that each have some of the batches: their states are added up when a pass is done.
+        pieces: how a batch is read.
 
     Raises:
         ChainError: no batches although a stage must be fitted; a one-shot iterator and several fitted stages.
@@ -86,10 +96,11 @@ def passes(
         read: Callable[[Batch], PerExample] | None = None
         for batch in batches:
             read = read or statistics(before, stage, loss, params, state[:at], batch)
-            counted = _finite(read(batch))
-            if len(counted.losses):
-                own_state = stage.observe(own_state, counted.grads)
-            seen += len(counted.losses)
+            for part in pieces(read, batch):
+                counted = _finite(part)
+                if len(counted.losses):
+                    own_state = stage.observe(own_state, counted.grads)
+                seen += len(counted.losses)
         if not sum(world.gather(seen)):
             raise ChainError(f"expected examples with a finite loss to fit {stage.name} on, found none")
         own_state = restore(own_state, world.sum(flatten(own_state)))

@@ -14,6 +14,12 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
 
 
+def local_size() -> int:
+    """How many of the run's processes are on this machine; 1 where no launcher says so."""
+    said = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    return max(1, int(re.match(r"\d*", said)[0] or 1))  # type: ignore[index]  # SLURM's "2(x3),1" is of the first nodes
+
+
 def set_up_from_slurm() -> None:
     """Set what torchrun sets and srun does not: rank, size, and where to meet."""
     if "WORLD_SIZE" in os.environ:

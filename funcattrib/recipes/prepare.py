@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -22,6 +23,7 @@ from funcattrib.recipes.chains import chain_of
 from funcattrib.recipes.config import GradientConfig
 from funcattrib.recipes.documents import Records, read_documents
 from funcattrib.recipes.examples import Examples
+from funcattrib.recipes.pieces import Pieces
 from funcattrib.recipes.work import Corpus, Work, fit_state, template
 from funcattrib.store import GradientStore, Manifest, StoreWriter, lay_out, open_store
 
@@ -66,7 +68,10 @@ class Source:
 
 
 class Prepared(NamedTuple):
-    """What is computed, the manifest of what comes out, and the store whose state was given."""
+    """What is computed, the manifest of what comes out, and the store whose state was given.
+
+    With ``token_batch_size="auto"`` the budget is 0 until ``budget.with_budget`` has found it.
+    """
 
     work: Work
     manifest: Manifest
@@ -89,6 +94,7 @@ def prepare(
     first, spec = chain.init(per_example_grad.spec(params))
     leaves = lay_out({name: leaf.shape for name, leaf in spec.items()})
     rows_per_shard = gradients.rows_per_shard or shard_rows(leaves[-1].stop)
+    budget = 0 if gradients.token_batch_size == "auto" else gradients.token_batch_size
     manifest = Manifest(
         model=identity,
         data={
@@ -105,7 +111,7 @@ def prepare(
             "modules": list(gradients.modules),
             "exclude": list(gradients.exclude),
         },
-        computed_with={"token_batch_size": gradients.token_batch_size, **_fitted_on(chain, first, gradients)},
+        computed_with={"token_batch_size": budget, **_fitted_on(chain, first, gradients)},
         chain=chain.describe(),
         seed=gradients.seed,
         leaves=leaves,
@@ -114,7 +120,8 @@ def prepare(
         rows_per_shard=rows_per_shard,
         extra=corpus.notes(),
     )
-    work = Work(loss, params, chain, corpus, gradients.token_batch_size, source.quiet, world())
+    pieces = Pieces(partial(_described, corpus))
+    work = Work(loss, params, chain, corpus, budget, source.quiet, pieces, world())
     prepared = Prepared(work, manifest, None)
     return prepared if state is None else with_state(prepared, open_store(state))
 
@@ -215,6 +222,12 @@ def _language_model(
         for line in documents.lines():
             log.info(line)
     return loss, params, model, model_identity(model, name, source.revision), documents
+
+
+def _described(corpus: Corpus, row: int) -> str:
+    """A document for an error: number, id and length."""
+    name = corpus.shown(range(row, row + 1))["id"][0]
+    return f"row {row}{'' if name == str(row) else f' (id {name})'} of {int(corpus.lengths[row]):,} tokens"
 
 
 def _reference(model: Model, source: Source) -> nn.Module | None:

@@ -19,7 +19,7 @@ from funcattrib.memory import trim
 from funcattrib.per_example import Batch, PerExample
 from funcattrib.per_token import per_token_grad
 from funcattrib.recipes.documents import Documents
-from funcattrib.recipes.work import Work, progress
+from funcattrib.recipes.work import Work, flat, progress
 from funcattrib.store import Manifest, StoreWriter
 
 MOST_ROWS = 1 << 16
@@ -43,10 +43,14 @@ def by_token(manifest: Manifest, work: Work, rows_per_shard: int) -> Manifest:
     )
 
 
+def as_tokens(work: Work) -> Work:
+    """The work with a row a token in place of a row a document."""
+    return work._replace(chain=work.chain._replace(source=per_token_grad))
+
+
 def fill_tokens(work: Work, writer: StoreWriter, state: State, label: str = "build") -> None:
     """Compute and hand over every pending shard of rows (document, token)."""
-    chain = work.chain._replace(source=per_token_grad)
-    compute, ends = chain.bind(work.loss, work.params, state), np.cumsum(work.corpus.lengths)
+    compute, ends = as_tokens(work).chain.bind(work.loss, work.params, state), np.cumsum(work.corpus.lengths)
     before = int(ends[-1]) - sum(len(writer.shard_range(i)) for i in writer.pending)
     with progress(work, label, int(ends[-1]), before) as bar:
         for shard in writer.claims():
@@ -70,10 +74,11 @@ def _rows_of(work: Work, compute: Callable[[Batch], PerExample], documents: rang
     losses = np.zeros(len(documents), dtype=np.float32)
     for chosen in plan(lengths, work.budget):
         trim()
-        result = compute(work.corpus.batch([documents[i] for i in chosen], work.device))
-        flat = torch.cat([grad.flatten(1).float() for grad in result.grads.values()], 1).cpu()
-        by_document = flat.unflatten(0, (len(chosen), -1))
-        for i, rows, loss in zip(chosen, by_document, result.losses.unflatten(0, (len(chosen), -1)), strict=True):
+        rows_of_batch = [documents[i] for i in chosen]
+        batch = work.corpus.batch(rows_of_batch, work.device)
+        pieces = [*work.pieces(lambda part: flat(compute(part)), batch, rows_of_batch, work.device)]
+        by_document, of_losses = (torch.cat(each).unflatten(0, (len(chosen), -1)) for each in zip(*pieces, strict=True))
+        for i, rows, loss in zip(chosen, by_document, of_losses, strict=True):
             parts[i] = rows[: lengths[i]] if bool(loss[0].isfinite()) else rows[: lengths[i]] * torch.nan
             losses[i] = float(loss[0])
     return torch.cat(parts), losses

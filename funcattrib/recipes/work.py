@@ -22,6 +22,7 @@ from funcattrib.functional import Loss, Params
 from funcattrib.memory import trim
 from funcattrib.per_example import Batch, PerExample, per_example_grad
 from funcattrib.progress import Progress
+from funcattrib.recipes.pieces import Pieces
 from funcattrib.store import StoreWriter
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,10 @@ class Corpus(Protocol):
 
 
 class Work(NamedTuple):
-    """What is computed: a loss, its parameters, the chain, the documents, the tokens of a batch; by which processes."""
+    """What is computed: a loss, its parameters, the chain, the documents, the tokens of a batch; by which processes.
+
+    ``budget`` is 0 until ``budget.with_budget`` has found it; ``pieces`` computes batches that memory does not hold.
+    """
 
     loss: Loss
     params: Params
@@ -61,6 +65,7 @@ class Work(NamedTuple):
     corpus: Corpus
     budget: int
     quiet: bool
+    pieces: Pieces
     world: World = ALONE
 
     @property
@@ -95,7 +100,7 @@ def fit_state(work: Work, most: int, writer: StoreWriter) -> State:
     if done < wanted:
         with progress(work, "fit", tokens * wanted, tokens * done) as bar:
             batches = Batches(work, chosen, bar.update)
-            for after in passes(work.chain, work.loss, work.params, batches, state, done, world):
+            for after in passes(work.chain, work.loss, work.params, batches, state, done, world, batches.pieces):
                 state, done = after, done + 1
                 if done < wanted:
                     writer.save_progress(tree.flatten(state), done)
@@ -134,15 +139,21 @@ def rows_of(
     for number, chosen in enumerate(plan(lengths, work.budget)):
         if number % _TRIM_EVERY == 0:
             trim()
-        result = compute(work.corpus.batch([rows[i] for i in chosen], work.device))
-        flat = torch.cat([grad.flatten(1).float() for grad in result.grads.values()], 1).cpu()
+        documents = [rows[i] for i in chosen]
+        batch = work.corpus.batch(documents, work.device)
+        parts = [*work.pieces(lambda part: flat(compute(part)), batch, documents, work.device)]
         if not len(matrix):
-            matrix = flat.new_empty(len(rows), flat.shape[1])
-        matrix[chosen], losses[chosen] = flat, result.losses.float().cpu()
+            matrix = parts[0][0].new_empty(len(rows), parts[0][0].shape[1])
+        matrix[chosen], losses[chosen] = (torch.cat(each) for each in zip(*parts, strict=True))
         count(int(lengths[chosen].sum()), len(chosen))
     lost = ~losses.isfinite()  # such a row says nothing, whatever its gradient looks like
     matrix[lost], losses[lost] = torch.nan, torch.nan
     return matrix, losses
+
+
+def flat(result: PerExample) -> tuple[Tensor, Tensor]:
+    """A batch's rows (B, D) and losses (B,), float32 on the CPU."""
+    return torch.cat([grad.flatten(1).float() for grad in result.grads.values()], 1).cpu(), result.losses.float().cpu()
 
 
 def naming_unused(compute: Callable[[Batch], PerExample]) -> Callable[[Batch], PerExample]:
@@ -175,12 +186,17 @@ class Batches:
     def __init__(self, work: Work, indices: np.ndarray, count: Count) -> None:
         self.work, self.indices, self.count = work, indices, count
         self.plan = plan(work.corpus.lengths[indices], work.budget)[work.world.rank :: work.world.size]
+        self._rows = indices[:0]  # of the batch in hand
 
     def __iter__(self) -> Iterator[Batch]:
         for chosen in self.plan:
-            rows = self.indices[chosen]
-            yield self.work.corpus.batch(rows.tolist(), self.work.device)
-            self.count(int(self.work.corpus.lengths[rows].sum()), len(rows))
+            self._rows = self.indices[chosen]
+            yield self.work.corpus.batch(self._rows.tolist(), self.work.device)
+            self.count(int(self.work.corpus.lengths[self._rows].sum()), len(self._rows))
+
+    def pieces(self, read: Callable[[Batch], PerExample], batch: Batch) -> Iterator[PerExample]:
+        """What is read of the batch in hand, in as many pieces as memory asks for."""
+        return self.work.pieces(read, batch, self._rows.tolist(), self.work.device)
 
 
 def spread(count: int, most: int) -> list[int]:
