@@ -14,11 +14,12 @@ import numpy as np
 from funcattrib.compose import Chain
 from funcattrib.data import some_rows
 from funcattrib.named_loss import name_of
+from funcattrib.recipes.budget import with_budget
 from funcattrib.recipes.config import GradientConfig
 from funcattrib.recipes.documents import Records
 from funcattrib.recipes.explain import explained
 from funcattrib.recipes.prepare import Model, Source, prepare, settings_of, shard_rows, state_of
-from funcattrib.recipes.tokens import MOST_ROWS, by_token, fill_tokens
+from funcattrib.recipes.tokens import MOST_ROWS, as_tokens, by_token, fill_tokens
 from funcattrib.recipes.work import fill, fit_state
 from funcattrib.store import GradientStore, Manifest, open_store, share_store
 
@@ -69,11 +70,13 @@ def collect_gradients(
     """
     source, gradients = split_settings(data, settings)
     prepared = prepare(model, source, gradients, chain, state)
-    manifest, filled = prepared.manifest, fill
+    tried, filled = prepared.work, fill
     if granularity == "token":
-        rows = gradients.rows_per_shard or shard_rows(manifest.width, MOST_ROWS)
-        manifest, filled = by_token(manifest, prepared.work, rows), fill_tokens
-    with share_store(path, manifest, prepared.work.world, overwrite=overwrite) as writer:
+        rows = gradients.rows_per_shard or shard_rows(prepared.manifest.width, MOST_ROWS)
+        prepared = prepared._replace(manifest=by_token(prepared.manifest, prepared.work, rows))
+        tried, filled = as_tokens(prepared.work), fill_tokens
+    prepared = with_budget(prepared, path, overwrite=overwrite, tried=tried)
+    with share_store(path, prepared.manifest, prepared.work.world, overwrite=overwrite) as writer:
         if config is not None:
             writer.save_config(config)
         if writer.pending:
@@ -103,7 +106,7 @@ def fit_gradients(
     Arguments and errors are those of ``collect_gradients``, whose ``state`` takes the folder.
     """
     source, gradients = split_settings(data, settings)
-    prepared = prepare(model, source, gradients, chain, None)
+    prepared = with_budget(prepare(model, source, gradients, chain, None), path, overwrite=overwrite)
     with share_store(path, replace(prepared.manifest, rows=0), prepared.work.world, overwrite=overwrite) as writer:
         if config is not None:
             writer.save_config(config)

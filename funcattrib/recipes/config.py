@@ -109,8 +109,9 @@ class RowConfig:
     """Globs of parameter names to attribute; all takes everything. By default the matrices of the model's blocks."""
     exclude: tuple[str, ...] = ()
     """Globs of parameter names to leave out."""
-    token_batch_size: int = 4096
-    """Tokens in a batch, padding included; not tied to the model's context."""
+    token_batch_size: int | Literal["auto"] = 4096
+    """Tokens in a batch, padding included; not tied to the model's context. auto finds the fastest that fits, by trial,
+    once for a model, chain, longest document and device."""
     dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16"
     """How rows are stored; int8 with one scale a row."""
     rows_per_shard: int | None = None
@@ -120,7 +121,13 @@ class RowConfig:
 
     def __post_init__(self) -> None:
         """Check what a type cannot say."""
-        at_least(self, projection_dim=0, token_batch_size=1, fit_documents=0, rows_per_shard=1)
+        at_least(self, projection_dim=0, fit_documents=0, rows_per_shard=1)
+        if self.token_batch_size != "auto":
+            if not isinstance(self.token_batch_size, int):
+                raise FuncattribError(
+                    f"expected --token-batch-size of a number or auto, found {self.token_batch_size!r}"
+                )
+            at_least(self, token_batch_size=1)
         if not 0 <= self.label_smoothing < 1:
             raise FuncattribError(f"expected --label-smoothing in [0, 1), found {self.label_smoothing}")
         if self.loss not in ("ce", "kl", "log_odds") and ":" not in self.loss:

@@ -32,6 +32,7 @@ from funcattrib.data.hub import quiet
 from funcattrib.distributed import world
 from funcattrib.errors import FuncattribError
 from funcattrib.per_example import per_example_grad
+from funcattrib.recipes.budget import with_budget
 from funcattrib.recipes.checkpoints import Shapes, check_same, learning_rates, load_checkpoint, shapes_of
 from funcattrib.recipes.collect import collect_gradients, split_settings
 from funcattrib.recipes.config import RowConfig
@@ -140,7 +141,10 @@ def _score_one(
         overwrite=overwrite,
         **{**settings, **own, "dtype": "float32"},
     )
+    rows, _ = query_rows([store], unit_norm=True)
+    wanted = torch.stack([rows[list(members)].mean(0) for members in columns.values()])
     prepared = prepare(model, source, gradients, of_documents, None)
+    last = against(as_leaves(wanted, store, prepared.work.device), unit_norm=True)
     # the update is on one side alone; in all else the two sides must agree
     check_gradients(replace(prepared.manifest, chain=of_queries.describe()), store.manifest)
     method = {
@@ -150,12 +154,11 @@ def _score_one(
     }
     manifest = scores_manifest(prepared.manifest, method=method, queries=[{"id": name} for name in columns])
     per_shard = gradients.rows_per_shard or shard_rows(manifest.width)
-    manifest = replace(manifest, rows_per_shard=per_shard)
-    rows, _ = query_rows([store], unit_norm=True)
-    wanted = torch.stack([rows[list(members)].mean(0) for members in columns.values()])
-    with share_store(path, manifest, prepared.work.world, overwrite=overwrite) as writer:
+    prepared = prepared._replace(manifest=replace(manifest, rows_per_shard=per_shard))
+    tried = prepared.work._replace(chain=compose(of_documents, last))
+    prepared = with_budget(prepared, path, overwrite=overwrite, tried=tried)
+    with share_store(path, prepared.manifest, prepared.work.world, overwrite=overwrite) as writer:
         if writer.pending:
-            last = against(as_leaves(wanted, store, prepared.work.device), unit_norm=True)
             with explained():
                 work, state = ending_in(prepared.work, state_of(prepared, writer, gradients.fit_documents), [last])
                 fill(work, writer, state, "less")

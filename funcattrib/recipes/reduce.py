@@ -18,6 +18,7 @@ from funcattrib.compose import Chain, State
 from funcattrib.errors import FuncattribError
 from funcattrib.per_example import Batch, PerExample
 from funcattrib.progress import Progress
+from funcattrib.recipes.budget import with_budget
 from funcattrib.recipes.collect import split_settings
 from funcattrib.recipes.documents import Records
 from funcattrib.recipes.explain import explained
@@ -57,7 +58,7 @@ def reduce_gradients(
         FuncattribError: bad input of any kind; no document with a finite gradient.
     """
     source, gradients = split_settings(data, settings)
-    prepared = prepare(model, source, gradients, chain, state)
+    prepared = with_budget(prepare(model, source, gradients, chain, state), path, overwrite=overwrite)
     manifest = prepared.manifest
     step = gradients.rows_per_shard or shard_rows(manifest.width)
     how = {"reduced": method, "unit_normalize": unit_normalize, "documents": manifest.rows, "part": step}

@@ -20,13 +20,14 @@ from funcattrib.errors import FuncattribError
 from funcattrib.loading import load_model
 from funcattrib.per_example import Batch, PerExample, per_example_grad
 from funcattrib.progress import Progress
+from funcattrib.recipes.budget import with_budget
 from funcattrib.recipes.chains import chain_of
 from funcattrib.recipes.collect import collect_gradients, fit_gradients, split_settings
 from funcattrib.recipes.documents import Records
 from funcattrib.recipes.explain import explained
 from funcattrib.recipes.parts import Fold, Result, fold_parts
 from funcattrib.recipes.prepare import Model, Prepared, prepare, shard_rows, state_of, with_state
-from funcattrib.recipes.tokens import MOST_ROWS, by_token, fill_tokens
+from funcattrib.recipes.tokens import MOST_ROWS, as_tokens, by_token, fill_tokens
 from funcattrib.recipes.work import Work, fill, rows_of
 from funcattrib.score import Scores, check_gradients, open_scores, scores_manifest
 from funcattrib.score.best import Best, best_of, fold, nothing, save_best
@@ -115,6 +116,10 @@ def score_gradients(
     manifest = replace(manifest, rows_per_shard=gradients.rows_per_shard or shard_rows(width))
     if granularity == "token":
         manifest = by_token(manifest, prepared.work, gradients.rows_per_shard or shard_rows(width, MOST_ROWS))
+    tried = prepared.work._replace(chain=compose(prepared.work.chain, *last))
+    tried = as_tokens(tried) if granularity == "token" else tried
+    prepared = with_budget(prepared._replace(manifest=manifest), path, overwrite=overwrite, tried=tried)
+    manifest = prepared.manifest
     if top_k is not None:
         kept = {"top_k": top_k, "shard": manifest.rows_per_shard, "scored": manifest.rows}
         manifest = replace(manifest, rows=0, computed_with={**manifest.computed_with, **kept})

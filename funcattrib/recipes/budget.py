@@ -1,0 +1,292 @@
+"""``--token-batch-size auto``: how many tokens a batch should have, found by trial.
+
+1, 2, 4, … copies of the longest document go through what the run will compute, until memory or speed says stop:
+
+    memory   the next size would take more than a share of what is available (``SHARE``)
+    speed    two doublings in a row did not raise tokens/s by more than ``WITHIN``
+
+The smallest size whose tokens/s are within ``WITHIN`` of the best is taken: a larger batch costs memory and gives
+nothing. What was found is kept in a file for the next run of the same model, chain, longest length, device and
+precision.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from funcattrib import memory
+from funcattrib.data import plan
+from funcattrib.fitting import statistics
+from funcattrib.per_example import Batch
+from funcattrib.recipes.explain import explained
+from funcattrib.recipes.prepare import Prepared
+from funcattrib.recipes.work import Work, flat, template
+from funcattrib.store import Manifest, read_manifest
+from funcattrib.store.manifest import FILE
+
+log = logging.getLogger(__name__)
+
+SHARE = {"cuda": 0.8, "cpu": 0.5}
+"""Of the memory that is available when the trial begins, by kind of device."""
+WITHIN = 0.04
+"""Differences in speed that count for nothing."""
+
+_MOST_TOKENS = 1 << 20  # of a trial: beyond this no device gains anything
+_STEADY = 0.3  # seconds of measuring after which one time is believed
+_VERSION = 1  # of the file
+
+
+class Cost(NamedTuple):
+    """Of computing one batch: seconds, and the bytes it took at the most beside what was there."""
+
+    seconds: float
+    peak: int
+
+
+class Found(NamedTuple):
+    """Documents of the longest kind in a batch, what they cost (None: not even one fits), and what ended the search."""
+
+    documents: int
+    cost: Cost | None
+    ended: Literal["speed", "memory", "size"]
+
+
+class Budget(NamedTuple):
+    """As it is kept in the file: tokens of a batch, tokens a second, bytes at the most."""
+
+    tokens: int
+    speed: float
+    peak: int
+
+
+def with_budget(
+    prepared: Prepared, path: str | Path, *, overwrite: bool = False, tried: Work | None = None
+) -> Prepared:
+    """The same work with the tokens of a batch, found here where the settings say ``auto``; they go into the manifest.
+
+    Args:
+        path: the folder of the run, which may have been begun with a number.
+        tried: the work whose chain is tried, where that is not the one of ``prepared`` (scores behind it).
+    """
+    if prepared.work.budget:
+        return prepared
+    tried = prepared.work if tried is None else tried
+    fits, world = prepared.given is None, prepared.work.world
+    found = world.first(lambda: token_budget(tried, prepared.manifest, path, overwrite=overwrite, fits=fits))
+    tokens = world.tell(found)  # rank 0's, for all: with another a rank would compute other bits
+    computed_with = {**prepared.manifest.computed_with, "token_batch_size": tokens}
+    return prepared._replace(
+        work=prepared.work._replace(budget=tokens), manifest=replace(prepared.manifest, computed_with=computed_with)
+    )
+
+
+def token_budget(work: Work, manifest: Manifest, path: str | Path, *, overwrite: bool, fits: bool) -> int:
+    """Tokens of a batch: those of the run that is continued, or found before, or found now.
+
+    Args:
+        work: what is computed, with the chain that is run.
+        manifest: of what comes out.
+        path: the folder of the run.
+        overwrite: what is in the folder does not count.
+        fits: the chain's statistics are fitted here too, with the same batches.
+    """
+    begun = None if overwrite or not (Path(path) / FILE).exists() else read_manifest(path)
+    if begun is not None and isinstance(number := begun.computed_with.get("token_batch_size"), int):
+        return number
+    longest = max(1, int(work.corpus.lengths.max()))
+    room = int(SHARE[work.device.type if work.device.type in SHARE else "cpu"] * memory.available(work.device))
+    key = _key(work, manifest, longest, fits)
+    known = _load().get(key)
+    if known is not None and known.peak <= room:
+        _say(work, known, room, "as found before")
+        return known.tokens
+    useful = min(_MOST_TOKENS, int(work.corpus.lengths[: manifest.rows_per_shard].sum()))  # a batch is within a shard
+    with explained():
+        found = search(_trial(work, manifest, longest, fits), room, most=math.ceil(useful / longest))
+    tokens = found.documents * longest
+    if found.cost is None:
+        return tokens  # the run will say which document does not fit
+    budget = Budget(tokens, tokens / found.cost.seconds, found.cost.peak)
+    if found.ended != "size":  # else with more documents more might be found
+        _save(key, budget)
+    why = {"speed": "more gain nothing", "memory": "more do not fit", "size": "more are not in a shard"}[found.ended]
+    _say(work, budget, room, f"{found.documents} of the longest, {longest:,} tokens; {why}")
+    return tokens
+
+
+def search(measure: Callable[[int], Cost | None], room: int, most: int = 1 << 20) -> Found:
+    """How many documents a batch should have.
+
+    Args:
+        measure: documents → what a batch of them costs; None where memory was short.
+        room: bytes that a batch may take.
+        most: documents to try at the most.
+
+    Example:
+        >>> search(lambda n: Cost(seconds=0.1 + 0.01 * n, peak=n << 20), room=100 << 20).documents
+        64
+        >>> search(lambda n: Cost(seconds=0.1 * n, peak=n << 20), room=100 << 20).documents
+        1
+    """
+    tried: dict[int, Cost] = {}
+    size, ended = 1, "size"
+    while size <= most:
+        cost = measure(size)
+        if cost is None or (tried and cost.peak > room):
+            ended = "memory"
+            break
+        tried[size] = cost
+        if _steady(tried):
+            ended = "speed"
+            break
+        if _expected(tried) > room:
+            ended = "memory"
+            break
+        size *= 2
+    if not tried:
+        return Found(1, None, "memory")
+    best = max(_speeds(tried).values())
+    chosen = next(size for size, speed in _speeds(tried).items() if speed >= (1 - WITHIN) * best)
+    return Found(chosen, tried[chosen], "speed" if chosen < max(tried) else ended)  # type: ignore[arg-type]
+
+
+def _speeds(tried: dict[int, Cost]) -> dict[int, float]:
+    return {size: size / max(cost.seconds, 1e-9) for size, cost in tried.items()}
+
+
+def _steady(tried: dict[int, Cost]) -> bool:
+    """Whether the last two doublings gained nothing."""
+    speeds = [*_speeds(tried).values()]
+    return len(speeds) > 2 and max(speeds[-2:]) <= (1 + WITHIN) * max(speeds[:-2])
+
+
+def _expected(tried: dict[int, Cost]) -> int:
+    """Bytes of a batch twice as large, on the line through the last two."""
+    *before, last = [cost.peak for cost in tried.values()]
+    return last + 2 * max(0, last - before[-1]) if before else last
+
+
+def _trial(work: Work, manifest: Manifest, longest: int, fits: bool) -> Callable[[int], Cost | None]:
+    """Measures batches of the longest document, through everything that the run computes of a batch.
+
+    Speed is that of the rows. Memory is the most of rows, fitted statistics, and the batch of most documents that the
+    first shard will have at this budget, which has most rows where documents are short.
+    """
+    state, stages = template(work), work.chain.stages
+    rows = work.chain.bind(work.loss, work.params, state)  # a state of zeros, which takes the same work
+    lengths = work.corpus.lengths
+    first = int(np.argmax(lengths))
+    shard = lengths[: manifest.rows_per_shard]
+    steps: list[Callable[[Batch], Any]] = [lambda batch: flat(rows(batch))]
+    if fits:
+        one = work.corpus.batch([first], work.device)
+        steps += [
+            statistics(work.chain.before(at), stage, work.loss, work.params, state[:at], one)
+            for at, stage in enumerate(stages)
+            if stage.fitted
+        ]
+
+    def run(step: Callable[[Batch], Any], documents: Sequence[int]) -> None:
+        step(work.corpus.batch(documents, work.device))
+        if work.device.type == "cuda":
+            torch.cuda.synchronize(work.device)
+
+    def measured(size: int) -> Cost | None:
+        memory.release(work.device)
+        before = memory.in_use(work.device)
+        many = max(plan(shard, size * longest), key=len)
+        try:
+            for step in steps[1:]:
+                run(step, [first] * size)
+            for step in steps if len(many) > size else []:
+                run(step, many)
+            seconds = _timed(lambda: run(steps[0], [first] * size))
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_short(error):
+                raise
+            return None
+        return Cost(seconds, max(0, memory.peak(work.device) - before))
+
+    def measure(size: int) -> Cost | None:
+        if size == 1:  # the first calls of all kernels are slow
+            measured(size)
+        return measured(size)
+
+    return measure
+
+
+def _timed(run: Callable[[], None]) -> float:
+    """Seconds of the fastest of a few runs; one is enough where it takes long."""
+    best, start = math.inf, time.perf_counter()
+    for _ in range(3):
+        begin = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - begin)
+        if time.perf_counter() - start > _STEADY:
+            break
+    return best
+
+
+def _say(work: Work, budget: Budget, room: int, how: str) -> None:
+    if not work.quiet:
+        log.info(
+            "token batch size %s (%s): %s tokens/s, %.2f GiB a batch of the %.1f GiB that it may take",
+            *(f"{budget.tokens:,}", how, f"{budget.speed:,.0f}", budget.peak / 2**30, room / 2**30),
+        )
+
+
+def _key(work: Work, manifest: Manifest, longest: int, fits: bool) -> str:
+    """What a budget belongs to, as a hash."""
+    device = work.device
+    machine = [torch.cuda.get_device_name(device)] if device.type == "cuda" else [platform.machine(), os.cpu_count()]
+    facts = {
+        "model": manifest.model["fingerprint"],
+        "dtype": manifest.model["dtype"],
+        "loss": manifest.loss,
+        "source": getattr(work.chain.source, "name", None),
+        "chain": work.chain.describe(),
+        "fits": fits,
+        "longest": longest,
+        "device": [device.type, *machine, memory.total(device), torch.get_num_threads()],
+        "torch": torch.__version__,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _file() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "funcattrib" / "token_budgets.json"
+
+
+def _load() -> dict[str, Budget]:
+    """What was found before; nothing where the file cannot be read as such."""
+    try:
+        kept = json.loads(_file().read_text(encoding="utf-8"))
+        if kept["version"] != _VERSION:
+            return {}
+        return {key: Budget(int(t), float(s), int(p)) for key, (t, s, p) in kept["budgets"].items() if int(t) > 0}
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # missing, unreadable, damaged, or no home
+
+
+def _save(key: str, budget: Budget) -> None:
+    """Keep a budget for the next run; a file that cannot be written is no matter."""
+    with suppress(OSError, RuntimeError):
+        file = _file()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"version": _VERSION, "budgets": {**_load(), key: budget}}, indent=1)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as part:
+            part.write(text)
+        os.replace(part.name, file)
