@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from funcattrib.compose import Chain, State, lower
 from funcattrib.errors import FuncattribError
+from funcattrib.functional import device_of
 from funcattrib.kernels import register_experts
 from funcattrib.lift import Lowered, lift, unpack, zero_probes
 from funcattrib.per_example import Grads, spec
@@ -41,7 +42,7 @@ def reader(model: nn.Module, names: Mapping[str, Any] | set[str], chain: Chain, 
         ChainError: a chain that does not fit, or one that must be fitted first and comes without a state.
     """
     params = {name: tensor.detach() for name, tensor in model.named_parameters() if name in names}
-    state = chain._state(spec(params), params, state)
+    state = chain.ready(spec(params), device_of(params), state)
     lowered, depth = lower(chain, spec(params), state)
     return Reader(lowered, Chain(None, chain.stages[depth:]), state[depth:])
 

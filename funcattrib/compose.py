@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
+
 from funcattrib.condensed import reader
 from funcattrib.errors import ChainError
 from funcattrib.fitting import fit
-from funcattrib.functional import Loss, Params
+from funcattrib.functional import Loss, Params, device_of
 from funcattrib.lift import Lowered, TwoSided, extend, own
-from funcattrib.per_example import Batch, Grads, Leaf, PerExample, Source, Spec
+from funcattrib.per_example import Batch, Grads, Leaf, PerExample, Source, Spec, spec
 from funcattrib.transform import (
     State,
     Transform,
@@ -55,14 +57,15 @@ class Chain(NamedTuple):
     def bind(self, loss: Loss, params: Params, state: tuple[State, ...] | None = None) -> Callable[[Batch], PerExample]:
         """The chain as a function of the batch alone, lowered once."""
         source = self.started()
-        state = self._state(source.spec(params), params, state)
-        lowered, depth = self.lowered(params, state)
+        named = source.named(params)
+        state = self.ready(spec(named), device_of(named), state)
+        lowered, depth = lower(self, spec(named), state)
         rest, behind = self.stages[depth:], state[depth:]
         if rest and rest[0].condense is not None:
-            arriving = self._walk(source.spec(params))[1][depth]
+            arriving = self._walk(spec(named))[1][depth]
             statistics = rest[0].condense(behind[0], arriving)
             return _Condensed(source, loss, params, lowered, rest, behind, statistics)
-        return partial(_rows, source, loss, params, lowered, rest, behind)
+        return partial(_rows, source.bind(loss, params, lowered), rest, behind)
 
     def __call__(self, loss: Loss, params: Params, batch: Batch, state: tuple[State, ...] | None = None) -> Grads:
         """Transformed per-example gradients, name → (B, *shape)."""
@@ -71,7 +74,8 @@ class Chain(NamedTuple):
     def plain(self, loss: Loss, params: Params, batch: Batch, state: tuple[State, ...] | None = None) -> Grads:
         """The same without lowering: full gradients, then every stage's ``apply``. Slow; the tests' oracle."""
         source = self.started()
-        state = self._state(source.spec(params), params, state)
+        named = source.named(params)
+        state = self.ready(spec(named), device_of(named), state)
         return self.apply(state, source(loss, params, batch))
 
     def apply(self, state: tuple[State, ...], grads: Grads) -> Grads:
@@ -86,8 +90,8 @@ class Chain(NamedTuple):
 
     def lowered(self, params: Params, state: tuple[State, ...] | None = None) -> tuple[Lowered, int]:
         """The longest linear prefix as one map per parameter, and how many stages it covers; see ``lower``."""
-        spec = self.started().spec(params)
-        return lower(self, spec, self._state(spec, params, state))
+        named = self.started().named(params)
+        return lower(self, spec(named), self.ready(spec(named), device_of(named), state))
 
     def before(self, at: int) -> "Chain":
         """The chain up to stage ``at``, which is left out."""
@@ -105,7 +109,12 @@ class Chain(NamedTuple):
             )
         return self.source
 
-    def _state(self, spec: Spec, params: Params, state: tuple[State, ...] | None) -> tuple[State, ...]:
+    def ready(self, spec: Spec, device: torch.device, state: tuple[State, ...] | None = None) -> tuple[State, ...]:
+        """``state``, or the one that needs no fitting, on a device.
+
+        Raises:
+            ChainError: no state for a chain that must be fitted, or another chain's.
+        """
         if state is None:
             if unfitted := [stage.name for stage in self.stages if stage.fitted]:
                 raise ChainError(
@@ -116,7 +125,6 @@ class Chain(NamedTuple):
             raise ChainError(
                 f"expected a state of {len(self.stages)} stages, found {len(state)}; the state fits another chain"
             )
-        device = next(iter(params.values())).device
         return map_tensors(lambda tensor: tensor.to(device), state)
 
     def _walk(self, spec: Spec) -> tuple[tuple[State, ...], list[Spec]]:
@@ -184,23 +192,28 @@ def lower(chain: Chain, spec: Spec, state: tuple[State, ...]) -> tuple[Lowered, 
     _, specs = chain._walk(spec)
     depth = 0
     for stage, own_state, given in zip(chain.stages, state, specs, strict=False):
-        further = None if stage.lower is None else extend(maps, stage.lower(own_state, given))
+        further = None if stage.lower is None else extend(maps, _lowered(stage, own_state, given))
         if further is None:
             break
         maps, depth = further, depth + 1
     return {name: how._replace(reading=how.reading.to(spec[name].dtype)) for name, how in maps.items()}, depth
 
 
+def _lowered(stage: Transform, state: State, spec: Spec) -> Lowered:
+    assert stage.lower is not None
+    try:
+        return stage.lower(state, spec)
+    except KeyError as error:  # states are dicts by parameter
+        name = error.args[0] if error.args[0] in spec else "one of them"
+        raise ChainError(
+            f"expected a state of {stage.name} for these {len(spec)} leaves, found none for {name}; fit it on them"
+        ) from error
+
+
 def _rows(
-    source: Source,
-    loss: Loss,
-    params: Params,
-    lowered: Lowered,
-    rest: tuple[Transform, ...],
-    state: tuple[State, ...],
-    batch: Batch,
+    read: Callable[[Batch], PerExample], rest: tuple[Transform, ...], state: tuple[State, ...], batch: Batch
 ) -> PerExample:
-    result = source.rows(loss, params, batch, lowered)
+    result = read(batch)
     grads = Chain(None, rest).apply(state, result.grads)
     return PerExample(grads, result.losses)
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 from funcattrib.functional import Loss, Params
 from funcattrib.lift import Lowered, extend
-from funcattrib.lift.uses import single_use
 from funcattrib.per_example import Batch, PerExample, Source
 
 
@@ -24,15 +23,13 @@ def reader(
         batch: any batch: its first example shows which weights are used once.
     """
     behind = extend(maps, statistics)
-    inside: set[str] = set()
-    if behind is not None and source.name.startswith("torch"):
-        whole = {name for name in maps if len(params[name].shape) > 1}
-        inside = single_use(loss, params, whole, {key: value[0] for key, value in batch.items()}) if whole else whole
+    inside = set() if behind is None else source.measurable(loss, params, maps, batch)
     joined = {name: behind[name] if behind and name in inside else how for name, how in maps.items()}
     finished = {leaf for name in inside for leaf in maps[name].leaves}
+    rows = source.bind(loss, params, joined)
 
     def read(batch: Batch) -> PerExample:
-        result = source.rows(loss, params, batch, joined)
+        result = rows(batch)
         grads = {
             leaf: grad if leaf in finished else statistics[leaf].reading.of_gradient(grad)
             for leaf, grad in result.grads.items()

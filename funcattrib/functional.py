@@ -23,6 +23,11 @@ Loss = Callable[[Params, Example], Tensor]
 """``loss(params, example) -> scalar``, for one example without a batch axis."""
 
 
+def device_of(params: Params) -> torch.device:
+    """Where the parameters are."""
+    return next(iter(params.values())).device
+
+
 class Functional(NamedTuple):
     """A module taken apart.
 

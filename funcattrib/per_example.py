@@ -4,15 +4,18 @@ plain     g_b      = ∂ loss(W, example_b) / ∂W                    (B, *shape
 lifted    C(g_b)   = ∂ loss(W + C*(θ), example_b) / ∂θ at θ = 0    (B, *coordinates)
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
+from funcattrib.errors import FuncattribError
 from funcattrib.functional import Example, Loss, Params
 from funcattrib.lift import Lowered, lift, unpack, zero_probes
+from funcattrib.lift.uses import single_use
 
 Batch = Example
 Grads = dict[str, Tensor]
@@ -30,6 +33,7 @@ class Leaf(NamedTuple):
 
 
 Spec = dict[str, Leaf]
+_OTHERS = "\nof JAX, begin the chain at funcattrib.interop.jax.per_example_grad"
 
 
 class PerExample(NamedTuple):
@@ -42,19 +46,33 @@ class PerExample(NamedTuple):
 class Source(NamedTuple):
     """Where a chain's gradients come from: the functions a framework supplies.
 
+    A framework has parameters, losses and batches of its own; gradients and losses that come out are torch's.
+
     Attributes:
-        name: goes into the manifest.
-        spec: parameters → the gradients' names, shapes and dtypes.
-        rows: (loss, params, batch, lowered maps or None) → gradients and losses of a batch.
+        name: of the framework, for messages.
+        bind: (loss, params, lowered maps or None) → gradients and losses as a function of the batch.
+        named: parameters as the framework has them → name → tensor, in the order of the gradients; nothing is copied.
+        measurable: (loss, params, names, batch) → those of the names whose gradients a reading that is not linear may
+            be given for: it is read once, off the whole gradient.
     """
 
     name: str
-    spec: Callable[[Params], Spec]
-    rows: Callable[[Loss, Params, Batch, Lowered | None], PerExample]
+    bind: Callable[[Loss, Params, Lowered | None], Callable[[Batch], PerExample]]
+    named: Callable[[Any], Params]
+    measurable: Callable[[Loss, Params, Iterable[str], Batch], set[str]]
+
+    def spec(self, params: Params) -> Spec:
+        """The gradients' names, shapes and dtypes."""
+        return spec(self.named(params))
 
     def __call__(self, loss: Loss, params: Params, batch: Batch) -> Grads:
         """Gradients of every parameter for every example of ``batch``, (B, *shape) each."""
-        return self.rows(loss, params, batch, None).grads
+        return self.bind(loss, params, None)(batch).grads
+
+
+def bind(loss: Loss, params: Params, lowered: Lowered | None) -> Callable[[Batch], PerExample]:
+    """``rows`` as a function of the batch."""
+    return partial(rows, loss, params, lowered=lowered)
 
 
 def rows(loss: Loss, params: Params, batch: Batch, lowered: Lowered | None = None) -> PerExample:
@@ -98,7 +116,29 @@ def spec(params: Params) -> Spec:
     return {name: Leaf(tuple(tensor.shape), tensor.dtype) for name, tensor in params.items()}
 
 
-per_example_grad = Source("torch", spec, rows)
+def named(params: Params) -> Params:
+    """Parameters are name → tensor already.
+
+    Raises:
+        FuncattribError: they are something else, or none.
+    """
+    if not isinstance(params, Mapping) or not params:
+        found = "none" if isinstance(params, Mapping) else f"a {type(params).__name__}"
+        raise FuncattribError(f"expected parameters as a dict of name → tensor, found {found}{_OTHERS}")
+    for name, tensor in params.items():
+        if not isinstance(tensor, Tensor):
+            found = f"{type(tensor).__module__.partition('.')[0]}'s {type(tensor).__name__}"
+            raise FuncattribError(f"expected the parameter {name} as a tensor, found {found}{_OTHERS}")
+    return params
+
+
+def measurable(loss: Loss, params: Params, names: Iterable[str], batch: Batch) -> set[str]:
+    """The matrices that one tapped operation alone uses; a forward pass over the batch's first example shows."""
+    whole = {name for name in names if len(params[name].shape) > 1}
+    return single_use(loss, params, whole, {key: value[0] for key, value in batch.items()}) if whole else whole
+
+
+per_example_grad = Source("torch", bind, named, measurable)
 """``per_example_grad(loss, params, batch)``: ``vmap(grad(loss))``, the first link of a chain.
 
 Example:

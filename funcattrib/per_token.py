@@ -13,6 +13,9 @@ A weight that is used at every position has G_b = Σ_t rows_bt colsᵀ_bt, and i
 tokens; what is linear still adds up to the example's gradient.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from funcattrib import per_example
@@ -20,7 +23,7 @@ from funcattrib.errors import FuncattribError
 from funcattrib.functional import Loss, Params
 from funcattrib.lift import Lowered, Lowering, TwoSided, own, unpack
 from funcattrib.lift.per_token import PerToken
-from funcattrib.per_example import Batch, PerExample, Source, spec
+from funcattrib.per_example import Batch, PerExample, Source, measurable, named
 
 
 def rows(loss: Loss, params: Params, batch: Batch, lowered: Lowered | None = None) -> PerExample:
@@ -50,7 +53,12 @@ def rows(loss: Loss, params: Params, batch: Batch, lowered: Lowered | None = Non
     return PerExample(unpack(lowered, flat), torch.repeat_interleave(whole.losses, tokens))
 
 
-per_token_grad = Source("torch per token", spec, rows)
+def bind(loss: Loss, params: Params, lowered: Lowered | None) -> Callable[[Batch], PerExample]:
+    """``rows`` as a function of the batch."""
+    return partial(rows, loss, params, lowered=lowered)
+
+
+per_token_grad = Source("torch per token", bind, named, measurable)
 """``per_token_grad(loss, params, batch)``: rows (example, token), in the place of ``per_example_grad``.
 
 Example:

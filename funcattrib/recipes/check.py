@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from funcattrib.compose import compose
 from funcattrib.errors import FuncattribError
+from funcattrib.functional import device_of
 from funcattrib.loading import context_length, vocabulary
 from funcattrib.losses import causal_lm_loss
 from funcattrib.per_example import per_example_grad
@@ -81,7 +82,7 @@ def check_model(
     loss, params = causal_lm_loss(model, modules=modules)
     chain = compose(per_example_grad, project(projection_dim)) if projection_dim else compose(per_example_grad)
     compute = chain.bind(loss, params)
-    device = next(iter(params.values())).device
+    device = device_of(params)
     batch = _random_batch(lengths, vocabulary(model) or 100)
 
     def rows(chosen: list[int], longest: int) -> Tensor:

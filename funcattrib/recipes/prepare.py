@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from funcattrib import tree
+from funcattrib import per_example, tree
 from funcattrib.compose import Chain, State
 from funcattrib.data import Columns, load
 from funcattrib.distributed import world
@@ -30,7 +30,9 @@ from funcattrib.store import GradientStore, Manifest, StoreWriter, lay_out, open
 log = logging.getLogger(__name__)
 
 Model: TypeAlias = nn.Module | str | tuple[Loss, Params]
-"""A causal language model, its hub id or folder, or a loss of one's own with the parameters to attribute."""
+"""A causal language model, its hub id or folder, or a loss of one's own with the parameters to attribute.
+
+Parameters are name → tensor, or what the chain's source takes (a JAX pytree)."""
 
 _SHARD_ROWS = 1024
 _SHARD_BYTES = 256 << 20
@@ -88,10 +90,12 @@ def prepare(
     """
     reference = _reference(model, source)
     loss, params, module, identity, corpus = (
-        _own_loss(model, source) if isinstance(model, tuple) else _language_model(model, source, gradients, reference)
+        _own_loss(model, source, per_example_grad if chain is None else chain.started())
+        if isinstance(model, tuple)
+        else _language_model(model, source, gradients, reference)
     )
     chain = chain or chain_of(gradients, module)
-    first, spec = chain.init(per_example_grad.spec(params))
+    first, spec = chain.init(chain.started().spec(params))
     leaves = lay_out({name: leaf.shape for name, leaf in spec.items()})
     rows_per_shard = gradients.rows_per_shard or shard_rows(leaves[-1].stop)
     budget = 0 if gradients.token_batch_size == "auto" else gradients.token_batch_size
@@ -241,21 +245,20 @@ def _reference(model: Model, source: Source) -> nn.Module | None:
     return load_model(source.reference_model, device=str(weight.device), precision=precision).model
 
 
-def _own_loss(model: tuple[Loss, Params], source: Source) -> _Parts:
+def _own_loss(model: tuple[Loss, Params], source: Source, gradients: per_example.Source) -> _Parts:
     loss, params = model
     if source.own_loss is not None or source.reference_model is not None:
         raise FuncattribError(
             "expected a model for a loss or a reference of one's own, found (loss, params); give either"
         )
-    if not callable(loss) or not params:
-        raise FuncattribError(
-            "expected a loss function and a dict of parameters, found something else or no parameters"
-        )
+    if not callable(loss):
+        raise FuncattribError(f"expected a loss function and its parameters, found {type(loss).__name__} for the loss")
+    tensors = gradients.named(params)
     records = load(source.data, source.split, subset=source.subset) if isinstance(source.data, str) else source.data
     name = source.model_name or getattr(loss, "__qualname__", type(loss).__name__)
-    dtype = str(next(iter(params.values())).dtype).removeprefix("torch.")
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     identity = {"id": name, "revision": None, "architecture": "own loss", "dtype": dtype}
-    return loss, params, params, {**identity, "fingerprint": fingerprint(params)}, Examples(records)
+    return loss, params, params, {**identity, "fingerprint": fingerprint(tensors)}, Examples(records)
 
 
 def _fitted_on(chain: Chain, first: State, gradients: GradientConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from funcattrib.data import Columns
 from funcattrib.distributed import world
 from funcattrib.errors import FuncattribError
 from funcattrib.loading import load_model
-from funcattrib.per_example import Batch, PerExample, per_example_grad
+from funcattrib.per_example import Batch, PerExample
 from funcattrib.progress import Progress
 from funcattrib.recipes.budget import with_budget
 from funcattrib.recipes.chains import chain_of
@@ -152,7 +152,7 @@ def _compute(
 
 def ending_in(work: Work, fitted: State, last: Sequence[Transform]) -> tuple[Work, State]:
     """The work with stages behind its chain that score what comes out of it, and the longer chain's state."""
-    arriving = work.chain.init(per_example_grad.spec(work.params))[1]
+    arriving = work.chain.init(work.chain.started().spec(work.params))[1]
     return work._replace(chain=compose(work.chain, *last)), (*fitted, *compose(*last).init(arriving)[0])
 
 
@@ -232,7 +232,7 @@ def query_rows(stores: Sequence[GradientStore], unit_norm: bool) -> tuple[Tensor
 
 
 def _spec(prepared: Prepared, last: Sequence[Transform]) -> Mapping[str, Any]:
-    arriving = prepared.work.chain.init(per_example_grad.spec(prepared.work.params))[1]
+    arriving = prepared.work.chain.init(prepared.work.chain.started().spec(prepared.work.params))[1]
     return compose(*last).init(arriving)[1]
 
 

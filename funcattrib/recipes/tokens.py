@@ -16,7 +16,7 @@ from funcattrib.compose import State
 from funcattrib.data import plan
 from funcattrib.errors import FuncattribError
 from funcattrib.memory import trim
-from funcattrib.per_example import Batch, PerExample
+from funcattrib.per_example import Batch, PerExample, per_example_grad
 from funcattrib.per_token import per_token_grad
 from funcattrib.recipes.documents import Documents
 from funcattrib.recipes.work import Work, flat, progress
@@ -30,8 +30,11 @@ def by_token(manifest: Manifest, work: Work, rows_per_shard: int) -> Manifest:
     """The manifest of a run with a row a token.
 
     Raises:
-        FuncattribError: a chain with stages that are not linear, whose parts would not add up.
+        FuncattribError: a chain with stages that are not linear, whose parts would not add up, or gradients that are
+            not torch's.
     """
+    if (source := work.chain.started()) not in (per_example_grad, per_token_grad):
+        raise FuncattribError(f"expected torch's gradients with granularity token, found those of {source.name}")
     if any(stage.lower is None and stage.name not in ("precondition", "nearest") for stage in work.chain.stages):
         name = next(stage.name for stage in work.chain.stages if stage.lower is None)
         raise FuncattribError(f"expected stages whose parts add up with granularity token, found {name}; leave it out")

@@ -18,9 +18,9 @@ from funcattrib.compose import Chain, State
 from funcattrib.data import plan
 from funcattrib.distributed import ALONE, World
 from funcattrib.fitting import passes
-from funcattrib.functional import Loss, Params
+from funcattrib.functional import Loss, Params, device_of
 from funcattrib.memory import trim
-from funcattrib.per_example import Batch, PerExample, per_example_grad
+from funcattrib.per_example import Batch, PerExample
 from funcattrib.progress import Progress
 from funcattrib.recipes.pieces import Pieces
 from funcattrib.store import StoreWriter
@@ -71,12 +71,12 @@ class Work(NamedTuple):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return next(iter(self.params.values())).device
+        return device_of(self.chain.started().named(self.params))
 
 
 def template(work: Work) -> State:
     """The chain's state before fitting: the shapes that a saved state must have."""
-    return work.chain.init(per_example_grad.spec(work.params))[0]
+    return work.chain.init(work.chain.started().spec(work.params))[0]
 
 
 def fit_state(work: Work, most: int, writer: StoreWriter) -> State:
