@@ -218,9 +218,9 @@ def _times(rows: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _blocks(names: Iterable[str], groups: Groups) -> dict[str, list[str]]:
-    """Block → its leaves, in order."""
+    """Block → its leaves, sorted: a state then fits the same leaves in any order, such as JAX's."""
     if isinstance(groups, str):
-        return {name: [name] for name in names} if groups == "parameter" else {"all": list(names)}
+        return {name: [name] for name in names} if groups == "parameter" else {"all": sorted(names)}
     blocks: dict[str, list[str]] = {group: [] for group in groups}
     for name in names:
         owners = [group for group, globs in groups.items() if any(fnmatch.fnmatchcase(name, glob) for glob in globs)]
@@ -228,7 +228,7 @@ def _blocks(names: Iterable[str], groups: Groups) -> dict[str, list[str]]:
             both = f"{owners[0]} and {owners[1]}" if owners else f"the group {name}, which its globs leave out"
             raise ChainError(f"needs groups that do not overlap; {name} belongs to {both}")
         blocks.setdefault(owners[0] if owners else name, []).append(name)
-    return blocks
+    return {block: sorted(leaves) for block, leaves in blocks.items()}
 
 
 def _plain(groups: Groups) -> Groups:
