@@ -33,9 +33,14 @@ def flatten(tree: Any) -> dict[str, Tensor]:
     return dict(leaves(tree))
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     """The same tree with ``function`` applied to every tensor."""
-    return _rebuild(tree, (), lambda _, tensor: function(tensor))
+    return map_leaves(function, tree, Tensor)
+
+
+def map_leaves(function: Callable[[Any], Any], tree: Any, kind: type) -> Any:
+    """The same tree with ``function`` applied to every leaf of a kind; others stay as they are."""
+    return _rebuild(tree, (), lambda _, leaf: function(leaf), kind)
 
 
 def restore(template: Any, flat: dict[str, Tensor]) -> Any:
@@ -68,10 +73,10 @@ def _children(tree: Any) -> list[tuple[str, Any]]:
     return []
 
 
-def _rebuild(tree: Any, path: tuple[str, ...], leaf: Callable[[str, Tensor], Tensor]) -> Any:
-    if isinstance(tree, Tensor):
+def _rebuild(tree: Any, path: tuple[str, ...], leaf: Callable[[str, Any], Any], kind: type = Tensor) -> Any:
+    if isinstance(tree, kind):
         return leaf(SEPARATOR.join(path), tree)
-    rebuilt = [_rebuild(child, (*path, key), leaf) for key, child in _children(tree)]
+    rebuilt = [_rebuild(child, (*path, key), leaf, kind) for key, child in _children(tree)]
     if isinstance(tree, dict):
         return dict(zip(tree.keys(), rebuilt, strict=True))
     if isinstance(tree, tuple):

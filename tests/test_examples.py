@@ -16,6 +16,7 @@ FIGURES = {
     "digits": ("mislabelled images among the 100 first", 0.75),
     "grpo_rewards": ("prompts with a fooled grader among the 10 first", 0.8),
     "heads": ("heads found of those that are heard", 1.0),
+    "jax_flax": ("queries whose twin is among the 3 first", 0.8),
     "less_selection": ("selected documents of the task", 0.8),
     "poison_training": ("precision at 24", 0.8),
     "quickstart": ("documents found that state the asked fact", 0.8),
@@ -26,6 +27,8 @@ FIGURES = {
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example(example, tmp_path) -> None:
     assert len(example.read_text(encoding="utf-8").splitlines()) < 80
+    if "jax" in example.stem:
+        pytest.importorskip("flax", reason="flax is not installed; it comes with the dev extra")
     what, least = FIGURES[example.stem]
     done = subprocess.run(
         [sys.executable, example],

@@ -190,6 +190,18 @@ def test_a_lowered_chain_is_the_plain_chain(name) -> None:
     assert errors.max() < 1e-3
 
 
+@pytest.mark.parametrize("groups", GROUPS)
+def test_a_state_serves_the_same_leaves_in_another_order(groups) -> None:
+    stage, values = precondition(groups=chosen(groups)), rows(40)
+    turned = dict(reversed(values.items()))
+    state = laws.fitted(stage, [values], DOUBLE)
+    expected = stage.apply(state, values)
+    for other in (state, laws.fitted(stage, [turned], dict(reversed(DOUBLE.items())))):
+        found = stage.apply(other, turned)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
+
+
 def test_fit_does_not_depend_on_the_batches() -> None:
     loss, params = model()
     whole = cases.batch((9, 5, 12, 2, 7, 11, 3, 8, 4, 6, 10, 5, 9, 3))
