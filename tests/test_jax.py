@@ -1,5 +1,6 @@
 """Per-example gradients of JAX losses, as the source of a chain."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from funcattrib.interop.jax import chunked, lifted_dense, per_example, per_examp
 from funcattrib.interop.jax.hand_over import to_jax, to_torch
 from funcattrib.interop.jax.named import take_apart, tensors_of
 from funcattrib.per_example import Grads
+from funcattrib.recipes.explain import explained
 from tests import jax_nets as nets
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -356,6 +358,35 @@ def test_kernels_used_in_other_ways_are_right_all_the_same(loss) -> None:
     close(chain(loss, params, batch), expected)
 
 
+def test_a_kernel_that_is_converted_on_the_way_is_told() -> None:
+    def loss(params, example):
+        return lifted_dense(example, jnp.asarray(params["w"])).sum()
+
+    params, batch = {"w": jnp.ones((5, 6))}, jnp.ones((3, 5))
+    assert per_example_grad(loss, params, batch)["w"].shape == (3, 5, 6)
+    with pytest.raises(FuncattribError, match=r"shape \(5, 6\) to be passed to lifted_dense as it is"):
+        fa.compose(per_example_grad, fa.project(2))(loss, params, batch)
+
+
+def test_a_loss_is_compiled_once_for_each_shape() -> None:
+    traces = 0
+
+    def loss(params, example):
+        nonlocal traces
+        traces += 1
+        return jnp.square(params["e"][example["ids"]]).sum()
+
+    params, ids = {"e": jax.random.normal(jax.random.key(0), (10, 4))}, torch.tensor([[1, 2], [2, 2], [0, 9]])
+    chain = fa.compose(per_example_grad, fa.project(2))
+    first = chain(loss, params, {"ids": ids})
+    once = traces
+    again = chain(loss, jax.tree.map(lambda leaf: leaf * 2, params), {"ids": ids})
+    assert traces == once
+    close(again, {name: 2 * grad for name, grad in first.items()})
+    chain(loss, params, {"ids": ids[:2]})
+    assert traces == 2 * once
+
+
 def test_a_parameter_that_is_not_used_has_zeros() -> None:
     params = {"w": jnp.ones((5, 6)), "unused": jnp.ones((5, 6))}
     chain = fa.compose(per_example_grad, fa.project(2))
@@ -445,6 +476,11 @@ def test_inside_jit_it_says_so() -> None:
         jax.jit(lambda params: per_example_grad(square, params, BATCH)["w"])({"w": jnp.ones(3)})
 
 
+def test_too_little_memory_is_explained_as_torchs_is() -> None:
+    with pytest.raises(FuncattribError, match="expected memory for a batch"), explained():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.")
+
+
 def test_no_chunk() -> None:
     with pytest.raises(FuncattribError, match="at least 1 example, found 0"):
         chunked(0)
@@ -487,8 +523,6 @@ def test_results_stay_on_the_device_and_several_devices_are_refused() -> None:
 
 TORCH_PATH = """
 import sys, tempfile, torch, funcattrib as fa
-for name in fa.__all__:
-    getattr(fa, name)
 loss = lambda params, example: torch.nn.functional.linear(example["x"], params["w"]).square().sum()
 chain = fa.compose(fa.per_example_grad, fa.project(2), fa.adafactor_norm)
 records = [{"x": [float(i), 1.0, 2.0]} for i in range(4)]
@@ -499,9 +533,19 @@ print(sorted({"jax", "jaxlib", "flax", "equinox", "optax"} & set(sys.modules)))
 """
 
 
-def test_nothing_imports_jax_otherwise() -> None:
+def test_the_path_of_torch_leaves_jax_out() -> None:
     ran = subprocess.run([sys.executable, "-c", TORCH_PATH], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (ran.stdout, ran.returncode) == ("[]\n", 0), ran.stderr
+
+
+def test_nothing_else_imports_it() -> None:
+    """Of the library's own modules; what it depends on is seen above."""
+    own = ROOT / "funcattrib" / "interop"
+    for file in (ROOT / "funcattrib").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())) if own not in file.parents else ():
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.split(".")[0] == "jax" or "interop" in name], file
 
 
 def test_without_jax_the_import_says_what_to_install() -> None:

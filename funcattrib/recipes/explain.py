@@ -26,7 +26,7 @@ def explained() -> Iterator[None]:
                 "expected a model that is deterministic in eval mode, found one that draws random numbers (dropout, "
                 "noise)\nmake the same input give the same output; `funcattrib check` tries it"
             ) from error
-        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+        if "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
             raise FuncattribError(
                 f"expected memory for a batch, found too little: {str(error).splitlines()[0][:120]}\n"
                 "use a smaller --token-batch-size, or --projection-dim; what is finished is kept"

@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from funcattrib.errors import FuncattribError
+
 Side = jax.Array | None
 """A linear map along one axis: None (identity), a vector (diagonal) or a matrix."""
 
@@ -44,6 +46,12 @@ class Lifted:
     def dtype(self) -> Any:
         """The kernel's."""
         return self.kernel.dtype
+
+    def __jax_array__(self) -> jax.Array:
+        raise FuncattribError(
+            f"expected a kernel of shape {self.shape} to be passed to lifted_dense as it is, found that it is "
+            "converted first\nleave out jnp.asarray and the like around it"
+        )
 
     def __getitem__(self, key: Any) -> "Lifted":
         assert key is Ellipsis, "uses must have excluded a kernel that is used otherwise"
