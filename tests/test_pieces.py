@@ -32,15 +32,20 @@ class Short:
         self.done: list[tuple[int, ...]] = []
 
     def source(self) -> Source:
-        def rows(loss, params, batch, lowered=None):
-            shape = tuple(batch["input_ids"].shape)
-            if shape[0] * shape[1] > self.most:
-                self.failed.append(shape)
-                raise self.error
-            self.done.append(shape)
-            return self.within.rows(loss, params, batch, lowered)
+        def bind(loss, params, lowered):
+            rows = self.within.bind(loss, params, lowered)
 
-        return self.within._replace(rows=rows)
+            def counted(batch):
+                shape = tuple(batch["input_ids"].shape)
+                if shape[0] * shape[1] > self.most:
+                    self.failed.append(shape)
+                    raise self.error
+                self.done.append(shape)
+                return rows(batch)
+
+            return counted
+
+        return self.within._replace(bind=bind)
 
 
 def build(path: Path, *stages, source: Source = fa.per_example_grad, recipe=fa.collect_gradients, **settings):
