@@ -26,6 +26,17 @@ def adam_state(path: str | Path, model: nn.Module | Mapping[str, Tensor]) -> dic
         FuncattribError: no such file, not Adam's state, or one that does not fit the model.
 
     Reference: Adam, arXiv 1412.6980.
+
+    Example:
+        >>> import tempfile, torch
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(optimizer.state_dict(), f"{folder}/optimizer.pt")
+        ...     adam_state(folder, model)["weight"].step
+        1.0
     """
     found = {}
     for name, (state, group) in saved_states(path, model).items():

@@ -33,7 +33,26 @@ from funcattrib.tree import map_tensors
 
 
 class Chain(NamedTuple):
-    """A source and its transforms; without a source, a chain of transforms to compose further."""
+    """A source and its transforms; without a source, a chain of transforms to compose further.
+
+    Attributes:
+        source: where the gradients come from; None of a chain to compose further.
+        stages: the transforms, in order.
+
+    Example:
+        >>> import torch
+        >>> from funcattrib.per_example import per_example_grad
+        >>> from funcattrib.transforms import adafactor_norm
+        >>> loss = lambda params, example: (params["w"] @ example["x"]).square().sum()
+        >>> params = {"w": torch.ones(2, 3)}
+        >>> batch = {"x": torch.tensor([[1.0, 2.0, 3.0], [1.0, 0.0, 0.0]])}
+        >>> chain = compose(per_example_grad, adafactor_norm)
+        >>> state = chain.fit(loss, params, [batch])
+        >>> chain(loss, params, batch, state)["w"].shape
+        torch.Size([2, 2, 3])
+        >>> chain.describe()
+        [{'name': 'adafactor_norm', 'eps': 1e-30}]
+    """
 
     source: Source | None
     stages: tuple[Transform, ...]

@@ -5,7 +5,16 @@ The command line prints them without a traceback and ends with exit code 2; any 
 
 
 class FuncattribError(Exception):
-    """An error for the reader: expected, found, what to do (one or two lines)."""
+    """An error for the reader: expected, found, what to do (one or two lines).
+
+    Example:
+        >>> from funcattrib.transforms import project
+        >>> try:
+        ...     project(0)
+        ... except FuncattribError as error:
+        ...     print(error)
+        expected a projection dimension of at least 1, found 0
+    """
 
 
 class DataError(FuncattribError):

@@ -67,6 +67,15 @@ def causal_lm_loss(
             another vocabulary.
 
     Reference: TRAK's margin, arXiv 2303.14186.
+
+    Example:
+        >>> from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+        >>> size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        >>> model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=10, max_position_embeddings=8, **size))
+        >>> loss, params = causal_lm_loss(model)
+        >>> ids = torch.tensor([1, 2, 3])
+        >>> loss(params, {"input_ids": ids, "labels": ids}).shape, len(params)
+        (torch.Size([]), 4)
     """
     for value, allowed in ((reduction, get_args(Reduction)), (kind, get_args(Kind))):
         if value not in allowed:

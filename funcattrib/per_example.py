@@ -19,12 +19,17 @@ from funcattrib.lift.uses import single_use
 
 Batch = Example
 Grads = dict[str, Tensor]
+"""Name of a leaf → (B, *shape), one gradient an example, in the parameters' order."""
 
 
 class Leaf(NamedTuple):
     """Shape (without the example axis) and dtype of one entry of ``Grads``.
 
     ``split`` is the axis along which a parameter was divided into leaves (heads); its other axes are common to them.
+
+    Example:
+        >>> Leaf((16, 16), torch.float32).shape
+        (16, 16)
     """
 
     shape: tuple[int, ...]
@@ -33,6 +38,8 @@ class Leaf(NamedTuple):
 
 
 Spec = dict[str, Leaf]
+"""Name of a leaf → its shape and dtype, in the parameters' order: what a stage is told of the gradients to come."""
+
 _OTHERS = "\nof JAX, begin the chain at funcattrib.interop.jax.per_example_grad"
 
 

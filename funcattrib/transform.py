@@ -45,6 +45,13 @@ class Transform(NamedTuple):
         precedes: names of stages that this one can only stand before; ``compose`` moves it before the first of them.
         condense: a reading, linear or not, of each incoming leaf by itself, from which alone ``apply`` works: it then
             receives those in place of gradients, which are never held together.
+
+    Example:
+        >>> import torch
+        >>> double = Transform("double", apply=lambda state, grads: {name: 2 * grad for name, grad in grads.items()})
+        >>> state, _ = double.init({})
+        >>> double.apply(state, {"w": torch.ones(1, 2)}), double.fitted
+        ({'w': tensor([[2., 2.]])}, False)
     """
 
     name: str

@@ -27,6 +27,7 @@ class Lowering(NamedTuple):
 
 
 Lowered = Mapping[str, Lowering]
+"""Parameter → how it is read; those left out are not differentiated."""
 Params = Mapping[str, Tensor]
 
 

@@ -77,6 +77,16 @@ class Attributor:
 
     Raises:
         FuncattribError: no store; a model, chain or state other than the store's.
+
+    Example:
+        >>> import tempfile
+        >>> from funcattrib.recipes.collect import collect_gradients
+        >>> loss = lambda params, example: (params["w"] * example["x"]).sum() ** 2
+        >>> data = [{"x": [1.0, 0.0]}, {"x": [0.0, 1.0]}, {"x": [1.0, 1.0]}]
+        >>> with tempfile.TemporaryDirectory() as run:
+        ...     store = collect_gradients((loss, {"w": torch.ones(2)}), data, path=run, quiet=True)
+        ...     Attributor(run, unit_norm=True).search({"w": torch.tensor([[3.0, 0.0]])}, k=2).rows
+        tensor([[0, 2]])
     """
 
     def __init__(

@@ -46,6 +46,10 @@ class FaissConfig:
         device: "cpu", or "cuda" (or "cuda:1"): there the index is trained, filled and searched on the GPU, if FAISS
             was built for GPUs and has the index there; it is cached in its CPU form.
         seed: of the training sample.
+
+    Example:
+        >>> FaissConfig("IVF1,SQfp16", mmap_index=True).nprobe
+        16
     """
 
     index_factory: str = "Flat"

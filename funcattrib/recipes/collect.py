@@ -104,6 +104,24 @@ def fit_gradients(
     The state is kept after every pass over the data; the same call goes on with the pass that was interrupted.
 
     Arguments and errors are those of ``collect_gradients``, whose ``state`` takes the folder.
+
+    Returns:
+        The open store; its ``state()`` is the chain's.
+
+    Raises:
+        FuncattribError: bad input of any kind; what is finished is kept.
+
+    Example:
+        >>> import tempfile, torch
+        >>> loss = lambda params, example: (params["w"] @ example["x"]).sum() ** 2
+        >>> model, data = (loss, {"w": torch.ones(2, 3)}), [{"x": [1.0, 2.0, 3.0]}]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     fitted = fit_gradients(model, data, path=f"{folder}/fit", normalizer="adafactor", quiet=True)
+        ...     built = collect_gradients(
+        ...         model, data, path=f"{folder}/run", normalizer="adafactor", state=fitted.path, quiet=True
+        ...     )
+        ...     len(fitted), len(built)
+        (0, 1)
     """
     source, gradients = split_settings(data, settings)
     prepared = with_budget(prepare(model, source, gradients, chain, None), path, overwrite=overwrite)

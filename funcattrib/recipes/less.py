@@ -89,6 +89,28 @@ def less(
 
     Raises:
         FuncattribError: bad input of any kind; what is finished is kept.
+
+    Reference: LESS, arXiv 2402.04333.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+        >>> size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        >>> _ = torch.manual_seed(0)
+        >>> model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=10, max_position_embeddings=8, **size))
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> model(input_ids=ids, labels=ids).loss.backward()
+        >>> optimizer.step()
+        >>> data = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6]}]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(f"{folder}/checkpoint-1")
+        ...     torch.save(optimizer.state_dict(), f"{folder}/checkpoint-1/optimizer.pt")
+        ...     scores = less(
+        ...         [f"{folder}/checkpoint-1"], data, data[:1], path=f"{folder}/out", rates=[1.0], quiet=True
+        ...     )
+        ...     scores.topk(1).rows
+        tensor([[0]])
     """
     path, folders = Path(path), [Path(checkpoint).expanduser() for checkpoint in checkpoints]
     _check_asked(folders, fraction, score, subtask_column)

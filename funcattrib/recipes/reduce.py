@@ -52,10 +52,19 @@ def reduce_gradients(
     Args:
         model, data, chain, state, settings: as in ``collect_gradients``.
         path: the folder of the store, which ``score_gradients`` takes as queries.
+        method: ``mean`` or ``sum``.
         unit_normalize: scale each gradient to unit length, all leaves together, before it is added.
 
     Raises:
         FuncattribError: bad input of any kind; no document with a finite gradient.
+
+    Example:
+        >>> import tempfile
+        >>> loss = lambda params, example: (params["w"] * example["x"]).sum() ** 2
+        >>> data = [{"x": [1.0, 0.0]}, {"x": [0.0, 2.0]}]
+        >>> with tempfile.TemporaryDirectory() as run:
+        ...     reduce_gradients((loss, {"w": torch.ones(2)}), data, path=run, quiet=True).matrix()[:]
+        array([[1., 4.]], dtype=float32)
     """
     source, gradients = split_settings(data, settings)
     prepared = with_budget(prepare(model, source, gradients, chain, state), path, overwrite=overwrite)

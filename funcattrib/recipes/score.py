@@ -78,6 +78,14 @@ def score_gradients(
 
     Raises:
         FuncattribError: bad input of any kind; queries of another model, chain or state, or that are not finite.
+
+    Example:
+        >>> import tempfile
+        >>> loss = lambda params, example: (params["w"] * example["x"]).sum() ** 2
+        >>> model, data = (loss, {"w": torch.ones(2)}), [{"x": [1.0, 0.0]}, {"x": [1.0, 2.0]}]
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     score_gradients(model, data, path=out, score="self", quiet=True)[:, 0]
+        array([  4., 180.], dtype=float32)
     """
     path = Path(path)
     if isinstance(model, str):  # once, for the documents and for the queries

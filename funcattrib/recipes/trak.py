@@ -76,6 +76,20 @@ def trak(
 
     Raises:
         FuncattribError: bad input of any kind; what is finished is kept.
+
+    Reference: TRAK, arXiv 2303.14186.
+
+    Example:
+        >>> import tempfile
+        >>> def loss(params, example):  # −f, of a logistic regression: −y ⟨w, x⟩
+        ...     return -example["y"] * (params["w"] * example["x"]).sum()
+        >>> data = [{"x": [1.0, 0.0], "y": 1.0}, {"x": [0.0, 1.0], "y": 1.0}, {"x": [1.0, 0.2], "y": 1.0}]
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     scores = trak(
+        ...         [(loss, {"w": torch.zeros(2)})], data, data[:1], path=out, sketch_dim=16, damping=0.1, quiet=True
+        ...     )
+        ...     scores.topk(2).rows
+        tensor([[0, 2]])
     """
     path = Path(path)
     require_shared(path, world())

@@ -135,6 +135,20 @@ def open_scores(path: str | Path) -> Scores:
 
     Raises:
         StoreError: no scores there, or files that are missing or cut short.
+
+    Returns:
+        The scores, (rows, queries) float32, memory-mapped; positive is a proponent.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from funcattrib.recipes.score import score_gradients
+        >>> loss = lambda params, example: (params["w"] * example["x"]).sum() ** 2
+        >>> model, data = (loss, {"w": torch.ones(2)}), [{"x": [1.0, 0.0]}, {"x": [1.0, 2.0]}]
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     _ = score_gradients(model, data, path=out, query_data=data[:1], quiet=True)
+        ...     scores = open_scores(out)
+        ...     scores.shape, scores[:, 0]
+        ((2, 1), array([ 4., 12.], dtype=float32))
     """
     store = open_store(path)
     if "queries" not in store.manifest.extra:

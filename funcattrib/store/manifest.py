@@ -28,6 +28,7 @@ SCORE_CONVENTION = (
     "inner product of the transformed gradients of a training example and a query; positive means that a step that "
     "unlearns the training example raises the query's loss (a proponent)"
 )
+"""What the sign and size of a score mean, as every manifest says it."""
 FILE = "manifest.json"
 
 # Everything that must agree before a run may continue another's store. `extra` holds notes and is not compared.

@@ -35,6 +35,16 @@ def open_store(path: str | Path, *, verify: bool = False) -> "GradientStore":
 
     Raises:
         StoreError: No store, one of a newer format, or a file that is missing, cut short or altered.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from funcattrib.recipes.collect import collect_gradients
+        >>> loss = lambda params, example: (params["w"] * example["x"]).sum() ** 2
+        >>> with tempfile.TemporaryDirectory() as run:
+        ...     _ = collect_gradients((loss, {"w": torch.ones(2)}), [{"x": [1.0, 3.0]}], path=run, quiet=True)
+        ...     store = open_store(run, verify=True)
+        ...     store.matrix()[0], list(store.leaves), store.examples[0]["loss"]
+        (array([ 8., 24.], dtype=float16), ['w'], 16.0)
     """
     path = Path(path)
     manifest = read_manifest(path)

@@ -61,6 +61,11 @@ class GradientCollectorCallback(TrainerCallback):
 
     Raises:
         FuncattribError: where training begins: a Trainer that was not prepared, or cannot be collected from.
+
+    Example:
+        >>> callback = GradientCollectorCallback("runs/example", projection_dim=8, steps=range(1, 100))
+        >>> [stage.name for stage in callback.chain.stages]  # prepare_for_gradient_collection shows it at work
+        ['project']
     """
 
     def __init__(

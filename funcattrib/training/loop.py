@@ -74,7 +74,7 @@ class GradientCollector:
         closure: called with a leaf's name and a batch's gradients (B, *shape) as soon as backward has them, which are
             then let go. With a chain that is not linear, when the batch is complete: before the next forward pass, or
             on leaving. Without a closure all rows are kept.
-        others: as ``collect``; ``loss_scale`` may be set anew for every batch.
+        model, chain, state, modules, exclude, loss_scale: as ``collect``; the last may be set anew for every batch.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3))

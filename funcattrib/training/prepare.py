@@ -21,6 +21,28 @@ def prepare_for_gradient_collection(trainer: AnyTrainer) -> AnyTrainer:
     Raises:
         FuncattribError: no such callback among its callbacks; packing; a training set that is a stream; FSDP,
             DeepSpeed or several GPUs in one process.
+
+    Example:
+        >>> import tempfile
+        >>> from datasets import Dataset
+        >>> from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+        >>> from transformers import Trainer, TrainingArguments, default_data_collator
+        >>> from funcattrib.store import open_store
+        >>> size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        >>> model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=10, max_position_embeddings=8, **size))
+        >>> data = Dataset.from_list([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     trainer = Trainer(
+        ...         model=model,
+        ...         args=TrainingArguments(f"{folder}/out", num_train_epochs=1, report_to=[], disable_tqdm=True),
+        ...         train_dataset=data,
+        ...         data_collator=default_data_collator,
+        ...         callbacks=[GradientCollectorCallback(f"{folder}/run", projection_dim=2)],
+        ...     )
+        ...     _ = prepare_for_gradient_collection(trainer).train()
+        ...     open_store(f"{folder}/run/epoch_0").matrix().shape
+        {'train_runtime': ...}
+        (4, 16)
     """
     _prepare(trainer)
     return trainer

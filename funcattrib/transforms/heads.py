@@ -33,6 +33,10 @@ class AttentionConfig:
             token, feature).
         order: ``head`` (head, size); fused weights have ``head qkv`` (head, 3, size), as GPT-NeoX, or ``qkv head``
             (3, head, size), as GPT-2.
+
+    Example:
+        >>> AttentionConfig(num_heads=8, head_size=64, order="head qkv")  # GPT-NeoX's query_key_value
+        AttentionConfig(num_heads=8, head_size=64, head_dim=0, order='head qkv')
     """
 
     num_heads: int
