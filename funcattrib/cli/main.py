@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple, get_type_hints
 
-from funcattrib import __version__
 from funcattrib.errors import FuncattribError
 from funcattrib.launcher import launched
 from funcattrib.signals import EXIT_CODE as TERMINATED
 from funcattrib.signals import Terminated, terminating
+from funcattrib.version import __version__
 
 
 class Command(NamedTuple):

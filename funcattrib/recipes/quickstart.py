@@ -18,10 +18,12 @@ from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-import funcattrib as fa
 from funcattrib.data import IGNORED, Columns
+from funcattrib.errors import FuncattribError
 from funcattrib.evaluate import bm25, mean_reciprocal_rank, recall_at
 from funcattrib.progress import Progress
+from funcattrib.query.attributor import Attributor
+from funcattrib.recipes.collect import collect_gradients
 from funcattrib.recipes.facts import invent_facts
 from funcattrib.report.hits import hits_table
 
@@ -64,7 +66,7 @@ def quickstart(out: str | Path, *, people: int = 40, epochs: int = 32, seed: int
     out = Path(out)
     facts, model_folder = out / "facts.jsonl", out / "model"
     if out.exists() and not facts.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise fa.FuncattribError(f"expected an empty folder or an earlier quickstart in {out}; give another OUT")
+        raise FuncattribError(f"expected an empty folder or an earlier quickstart in {out}; give another OUT")
     sentences, questions = invent_facts(people, seed)
     _write(facts, sentences)
     _write(out / "questions.jsonl", questions)
@@ -79,7 +81,7 @@ def quickstart(out: str | Path, *, people: int = 40, epochs: int = 32, seed: int
 
     # The loss is of the completion alone, so a gradient is about the fact and not about how the sentence begins; of
     # log-odds, which unlike cross-entropy do not fade once a sentence is known by heart.
-    store = fa.collect_gradients(
+    store = collect_gradients(
         str(model_folder),
         str(facts),
         path=out / "store",
@@ -92,7 +94,7 @@ def quickstart(out: str | Path, *, people: int = 40, epochs: int = 32, seed: int
     print(f"{store.path}: the gradients of {len(store)} sentences, {store.width:,} numbers each")
     print("below, an example's id is the number of its fact and a letter for the wording\n")
 
-    attributor = fa.Attributor(store.path, unit_norm=True)
+    attributor = Attributor(store.path, unit_norm=True)
     for question, hits in zip(questions, attributor.ask(questions[:_SHOWN], k=_HITS), strict=False):
         print(f"Fact {question['fact']}, asked as: {_text(question)}")
         print(hits_table(hits, _text(question)), end="\n\n")

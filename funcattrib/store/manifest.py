@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from funcattrib import __version__
 from funcattrib.errors import StoreError
 from funcattrib.store.facts import (
     FileFacts,
@@ -20,6 +19,7 @@ from funcattrib.store.facts import (
     shard_from_json,
     shard_to_json,
 )
+from funcattrib.version import __version__
 
 FORMAT = "funcattrib gradient store"
 FORMAT_VERSION = 1
