@@ -53,6 +53,12 @@ def command() -> str:
     return " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *words])
 
 
+def own_peak() -> float:
+    """Megabytes that this process has held at most (``ru_maxrss`` would count what its parent held at the fork)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
+
+
 def table(figures: Mapping[str, Any]) -> list[str]:
     """Two columns of Markdown."""
     return ["| figure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in figures.items())]

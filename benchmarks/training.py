@@ -26,7 +26,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from benchmarks.inputs import PYTHIA, VOCABULARY, pythia
-from benchmarks.report import write_result
+from benchmarks.report import own_peak, write_result
 
 LIBRARIES = ("plain", "funcattrib", "bergson")
 
@@ -112,12 +112,6 @@ def peak(library: str, words: list[str]) -> float:
         check=True,
     )
     return float(run.stdout.split()[-1])
-
-
-def own_peak() -> float:
-    """Megabytes that this process has held at most (``ru_maxrss`` would count what its parent held at the fork)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
 
 
 def main() -> None:
