@@ -20,6 +20,7 @@ FRAME = """<svg xmlns="http://www.w3.org/2000/svg" class="rich-terminal" viewBox
 <style>
 .{unique_id}-matrix {{ font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
   font-size: {char_height}px; line-height: {line_height}px; font-variant-east-asian: full-width; }}
+.{unique_id}-title {{ font-family: ui-sans-serif, system-ui, sans-serif; font-size: 18px; font-weight: bold; }}
 {styles}
 </style>
 <defs>

@@ -71,9 +71,11 @@ def _title(path: Path) -> str:
 
 
 def _example(origin: str, text: str) -> str:
-    """An example's docstring as prose, and its code."""
+    """An example's docstring as prose, and the code behind it."""
+    said = ast.parse(text).body[0]
     title, _, rest = (ast.get_docstring(ast.parse(text)) or origin).partition("\n")
-    return f"# {title.partition(':')[0].rstrip('.')}\n\n{title}\n{rest}\n\n`{origin}`\n\n```python\n{text}```\n"
+    code = "\n".join(text.splitlines()[said.end_lineno :]).strip()
+    return f"# {title.partition(':')[0].rstrip('.')}\n\n{title}\n{rest}\n\n```python\n{code}\n```\n"
 
 
 class SectionsOfTheHouse(griffe.Extension):

@@ -78,8 +78,10 @@ def test_the_reference_shows_examples_as_code(site: Path) -> None:
 
 
 def shown() -> set[str]:
-    """What the reference's pages show, as dotted paths."""
-    return {path for page in REFERENCE for path in re.findall(r"^::: ([\w.]+)$", text_of(page), re.MULTILINE)}
+    """What the reference's pages show, as dotted paths: a name by itself, or some members of a module."""
+    entries = re.compile(r"^::: ([\w.]+)$(?:\n    options:\n      members: \[([\w, ]+)\])?", re.MULTILINE)
+    found = [entry for page in REFERENCE for entry in entries.findall(text_of(page))]
+    return {f"{path}.{member}" if member else path for path, members in found for member in members.split(", ")}
 
 
 def resolve(path: str) -> object:

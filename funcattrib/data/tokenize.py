@@ -66,6 +66,12 @@ def tokenize(
 
     Raises:
         DataError: naming the row or the columns, what was expected and what to do.
+
+    Example:
+        >>> ready = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7, 8], [9]]})
+        >>> tokenized = tokenize(ready, None, max_length=3, truncation=True)
+        >>> tokenized.dataset["input_ids"][:], tokenized.report.tokens
+        ([[5, 6, 7], [9]], 4)
     """
     columns = columns or Columns()
     if not len(dataset):

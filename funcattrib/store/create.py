@@ -39,6 +39,21 @@ def create_store(path: str | Path, manifest: Manifest, *, overwrite: bool = Fals
     Raises:
         StoreError: Another run's store (naming what differs), a folder that holds something else, a store of a newer
             format, another process that writes, or a disk that cannot be written.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from funcattrib.store.facts import lay_out
+        >>> from funcattrib.store.reader import open_store
+        >>> about = {"model": {"id": "m"}, "data": {"id": "d"}, "loss": {"kind": "ce"}, "chain": [], "seed": 0}
+        >>> manifest = Manifest(**about, leaves=lay_out({"w": (2,)}), rows=3, rows_per_shard=2)
+        >>> with tempfile.TemporaryDirectory() as run:
+        ...     with create_store(run, manifest) as writer:
+        ...         for shard in writer.pending:
+        ...             rows = torch.ones(len(writer.shard_range(shard)), 2)
+        ...             writer.put(shard, rows, {"id": [f"{shard}-{row}" for row in range(len(rows))]})
+        ...         _ = writer.finish()
+        ...     open_store(run).examples["id"][:]
+        ['0-0', '0-1', '1-0']
     """
     path = Path(path)
     manifest = unfinished(manifest)
