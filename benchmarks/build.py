@@ -2,23 +2,29 @@
 
     step    projected gradients of every example of a batch: the chain as ``funcattrib build`` runs it
     floor   forward and activation backward of the same model on the same batches, natively batched, same fused head
+    product one square matrix product, the FLOP/s that ``funcattrib plan`` is told of the machine
 
 No method can be below the floor: a projected gradient needs every layer's input and output gradient. Batches are
-taken in turn, step then floor, so that the machine's drift cancels in the ratio.
+taken in turn, step then floor then product, so that the machine's drift cancels in the ratios.
 
     python -m benchmarks.build [--size 14m] [--token-batch-size 2048] [--documents 96] [--rounds 3]
 """
 
 import argparse
+import statistics
+import time
 
 import torch
 from torch import Tensor
 
 import funcattrib as fa
+from benchmarks.flops import SQUARE, flops, product
 from benchmarks.inputs import PYTHIA, pythia
 from benchmarks.paired import batches_of, beside, speed, timed
 from benchmarks.report import write_result
 from funcattrib.kernels import linear_cross_entropy
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def main() -> None:
@@ -30,6 +36,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu counts this process's own seconds: with one thread, fit for a machine that has other work",
+    )
     parser.add_argument("--out", help="name of the result file under benchmarks/results")
     a = parser.parse_args()
 
@@ -50,15 +62,20 @@ def main() -> None:
         target = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
         linear_cross_entropy(hidden, weights[described.weight], target).sum().backward()
 
-    seconds = timed({"step": step, "floor": floor}, batches, a.rounds, a.device)
+    multiply = product(SQUARE, a.device, getattr(torch, a.dtype))
+    functions = {"step": step, "floor": floor, "product": lambda batch: multiply()}
+    seconds = timed(functions, batches, a.rounds, a.device, CLOCKS[a.clock])
+    products = [flops(SQUARE) * len(batches) / each for each in seconds.pop("product")]
     write_result(
         a.out,
         task=f"Build step of Pythia-{a.size} against its floor (forward and activation backward, same fused head)",
         figures={
             "documents": a.documents,
             "tokens": tokens,
+            "threads, clock": f"{torch.get_num_threads()}, {a.clock}",
             **speed(seconds, tokens),
             **beside(seconds, "step", "floor"),
+            "matrix product FLOP/s (median)": f"{statistics.median(products):.4g}",
         },
         device=a.device,
     )

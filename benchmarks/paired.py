@@ -23,16 +23,20 @@ def batches_of(documents: int, token_batch_size: int, device: str = "cpu") -> tu
 
 
 def timed(
-    functions: Mapping[str, Callable[[Batch], object]], batches: Sequence[Batch], rounds: int, device: str = "cpu"
+    functions: Mapping[str, Callable[[Batch], object]],
+    batches: Sequence[Batch],
+    rounds: int,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds that each function takes over all batches, a number a round; every other batch in the reverse order."""
 
     def one(function: Callable[[Batch], object], batch: Batch) -> float:
-        start = time.perf_counter()
+        start = clock()
         function(batch)
         if device != "cpu":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return clock() - start
 
     for batch in batches[:2]:
         for function in functions.values():
