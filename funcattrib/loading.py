@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from funcattrib.data.hub import hub_reachable, offline
@@ -87,6 +87,23 @@ def load_model(
         )
     own = load_tokenizer(tokenizer, {**options, "revision": None}) if tokenizer else load_tokenizer(name, options)
     return Loaded(model, own, name if isinstance(source, str) else str(source.resolve()), revision)
+
+
+def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """A model's configuration alone; its weights need not be there.
+
+    Raises:
+        FuncattribError: no configuration that can be read.
+    """
+    source = _locate(name)
+    try:
+        with _from(source):
+            return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a file written by others makes its reader raise
+        raise FuncattribError(
+            f"expected a model's config.json at {name!r}, found none that can be read: {_reason(error)}\n"
+            "check the name and the connection to the hub, or give a folder that has one"
+        ) from error
 
 
 def load_tokenizer(name: str, options: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:

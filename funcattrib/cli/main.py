@@ -82,6 +82,9 @@ COMMANDS: dict[str, Command] = {
     "merge": Command("funcattrib.cli.merge", "Join the parts of a run that machines without a shared folder left."),
     "inspect": Command("funcattrib.cli.inspect", "Say what RUN holds, and whether it is whole."),
     "check": Command("funcattrib.cli.check", "Check that a model's gradients do not depend on their batch."),
+    "plan": Command(
+        "funcattrib.cli.plan", "Estimate the time, storage and memory of a build from the model's configuration."
+    ),
     "quickstart": Command(
         "funcattrib.cli.quickstart", "Train a tiny model on invented facts and ask where it has them from."
     ),

@@ -1,0 +1,103 @@
+"""``funcattrib plan``: what a run will take, before anything is computed."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from funcattrib.errors import FuncattribError
+from funcattrib.recipes.config import at_least
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Estimate the time, storage and memory of a build from the model's configuration.
+
+    No weights are needed. docs/scaling.md explains the cost model.
+    """
+
+    model: str
+    """A hub id or a folder with a config.json."""
+    tokens: float
+    """Tokens of the data set, e.g. 1e9."""
+    devices: int = 1
+    """Devices that compute."""
+    device_flops: float | None = None
+    """FLOP/s of one device in large matrix products, e.g. 4e14; `python -m benchmarks.flops` measures them."""
+    utilisation: float = 0.7
+    """Part of --device-flops that a run gets."""
+    tokens_per_second: float | None = None
+    """What a short build of this model was measured at on one device, in the place of --device-flops."""
+    mean_length: float = 512
+    """Tokens of a document."""
+    projection_dim: int = 16
+    """Coordinates a side of each projected matrix; 0 keeps whole gradients."""
+    dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16"
+    """How rows are stored."""
+    modules: tuple[str, ...] = ()
+    """Globs of parameter names to attribute; by default the matrices of the model's blocks."""
+    exclude: tuple[str, ...] = ()
+    """Globs of parameter names to leave out."""
+    precision: Literal["fp32", "bf16", "fp16", "int8", "int4"] = "bf16"
+    """Type of the weights."""
+    token_batch_size: int = 4096
+    """Tokens in a batch of each device."""
+    shard_params: bool = False
+    """Divide the parameters over devices."""
+    shard_group: int | None = None
+    """Devices that one copy of the parameters is divided over; by default all."""
+    link_bandwidth: float = 5e10
+    """Bytes a second that a device receives from the others (5e10: 400 Gbit/s)."""
+    disk_bandwidth: float = 1e9
+    """Bytes a second that all devices write together."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """Kind of the devices: on a GPU the head takes larger chunks."""
+    revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint."""
+
+    def __post_init__(self) -> None:
+        """Check what a type cannot say."""
+        at_least(self, tokens=1, devices=1, mean_length=1, projection_dim=0, token_batch_size=1)
+        at_least(self, shard_group=2, link_bandwidth=1, disk_bandwidth=1, device_flops=1, tokens_per_second=1e-9)
+        if self.shard_group is not None and (not self.shard_params or self.devices % self.shard_group):
+            raise FuncattribError(
+                f"expected --shard-group with --shard-params, and a divisor of {self.devices} devices, found "
+                f"{self.shard_group}"
+            )
+        if not 0 < self.utilisation <= 1:
+            raise FuncattribError(f"expected --utilisation above 0 and at most 1, found {self.utilisation}")
+        if (self.device_flops is None) == (self.tokens_per_second is None):
+            found = "neither" if self.device_flops is None else "both"
+            raise FuncattribError(f"expected --device-flops or --tokens-per-second, found {found}")
+
+
+def run(config: Plan) -> int | None:
+    """Print the estimate."""
+    from funcattrib.loading import load_config
+    from funcattrib.planning import Machine, Run, sizes_of
+    from funcattrib.report.plan import plan_lines
+
+    trusted = config.trust_remote_code
+    described = load_config(config.model, revision=config.revision, trust_remote_code=trusted)
+    sizes = sizes_of(described, config.modules, config.exclude, trust_remote_code=trusted)
+    asked = Run(
+        tokens=config.tokens,
+        length=config.mean_length,
+        k=config.projection_dim,
+        dtype=config.dtype,
+        precision=config.precision,
+        batch=config.token_batch_size,
+        shards=(config.shard_group or config.devices) if config.shard_params else 1,
+    )
+    machine = Machine(
+        devices=config.devices,
+        flops=config.device_flops or 0.0,
+        utilisation=config.utilisation,
+        speed=config.tokens_per_second,
+        link=config.link_bandwidth,
+        disk=config.disk_bandwidth,
+        device=config.device,
+    )
+    for line in plan_lines(sizes, asked, machine):
+        print(line)
+    return None
