@@ -22,6 +22,7 @@ from funcattrib.kernels.cross_entropy import Reference, linear_cross_entropy
 from funcattrib.kernels.head_tokens import IGNORED
 from funcattrib.kernels.logit_loss import Head, Kind
 from funcattrib.language_model import LanguageModel, describe, hidden_states, own_logits, without_adapter
+from funcattrib.lift.weights import dense
 
 Reduction = Literal["sum", "mean"]
 
@@ -141,7 +142,7 @@ def _reference(parts: Functional, reference: nn.Module | None) -> LanguageModel:
 def _compared(reference: LanguageModel, inputs: Mapping[str, Tensor]) -> Reference:
     weights = {**reference.parts.frozen, **reference.parts.params}
     bias = None if reference.bias is None else weights[reference.bias]
-    return Reference(_constant(hidden_states, reference, inputs), weights[reference.weight], bias)
+    return Reference(_constant(hidden_states, reference, inputs), dense(weights[reference.weight]), dense(bias))
 
 
 @torch.no_grad()

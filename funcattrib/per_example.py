@@ -16,6 +16,7 @@ from funcattrib.errors import FuncattribError
 from funcattrib.functional import Example, Loss, Params
 from funcattrib.lift import Lowered, lift, unpack, zero_probes
 from funcattrib.lift.uses import single_use
+from funcattrib.lift.weights import dense
 
 Batch = Example
 Grads = dict[str, Tensor]
@@ -94,7 +95,8 @@ def rows(loss: Loss, params: Params, batch: Batch, lowered: Lowered | None = Non
     """
     params = {name: tensor.detach() for name, tensor in params.items()}
     if lowered is None:
-        grads, losses = vmap(grad_and_value(loss), in_dims=(None, 0))(params, dict(batch))
+        # What is differentiated is the dense weight: all of them at a time, which the lowered form never has.
+        grads, losses = vmap(grad_and_value(loss), in_dims=(None, 0))(dense(params), dict(batch))
         return PerExample(grads, losses)
 
     def of_probes(probes: Params, example: Example) -> Tensor:

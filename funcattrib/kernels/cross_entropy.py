@@ -83,7 +83,9 @@ class _Head(torch.autograd.Function):
         *operands, _, ctx.head, _ = inputs
         _, d_hidden, rows, formed = output
         ctx.mark_non_differentiable(d_hidden, rows, formed)
-        ctx.save_for_backward(d_hidden, *operands)
+        x = Operands(*ctx.needs_input_grad[: len(operands)])
+        # Frozen weights are not kept for backward: one that is made for its use is dropped after it.
+        ctx.save_for_backward(d_hidden, *(operands if x.weight or x.bias else [None] * len(operands)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

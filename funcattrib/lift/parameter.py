@@ -12,6 +12,7 @@ from torch import Tensor
 
 from funcattrib.errors import ChainError
 from funcattrib.lift.coordinates import Reading
+from funcattrib.lift.weights import METADATA
 
 Rule = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
@@ -20,7 +21,7 @@ class Lifted(Tensor):
     """W with a probe θ of shape (E, …): one an example, or E = 1 inside ``vmap``, where all tokens are one example's.
 
     Attributes:
-        weight: W itself, a plain tensor.
+        weight: W itself, a plain tensor or a stored one.
         theta: the zero-valued probe.
         reading: C.
         rules: operation → rule.
@@ -45,7 +46,7 @@ class Lifted(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         leaf = next((a for a in (*args, *kwargs.values()) if isinstance(a, Lifted)), None)
@@ -86,11 +87,3 @@ def _densify(value: Any, func: Any) -> Any:
         items = [_densify(item, func) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
-
-
-_ATTRIBUTES = "shape dtype device ndim layout requires_grad is_leaf is_cuda is_cpu is_meta is_sparse itemsize nbytes"
-_METHODS = "size dim numel nelement ndimension is_floating_point is_complex stride is_contiguous element_size __len__"
-_METADATA = frozenset(getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()) | frozenset(
-    getattr(Tensor, name) for name in _METHODS.split()
-)
-"""What may be asked of the leaf without meaning its value."""

@@ -23,11 +23,12 @@ from funcattrib.lift.ops.linear import by_example
 from funcattrib.lift.parameter import Lifted, Rule, plain
 from funcattrib.lift.per_token import PerToken
 from funcattrib.lift.tap import tap
+from funcattrib.lift.weights import dense
 
 
 def _head(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     hidden, weight, target, bias, token_weights, head, reference = args
-    x = Operands(hidden, plain(weight), target, plain(bias), token_weights, *(reference or ()))
+    x = Operands(hidden, dense(plain(weight)), target, dense(plain(bias)), token_weights, *(reference or ()))
     loss = _tap_weight(x, weight, head) if isinstance(weight, Lifted) else head_loss(x, None, head)[0]
     return _tap_bias(loss, x, bias, head) if isinstance(bias, Lifted) else loss
 

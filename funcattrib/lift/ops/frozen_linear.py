@@ -2,7 +2,8 @@
 
 Forward makes y = x Wᵀ + b and what the reading keeps of x; backward makes dx = g W and dθ = C read off (g, kept).
 The vmapped axis is folded into the rows of one ``addmm``, where vmap by itself would multiply, then add, then tap.
-Equal to the operation followed by ``tap``, which serves weights that are trained.
+Equal to the operation followed by ``tap``, which serves weights that are trained. A stored weight is made dense for
+each of the two passes, and dropped after it.
 
 Legend: M rows (all examples' tokens), I/O input and output width, E examples.
 """
@@ -14,22 +15,24 @@ from torch import Tensor
 
 from funcattrib.kernels.fold import fold, unfold
 from funcattrib.lift.coordinates import Reading
+from funcattrib.lift.weights import Source, dense, made, source
 
 
 def frozen_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, theta: Tensor, reading: Reading, weight_is_in_out: bool
 ) -> Tensor:
     """y, with θ tapped. ``weight_is_in_out``: W is stored (I, O), as HF ``Conv1D`` does, not (O, I)."""
-    return _FrozenLinear.apply(x, weight, bias, theta, reading, weight_is_in_out, theta.shape[0])[0]
+    bias = dense(bias)
+    return _FrozenLinear.apply(x, source(weight), bias, theta, reading, weight_is_in_out, theta.shape[0])[0]
 
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, theta: Tensor, reading: Any, in_out: bool, examples: int
+        x: Tensor, weight: Source, bias: Tensor | None, theta: Tensor, reading: Any, in_out: bool, examples: int
     ) -> tuple[Tensor, Tensor]:
         x_MI = x.reshape(-1, x.shape[-1])
-        w_IO = weight if in_out else weight.T
+        w_IO = made(weight) if in_out else made(weight).T
         y = x_MI @ w_IO if bias is None else torch.addmm(bias, x_MI, w_IO)
         x_ENI = x.reshape(examples, -1, x.shape[-1])
         kept = reading.keep_rows(x_ENI) if in_out else reading.keep_cols(x_ENI)
@@ -39,12 +42,14 @@ class _FrozenLinear(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         _, weight, _, _, ctx.reading, ctx.in_out, _ = inputs
         ctx.mark_non_differentiable(output[1])
+        ctx.storage, weight = (None, weight) if isinstance(weight, Tensor) else (weight, None)
         ctx.save_for_backward(weight, output[1])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         weight, kept = ctx.saved_tensors
         wanted = ctx.needs_input_grad[0]
+        weight = weight if ctx.storage is None else ctx.storage
         d_x, d_theta = _FrozenLinearBackward.apply(g, kept, weight, ctx.reading, ctx.in_out, wanted)
         return d_x if wanted else None, None, None, d_theta, None, None, None
 
@@ -64,15 +69,17 @@ class _FrozenLinearBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        g: Tensor, kept: Tensor, weight: Tensor, reading: Any, in_out: bool, wanted: bool
+        g: Tensor, kept: Tensor, weight: Source, reading: Any, in_out: bool, wanted: bool
     ) -> tuple[Tensor, Tensor]:
         g_MO = g.reshape(-1, g.shape[-1])
         g_ENO = g.reshape(kept.shape[0], -1, g.shape[-1])
         d_theta = (
             reading.read(kept, reading.keep_cols(g_ENO)) if in_out else reading.read(reading.keep_rows(g_ENO), kept)
         )
-        d_x = g_MO @ (weight.T if in_out else weight) if wanted else g.new_empty(0)
-        return d_x.reshape(*g.shape[:-1], -1) if wanted else d_x.expand(*g.shape[:-1], 0), d_theta
+        if not wanted:
+            return g.new_empty(0).expand(*g.shape[:-1], 0), d_theta
+        w = made(weight)
+        return (g_MO @ (w.T if in_out else w)).reshape(*g.shape[:-1], -1), d_theta
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
