@@ -99,7 +99,7 @@ def _features(layer: Any) -> tuple[int, int]:
 
 
 def _is_conv1d(layer: Any) -> bool:
-    return type(layer).__name__ == "Conv1D"
+    return any(own.__name__ == "Conv1D" for own in type(layer).__mro__)
 
 
 def _head_size(module: nn.Module, model: nn.Module) -> int | None:

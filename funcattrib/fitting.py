@@ -15,6 +15,7 @@ from funcattrib.distributed import ALONE, World
 from funcattrib.errors import ChainError
 from funcattrib.functional import Loss, Params
 from funcattrib.lift import Lowered, Measured, TwoSided, own
+from funcattrib.lockstep import Lockstep
 from funcattrib.per_example import Batch, PerExample, Source, Spec
 from funcattrib.transform import State, Transform
 from funcattrib.tree import flatten, restore
@@ -68,6 +69,7 @@ def passes(
     done: int = 0,
     world: World = ALONE,
     pieces: Pieces = whole,
+    step: Lockstep = Lockstep(),
 ) -> Iterator[tuple[State, ...]]:
     """The chain's state after each pass that is still to be made.
 
@@ -78,6 +80,7 @@ def passes(
         state: the state after ``done`` passes, with which an interrupted fit goes on.
         world: processes that each have some of the batches: their states are added up when a pass is done.
         pieces: how a batch is read.
+        step: of processes that hold the parameters together.
 
     Raises:
         ChainError: no batches although a stage must be fitted; a one-shot iterator and several fitted stages.
@@ -93,9 +96,8 @@ def passes(
         stage = chain.stages[at]
         before = chain.before(at)
         own_state, seen = state[at], 0
-        read: Callable[[Batch], PerExample] | None = None
-        for batch in batches:
-            read = read or statistics(before, stage, loss, params, state[:at], batch)
+        read = step.of(_reading(partial(statistics, before, stage, loss, params, state[:at])))
+        for batch in step.through(batches):
             for part in pieces(read, batch):
                 counted = _finite(part)
                 if len(counted.losses):
@@ -117,6 +119,18 @@ def finalized(stage: Transform, state: State, world: World) -> State:
     shared = world.share(made)
     assert shared is not None, "rank 0 has made it"
     return restore(state, shared)
+
+
+def _reading(begin: Callable[[Batch], Callable[[Batch], PerExample]]) -> Callable[[Batch], PerExample]:
+    """What the first batch shows how to read, read of that batch and of all others."""
+    made: list[Callable[[Batch], PerExample]] = []
+
+    def read(batch: Batch) -> PerExample:
+        if not made:
+            made.append(begin(batch))
+        return made[0](batch)
+
+    return read
 
 
 def statistics(

@@ -2,9 +2,11 @@
 
 ``functionalize(model)`` gives a skeleton (the module tree, sharing the model's tensors, with a configuration of its
 own) and the parameters in two dicts: those to attribute and the frozen rest. The model itself is left as it was.
+
+What a model that went through ``fully_shard`` has of its parameters is this rank's rows, and one loaded by bitsandbytes
+has codes: these are in the dicts as ``lift.weights.Stored``, made dense where they are used.
 """
 
-import copy
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
@@ -12,10 +14,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
+from funcattrib.adapter import adapter_names
 from funcattrib.errors import FuncattribError
-from funcattrib.kernels import register_attention, register_experts
+from funcattrib.lift.quantised import quantised
+from funcattrib.lift.sharded import Gathers, Sharded, from_dtensor
+from funcattrib.lift.weights import Stored
+from funcattrib.skeleton import is_quantised, skeleton_of
 
 Params = Mapping[str, Tensor]
 Example = Mapping[str, Tensor]
@@ -52,11 +59,11 @@ def functionalize(model: nn.Module, modules: Iterable[str] | None = None, exclud
     Args:
         modules: globs over parameter names (``*.mlp.*``); ``"all"`` takes every parameter. By default the weight
             matrices of the model's blocks, experts and routers included: embeddings, head, norms and biases are left
-            out.
+            out. Of a model with an adapter (peft), the adapter's matrices.
         exclude: globs over parameter names to leave out.
 
     Raises:
-        FuncattribError: a glob matches no parameter, or nothing is left.
+        FuncattribError: a glob matches no parameter, or nothing is left; a model sharded in a way that is not known.
 
     Example:
         >>> parts = functionalize(nn.Sequential(nn.Linear(2, 3)), modules=["*.weight"])
@@ -65,12 +72,42 @@ def functionalize(model: nn.Module, modules: Iterable[str] | None = None, exclud
         >>> parts.call(parts.params, torch.zeros(1, 2)).shape
         torch.Size([1, 3])
     """
-    everything = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    everything = parameters_of(model)
     chosen = choose(model, modules, exclude)
     params = {name: tensor for name, tensor in everything.items() if name in chosen}
     frozen = {name: tensor for name, tensor in everything.items() if name not in chosen}
     frozen |= dict(model.named_buffers())
-    return Functional(_skeleton(model), params, frozen)
+    return Functional(skeleton_of(model), params, frozen)
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter once, detached, in the model's order; stored where only shards or codes of it are here.
+
+    Raises:
+        FuncattribError: a parameter that is sharded otherwise than ``fully_shard`` does by default.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # what a forward pass has gathered would be freed under our hands
+    codes = {id(module.weight): module for module in model.modules() if is_quantised(module)}
+    gathers: dict[Any, Gathers] = {}
+    named = list(model.named_parameters())
+    plain = next((tensor.dtype for _, tensor in named if tensor.is_floating_point()), torch.float32)
+
+    def stored(name: str, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, DTensor):
+            return Stored(from_dtensor(name, tensor, gathers))
+        if id(tensor) in codes:
+            return Stored(quantised(codes[id(tensor)], plain))
+        return tensor.detach()
+
+    return {name: stored(name, tensor) for name, tensor in named}
+
+
+def sharing(*params: Params) -> Gathers | None:
+    """The gathers of the group of ranks that hold these parameters together; None where each has them all."""
+    storages = (tensor.held for each in params for tensor in each.values() if isinstance(tensor, Stored))
+    return next((held.gathers for held in storages if isinstance(held, Sharded)), None)
 
 
 def choose(model: nn.Module, modules: Iterable[str] | None = None, exclude: Iterable[str] = ()) -> set[str]:
@@ -105,7 +142,12 @@ def _no_match(glob: str, names: list[str]) -> str:
 
 
 def _block_matrices(model: nn.Module) -> set[str]:
-    """Matrices of linear layers and mixtures in repeated blocks (``nn.ModuleList``), or all where nothing repeats."""
+    """Matrices of linear layers and mixtures in repeated blocks (``nn.ModuleList``), or all where nothing repeats.
+
+    Of a model with an adapter, the adapter's.
+    """
+    if adapter := adapter_names(model):
+        return set(adapter)
     blocks = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     head = getattr(model, "get_output_embeddings", lambda: None)()
     matrices = {
@@ -131,33 +173,8 @@ def _mixture(prefix: str, module: nn.Module) -> list[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return isinstance(module, nn.Linear) or any(own.__name__ == "Conv1D" for own in type(module).__mro__)
 
 
 def _shares_embedding(model: nn.Module, module: nn.Module) -> bool:
     return any(isinstance(m, nn.Embedding) and m.weight is module.weight for m in model.modules())
-
-
-def _skeleton(model: nn.Module) -> nn.Module:
-    """A copy of the module tree and its configurations that shares every tensor."""
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    skeleton = copy.deepcopy(model, shared).eval()
-    for module in skeleton.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            vars(module)["gradient_checkpointing"] = False
-        if isinstance(module, PreTrainedModel):
-            _prepare(module)
-    return skeleton
-
-
-def _prepare(model: PreTrainedModel) -> None:
-    """Settings under which a transformers model is a function that vmap can trace."""
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False
-    # With a pad token and no mask it warns by looking at the tokens' values; its embedding keeps its own padding_idx.
-    if getattr(model.config, "pad_token_id", None) is not None:
-        model.config.pad_token_id = None
-    if model._can_set_attn_implementation():
-        model.set_attn_implementation(register_attention())
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation(register_experts())

@@ -1,29 +1,42 @@
 """Loading models and tokenizers from the hub or a folder, and telling checkpoints apart by content."""
 
 import hashlib
+import importlib.util
 import json
 import logging
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
-from funcattrib.data.hub import hub_reachable, offline
-from funcattrib.data.reason import reason
+from funcattrib.adapter import adapter_on, base_of
 from funcattrib.errors import FuncattribError
+from funcattrib.functional import functionalize, parameters_of
 from funcattrib.launcher import launched, local_rank
+from funcattrib.lift.quantised import PRECISION
+from funcattrib.load_sharded import Shards, load_sharded
+from funcattrib.located import locate, quietly, readable, why
+from funcattrib.skeleton import is_quantised, own_class
 
 log = logging.getLogger(__name__)
 
-_PRECISION = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_DTYPES: dict[str, Any] = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_CODES: dict[str, dict[str, Any]] = {
+    "int8": {"load_in_8bit": True},
+    "int4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+}
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "int8", "int4": "int4"}
 """The name of a dtype in a manifest, and the precision that loads a model in it."""
 _SAMPLES = 1024
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "spiece*", "tekken*")
@@ -50,43 +63,97 @@ def load_model(
     precision: str = "fp32",
     device: str = "auto",
     trust_remote_code: bool = False,
+    shards: Shards | None = None,
 ) -> Loaded:
     """Load a causal language model in eval mode, from safetensors, and its tokenizer.
+
+    Args:
+        name: a hub id or a folder; of a PEFT adapter, its base is loaded too.
+        precision: ``auto`` (the checkpoint's own), ``fp32``, ``bf16``, ``fp16``; ``int8`` or ``int4`` (nf4) quantise
+            the blocks' linear layers with bitsandbytes, and leave the rest in the checkpoint's own.
+        shards: the ranks that hold the model together: each reads its own rows.
 
     Raises:
         FuncattribError: no such model, an unreachable hub, a checkpoint that is no causal language model or lacks
             weights, an unknown device.
     """
-    if precision not in _PRECISION:
-        raise FuncattribError(f"expected a precision of {', '.join(_PRECISION)}, found {precision!r}")
+    if precision not in {**_DTYPES, **_CODES}:
+        raise FuncattribError(f"expected a precision of {', '.join([*_DTYPES, *_CODES])}, found {precision!r}")
     target = pick_device(device)
-    source = _locate(name)
+    source = locate(name)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
-        with _from(source):
+    with readable(name, source):
+        base = base_of(source, revision)
+        if base is None:
             AutoConfig.from_pretrained(source, **options)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=_PRECISION[precision], use_safetensors=True, output_loading_info=True, **options
-            )
-    except Exception as error:  # whatever a file written by others makes its reader raise
+            if shards is not None:
+                model = load_sharded(source, _dtype_of_shards(precision), shards, options)
+            else:
+                model = _whole(name, source, precision, target, options)
+    if base is not None:
+        own = {"precision": precision, "device": device, "trust_remote_code": trust_remote_code, "shards": shards}
+        loaded = load_model(base.name, revision=base.revision, **own)  # type: ignore[arg-type]
+        with readable(name, source):
+            model = adapter_on(loaded.model, source, revision)
+        words = _own_tokenizer(name, tokenizer, options) or loaded.tokenizer
+        return Loaded(model.eval(), words, _called(name, source), revision)
+    causal = is_causal(model)
+    if shards is not None:
+        shards.gathers.settle()
+    if not causal:
         raise FuncattribError(
-            f"expected a causal language model at {name!r}, found none that loads: {_reason(error)}\n"
-            "check the name and the connection to the hub, or give a folder with config.json and model.safetensors"
-        ) from error
+            f"expected a causal language model at {name}, found that {type(model).__name__} looks at later tokens\n"
+            "give a decoder (in its config.json, is_decoder: true)"
+        )
+    return Loaded(model, _own_tokenizer(name, tokenizer, options), _called(name, source), revision)
+
+
+def _whole(
+    name: str, source: Path | str, precision: str, target: torch.device, options: Mapping[str, Any]
+) -> nn.Module:
+    """The model on one device."""
+    settings: dict[str, Any] = {"dtype": _DTYPES.get(precision, "auto"), **options}
+    if precision in _CODES:
+        _require_bitsandbytes(precision)
+        settings |= {"quantization_config": BitsAndBytesConfig(**_CODES[precision]), "device_map": {"": target}}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source, use_safetensors=True, output_loading_info=True, **settings
+    )
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise FuncattribError(
             f"expected every weight of {type(model).__name__} in {name}, found {len(missing)} missing, among them "
             f"{missing[0]}\ngive a checkpoint saved with its language-model head"
         )
-    model = model.to(target).eval()
-    if not is_causal(model):
+    codes = any(map(is_quantised, model.modules()))  # bitsandbytes has put them where they belong
+    own: nn.Module = model.eval() if codes else model.to(target).eval()
+    return own
+
+
+def _require_bitsandbytes(precision: str) -> None:
+    for package in ("bitsandbytes", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise FuncattribError(
+                f"expected the package {package} for --precision {precision}, found none\n"
+                "install it, e.g. with pip install 'funcattrib[gpu]', or use bf16"
+            )
+
+
+def _dtype_of_shards(precision: str) -> Any:
+    if precision in _CODES:
         raise FuncattribError(
-            f"expected a causal language model at {name}, found that {type(model).__name__} looks at later tokens\n"
-            "give a decoder (in its config.json, is_decoder: true)"
+            f"expected --precision {', '.join(_DTYPES)} with --shard-params, found {precision}\n"
+            "quantise a model that fits on one device, or shard it in bf16"
         )
-    own = load_tokenizer(tokenizer, {**options, "revision": None}) if tokenizer else load_tokenizer(name, options)
-    return Loaded(model, own, name if isinstance(source, str) else str(source.resolve()), revision)
+    return _DTYPES[precision]
+
+
+def _called(name: str, source: Path | str) -> str:
+    return name if isinstance(source, str) else str(source.resolve())
+
+
+def _own_tokenizer(name: str, tokenizer: str | None, options: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
+    return load_tokenizer(tokenizer, {**options, "revision": None}) if tokenizer else load_tokenizer(name, options)
 
 
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -95,29 +162,29 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     Raises:
         FuncattribError: no configuration that can be read.
     """
-    source = _locate(name)
+    source = locate(name)
     try:
-        with _from(source):
+        with quietly(source):
             return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a file written by others makes its reader raise
         raise FuncattribError(
-            f"expected a model's config.json at {name!r}, found none that can be read: {_reason(error)}\n"
+            f"expected a model's config.json at {name!r}, found none that can be read: {why(error)}\n"
             "check the name and the connection to the hub, or give a folder that has one"
         ) from error
 
 
 def load_tokenizer(name: str, options: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model; None where a local folder has none (data that is tokenised already needs none)."""
-    source = _locate(name)
+    source = locate(name)
     # Where there are no files, transformers makes a tokenizer that knows no words.
     if isinstance(source, Path) and not any(found for glob in _TOKENIZER_FILES for found in source.glob(glob)):
         return None
     try:
-        with _from(source):
+        with quietly(source):
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:
         raise FuncattribError(
-            f"expected a tokenizer at {name!r}, found none that loads: {_reason(error)}\ngive one with --tokenizer"
+            f"expected a tokenizer at {name!r}, found none that loads: {why(error)}\ngive one with --tokenizer"
         ) from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise FuncattribError(f"expected a tokenizer with words at {name!r}, found none\ngive one with --tokenizer")
@@ -130,7 +197,11 @@ def is_causal(model: nn.Module) -> bool:
     ids = torch.arange(2, 10, device=next(model.parameters()).device)[None] % (vocabulary(model) or 10)
     changed = ids.clone()
     changed[0, -1] = ids[0, 0]
-    logits = [model(input_ids=x).logits[0, :-1] for x in (ids, changed)]
+    call: Callable[..., Any] = model
+    if any(map(is_quantised, model.modules())):  # bitsandbytes' own forward looks at all tokens for outliers
+        parts = functionalize(model, "all")
+        call = partial(parts.call, parts.params)
+    logits = [call(input_ids=x).logits[0, :-1] for x in (ids, changed)]
     tolerance = 1e-5 if logits[0].dtype in (torch.float32, torch.float64) else 2e-2
     first, second = (x.float() for x in logits)
     return not bool((first - second).abs().max() > tolerance * first.abs().max())
@@ -153,7 +224,7 @@ def pick_device(device: str) -> torch.device:
     try:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise FuncattribError(f"expected a device that is here, found {device!r}: {_reason(error)}") from error
+        raise FuncattribError(f"expected a device that is here, found {device!r}: {why(error)}") from error
     return chosen
 
 
@@ -161,15 +232,18 @@ def model_identity(model: nn.Module, name: str | None = None, revision: str | No
     """What the manifest keeps of a model: its name, and a fingerprint of its configuration and weights.
 
     The fingerprint hashes up to 1024 values of each parameter, evenly spaced: it tells checkpoints apart without
-    reading terabytes, and is the same on every device.
+    reading terabytes, and is the same on every device. Of a model in shards, parameters are gathered one at a time,
+    by all ranks together; of a quantised one they are dequantised.
     """
     config = getattr(model, "config", None)
+    weights = [module.weight for module in model.modules() if is_quantised(module)]
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return {
-        "id": name or getattr(config, "name_or_path", "") or type(model).__name__,
+        "id": name or getattr(config, "name_or_path", "") or own_class(model).__name__,
         "revision": revision,
-        "architecture": type(model).__name__,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "fingerprint": fingerprint(dict(model.named_parameters())),
+        "architecture": own_class(model).__name__,
+        "dtype": PRECISION[type(weights[0]).__name__] if weights else dtype,
+        "fingerprint": fingerprint(parameters_of(model)),
     }
 
 
@@ -208,44 +282,3 @@ def context_length(
         return asked
     limit = getattr(tokenizer, "model_max_length", None)
     return own or (limit if isinstance(limit, int) and 0 < limit < 10**9 else 2048)
-
-
-def _locate(name: str) -> Path | str:
-    """A folder's path, or a hub id as it is."""
-    folder = Path(name).expanduser()
-    if folder.exists():
-        if not folder.is_dir() or not any(folder.glob("*.json")):
-            found = "no config.json there" if folder.is_dir() else "a file"
-            raise FuncattribError(f"expected a Hugging Face model in {name}, found {found}; give its folder")
-        return folder
-    if name.startswith((".", "~", os.path.sep)) or name.count("/") > 1:
-        raise FuncattribError(f"expected a model folder at {name}, found nothing there; give another --model")
-    return name
-
-
-@contextmanager
-def _from(source: Path | str) -> Iterator[None]:
-    """Quietly; and without waiting for a hub that does not answer: what is in the cache will do."""
-    shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        with ExitStack() as stack:
-            if unreachable := isinstance(source, str) and not hub_reachable():
-                stack.enter_context(offline())
-            yield
-            if unreachable:
-                log.warning("the hub does not answer: using the copy of %s in the cache", source)
-    finally:
-        transformers_logging.set_verbosity(level)
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-def _reason(error: BaseException) -> str:
-    links = [error]
-    while (cause := links[-1].__cause__) is not None:
-        links.append(cause)
-    if any(isinstance(link, LocalEntryNotFoundError) for link in links):
-        return "the hub does not answer, and there is no copy in the cache"
-    return reason(error).rstrip(".")

@@ -23,7 +23,7 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from funcattrib.errors import FuncattribError
-from funcattrib.functional import Example, Loss, Params, functionalize
+from funcattrib.functional import Example, Loss, Params, choose, parameters_of
 from funcattrib.kernels.logit_loss import Kind
 from funcattrib.losses import Reduction, causal_lm_loss
 
@@ -130,8 +130,10 @@ def _own_loss(
         raise FuncattribError(f"expected {name}(model) to return a loss or (loss, params), found {type(loss).__name__}")
     loss = partial(_checked, name, loss)
     if params is None:
-        chosen = functionalize(model, modules, exclude).params
-        rest = {name: tensor.detach() for name, tensor in model.named_parameters() if name not in chosen}
+        everything = parameters_of(model)
+        names = choose(model, modules, exclude)
+        chosen = {name: tensor for name, tensor in everything.items() if name in names}
+        rest = {name: tensor for name, tensor in everything.items() if name not in chosen}
         return partial(_with_rest, loss, rest), chosen
     if not isinstance(params, dict) or not all(isinstance(tensor, Tensor) for tensor in params.values()):
         raise FuncattribError(f"expected {name}(model) to return its parameters as a dict of tensors, found others")

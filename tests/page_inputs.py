@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import peft
+import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments, default_data_collator
 
@@ -79,9 +81,22 @@ def parts() -> dict[str, Any]:
     return {}
 
 
+def models() -> dict[str, Any]:
+    """An adapter, a model to shard inside a process group of one, and batches."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["query_key_value"], init_lora_weights=False)
+    adapted = peft.get_peft_model(copy.deepcopy(cases.causal("gpt_neox")), config)
+    adapted.peft_config["default"].base_model_name_or_path = "M"
+    adapted.save_pretrained("my-adapter")
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    return {"sharded": copy.deepcopy(cases.causal("gpt_neox")), "batches": batches(), "batch": batches()[0]}
+
+
 NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": readme,
     "docs/index.md": readme,
+    "docs/models.md": models,
     "docs/multi-process.md": parts,
     "docs/store.md": store,
     "docs/training.md": training,

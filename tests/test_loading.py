@@ -79,11 +79,11 @@ def test_models_that_are_causal(name: str) -> None:
 def test_devices_and_precisions(model_folder: Path) -> None:
     refused(model_folder, "expected a device such as cpu or cuda, found 'abacus'", device="abacus")
     refused(model_folder, "expected a device that is here, found 'cuda:77'", device="cuda:77")
-    refused(model_folder, "expected a precision of auto, fp32, bf16, fp16, found 'fp8'", precision="fp8")
+    refused(model_folder, "expected a precision of auto, fp32, bf16, fp16, int8, int4, found 'fp8'", precision="fp8")
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("funcattrib.loading.hub_reachable", lambda: False)
+    monkeypatch.setattr("funcattrib.located.hub_reachable", lambda: False)
     refused("nobody/nothing", "the hub does not answer, and there is no copy in the cache\ncheck the name")
     refused("nothing", "the hub does not answer")
 

@@ -93,7 +93,7 @@ def test_constraints_pin_all_that_is_installed_here():
     installed = [*project["dependencies"], *extras["cpu"], *extras["dev"], *extras["docs"]]
     assert {canonical(line) for line in installed} <= set(pins)
     assert not any("==" in line for line in project["dependencies"]), "a library's own dependencies stay ranges"
-    assert set(extras) == {"cpu", "gpu", "jax", "train", "docs", "dev"}
+    assert set(extras) == {"cpu", "gpu", "jax", "peft", "train", "docs", "dev"}
 
 
 # The wheel

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
+import torch
 
 from funcattrib.cli.arguments import parse
 from funcattrib.cli.main import COMMANDS, main
@@ -47,6 +48,14 @@ def test_blocks(page: str, laid_out: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     names = {"__name__": "page", **NAMES.get(page, dict)()}
+    try:
+        run_blocks(page, names)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def run_blocks(page: str, names: dict[str, Any]) -> None:
     for block in blocks_of(page):
         if block.language == "python" and block.not_run is None:
             run_python(block, names)

@@ -43,7 +43,7 @@ class Query:
     """Inverted lists that FAISS visits."""
     device: str = "auto"
     """cpu, cuda or cuda:N; auto takes a GPU where there is one."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"] | None = None
     """Type of the weights; by default the one the store was built with."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint."""

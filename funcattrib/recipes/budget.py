@@ -29,6 +29,7 @@ import torch
 
 from funcattrib import memory
 from funcattrib.data import plan
+from funcattrib.errors import FuncattribError
 from funcattrib.fitting import statistics
 from funcattrib.per_example import Batch
 from funcattrib.recipes.explain import explained
@@ -83,6 +84,11 @@ def with_budget(
     """
     if prepared.work.budget:
         return prepared
+    if prepared.work.step.shared:
+        raise FuncattribError(
+            "expected a number for --token-batch-size where processes hold the model together, found auto\n"
+            "one of them would try alone; begin with 4096"
+        )
     tried = prepared.work if tried is None else tried
     fits, world = prepared.given is None, prepared.work.world
     found = world.first(lambda: token_budget(tried, prepared.manifest, path, overwrite=overwrite, fits=fits))

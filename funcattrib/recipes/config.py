@@ -17,14 +17,32 @@ class ModelConfig:
     """Hub id or folder of the tokenizer, if it is not the model's."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    """Type of the weights; auto takes the checkpoint's own."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"] = "fp32"
+    """Type of the weights; auto takes the checkpoint's own. int8 and int4 (nf4) quantise them, with bitsandbytes."""
     device: str = "auto"
     """cpu, cuda or cuda:N; auto takes a GPU where there is one."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint."""
     reference_model: str | None = None
     """The model that --loss kl compares with; by default the model with its adapter off."""
+    shard_params: bool = False
+    """Under torchrun or srun: each process keeps a part of every weight, and all together make one when it is used."""
+    shard_ranks: int | None = None
+    """Processes that hold one copy together, the neighbours in rank; by default all."""
+    offload_params: bool = False
+    """Keep the parts of --shard-params in the CPU's memory, and move them to the device when they are used."""
+
+    def __post_init__(self) -> None:
+        """Check what a type cannot say."""
+        at_least(self, shard_ranks=1)
+        for flag, given in (("--shard-ranks", self.shard_ranks is not None), ("--offload-params", self.offload_params)):
+            if given and not self.shard_params:
+                raise FuncattribError(f"expected --shard-params with {flag}, found it alone")
+        if self.shard_params and self.precision in ("int8", "int4"):
+            raise FuncattribError(
+                f"expected --precision auto, fp32, bf16 or fp16 with --shard-params, found {self.precision}\n"
+                "quantise a model that fits on one device, or shard it in bf16"
+            )
 
 
 @dataclass(frozen=True)
@@ -33,8 +51,8 @@ class LoadConfig:
 
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer, if it is not the checkpoints' own."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    """Type of the weights; auto takes the checkpoint's own."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"] = "fp32"
+    """Type of the weights; auto takes the checkpoint's own. int8 and int4 (nf4) quantise them, with bitsandbytes."""
     device: str = "auto"
     """cpu, cuda or cuda:N; auto takes a GPU where there is one."""
     trust_remote_code: bool = False

@@ -52,7 +52,7 @@ def fold_parts(work: Work, writer: StoreWriter, step: int, fold: Fold, label: st
     kept = len(mine)
     with progress(work, label, total, total - tokens) as bar:
         try:
-            for number in world.claims(len(todo)):
+            for number in work.step.through(world.claims(len(todo))):
                 with undisturbed():
                     own = fold.take(own, spans[todo[number]], bar)
                     mine.append(todo[number])

@@ -15,10 +15,11 @@ from funcattrib.compose import Chain, State
 from funcattrib.data import Columns, load
 from funcattrib.distributed import world
 from funcattrib.errors import ChainError, FuncattribError
-from funcattrib.functional import Loss, Params
+from funcattrib.functional import Loss, Params, device_of, parameters_of, sharing
 from funcattrib.loading import PRECISIONS, context_length, fingerprint, load_model, model_identity, vocabulary
+from funcattrib.lockstep import Lockstep
 from funcattrib.named_loss import KINDS, Own, loss_of
-from funcattrib.per_example import per_example_grad
+from funcattrib.per_example import Batch, per_example_grad
 from funcattrib.recipes.chains import chain_of
 from funcattrib.recipes.config import GradientConfig
 from funcattrib.recipes.documents import Records, read_documents
@@ -125,9 +126,21 @@ def prepare(
         extra=corpus.notes(),
     )
     pieces = Pieces(partial(_described, corpus))
-    work = Work(loss, params, chain, corpus, budget, source.quiet, pieces, world())
+    step = Lockstep(sharing(*map(_parameters, (module, reference))), partial(_shortest, corpus, params))
+    work = Work(loss, params, chain, corpus, budget, source.quiet, pieces, world(), step)
     prepared = Prepared(work, manifest, None)
     return prepared if state is None else with_state(prepared, open_store(state))
+
+
+def _parameters(model: nn.Module | Params | None) -> Params:
+    if isinstance(model, nn.Module):
+        return parameters_of(model)
+    return model if isinstance(model, Mapping) else {}
+
+
+def _shortest(corpus: Corpus, params: Params) -> Batch:
+    """What a process without work of its own computes, so that the others have their weights."""
+    return corpus.batch([int(corpus.lengths.argmin())], device_of(params))
 
 
 def with_state(prepared: Prepared, given: GradientStore) -> Prepared:

@@ -86,7 +86,7 @@ def reduce_gradients(
 
 
 def _reduce(work: Work, writer: StoreWriter, state: State, method: Method, unit: bool, step: int) -> None:
-    compute, lengths = work.chain.bind(work.loss, work.params, state), work.corpus.lengths
+    compute, lengths = work.bind(state), work.corpus.lengths
     start = {"sum": torch.zeros(writer.manifest.width, dtype=torch.float64), "facts": torch.zeros(2).double()}
     found = fold_parts(work, writer, step, Fold(start, partial(_add, work, compute, unit), _add_up), "reduce")
     count, loss = int(found["facts"][0]), float(found["facts"][1])

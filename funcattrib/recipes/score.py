@@ -166,7 +166,7 @@ def ending_in(work: Work, fitted: State, last: Sequence[Transform]) -> tuple[Wor
 
 def _fill_best(work: Work, writer: StoreWriter, state: Any, top_k: int) -> None:
     """One pass that keeps the best alone; what it has so far is saved now and then."""
-    compute = work.chain.bind(work.loss, work.params, state)
+    compute = work.bind(state)
     start = {**nothing(len(writer.manifest.extra["queries"]))._asdict(), "lost": torch.zeros(1, dtype=torch.int64)}
     folded = Fold(start, partial(_take_best, work, compute, top_k), partial(_merge_best, top_k))
     found = fold_parts(work, writer, int(writer.manifest.computed_with["shard"]), folded, "score")

@@ -53,10 +53,10 @@ def as_tokens(work: Work) -> Work:
 
 def fill_tokens(work: Work, writer: StoreWriter, state: State, label: str = "build") -> None:
     """Compute and hand over every pending shard of rows (document, token)."""
-    compute, ends = as_tokens(work).chain.bind(work.loss, work.params, state), np.cumsum(work.corpus.lengths)
+    compute, ends = as_tokens(work).bind(state), np.cumsum(work.corpus.lengths)
     before = int(ends[-1]) - sum(len(writer.shard_range(i)) for i in writer.pending)
     with progress(work, label, int(ends[-1]), before) as bar:
-        for shard in writer.claims():
+        for shard in work.step.through(writer.claims()):
             span = writer.shard_range(shard)
             first, last = (int(at) for at in np.searchsorted(ends, [span.start, span.stop - 1], side="right"))
             documents = range(first, last + 1)

@@ -19,6 +19,7 @@ from funcattrib.data import plan
 from funcattrib.distributed import ALONE, World
 from funcattrib.fitting import passes
 from funcattrib.functional import Loss, Params, device_of
+from funcattrib.lockstep import Lockstep
 from funcattrib.memory import trim
 from funcattrib.per_example import Batch, PerExample
 from funcattrib.progress import Progress
@@ -67,6 +68,11 @@ class Work(NamedTuple):
     quiet: bool
     pieces: Pieces
     world: World = ALONE
+    step: Lockstep = Lockstep()
+
+    def bind(self, state: State) -> Callable[[Batch], PerExample]:
+        """The chain as a function of the batch; inside ``step``, ranks that share the model compute it together."""
+        return self.step.of(self.chain.bind(self.loss, self.params, state))
 
     @property
     def device(self) -> torch.device:
@@ -100,7 +106,8 @@ def fit_state(work: Work, most: int, writer: StoreWriter) -> State:
     if done < wanted:
         with progress(work, "fit", tokens * wanted, tokens * done) as bar:
             batches = Batches(work, chosen, bar.update)
-            for after in passes(work.chain, work.loss, work.params, batches, state, done, world, batches.pieces):
+            read = (work.loss, work.params, batches, state, done, world, batches.pieces, work.step)
+            for after in passes(work.chain, *read):
                 state, done = after, done + 1
                 if done < wanted:
                     writer.save_progress(tree.flatten(state), done)
@@ -111,12 +118,12 @@ def fit_state(work: Work, most: int, writer: StoreWriter) -> State:
 def fill(work: Work, writer: StoreWriter, state: State, label: str = "build") -> None:
     """Compute and hand over every pending shard."""
     lengths = work.corpus.lengths
-    bound = work.chain.bind(work.loss, work.params, state)
+    bound = work.bind(state)
     compute = bound if work.quiet else naming_unused(bound)
     todo = sum(int(lengths[list(writer.shard_range(i))].sum()) for i in writer.pending)
     total = int(lengths.sum())
     with progress(work, label, total, total - todo) as bar:
-        for shard in writer.claims():
+        for shard in work.step.through(writer.claims()):
             span = writer.shard_range(shard)
             matrix, losses = rows_of(work, compute, span, bar.update)
             shown = work.corpus.shown(span)

@@ -1,0 +1,80 @@
+"""PEFT adapters: which base an adapter's folder names, and the model with the adapter on it.
+
+peft is imported only for an adapter.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from funcattrib.errors import FuncattribError
+
+
+class Base(NamedTuple):
+    """The model that an adapter changes."""
+
+    name: str
+    revision: str | None
+
+
+def base_of(source: Path | str, revision: str | None) -> Base | None:
+    """The base of the adapter at a folder or hub id; None where that is no adapter.
+
+    Raises:
+        FuncattribError: an adapter that names no base.
+    """
+    file = find_adapter_config_file(str(source), revision=revision)
+    if file is None:
+        return None
+    config = json.loads(Path(file).read_text(encoding="utf-8"))
+    name = config.get("base_model_name_or_path")
+    if not name:
+        raise FuncattribError(
+            f"expected the name of the base model in {source}/adapter_config.json, found none\n"
+            "write it there as base_model_name_or_path"
+        )
+    return Base(name, config.get("revision"))
+
+
+def adapter_on(base: nn.Module, source: Path | str, revision: str | None) -> nn.Module:
+    """``base`` with the adapter of a folder or hub id on it.
+
+    Raises:
+        FuncattribError: peft is not installed; an adapter of prompts, or one that is not kept as safetensors.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise FuncattribError(f"expected the package peft for the adapter {source}, found none\npip install peft")
+    import peft
+
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
+    config = peft.PeftConfig.from_pretrained(str(source), **options)
+    if config.is_prompt_learning:
+        raise FuncattribError(
+            f"expected an adapter of weights (LoRA and its like) at {source}, found {config.peft_type.value}\n"
+            "attribute the base model, or an adapter of another kind"
+        )
+    if isinstance(source, Path) and not (source / "adapter_model.safetensors").exists():
+        raise FuncattribError(
+            f"expected adapter_model.safetensors in {source}, found none\nsave the adapter with safe_serialization=True"
+        )
+    return peft.PeftModel.from_pretrained(base, str(source), config=config, is_trainable=False, **options)
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that peft's layers hold for their adapters; none where the model has no adapter.
+
+    Matrices alone where there are any: vectors of magnitudes are left out, as biases are elsewhere.
+    """
+    found: dict[str, int] = {}
+    for prefix, module in model.named_modules():
+        for child in getattr(module, "adapter_layer_names", ()):
+            held = getattr(module, child, None)
+            if isinstance(held, nn.Module):
+                path = f"{prefix}.{child}" if prefix else child
+                found |= {f"{path}.{name}": tensor.ndim for name, tensor in held.named_parameters()}
+    matrices = [name for name, axes in found.items() if axes > 1]
+    return matrices or list(found)

@@ -1,0 +1,77 @@
+"""A weight in bitsandbytes' codes: int8, or four bits (nf4, fp4).
+
+    int8    W_ij = code_ij · scale_i / 127        a scale a row
+    nf4     W = map[code] · scale                 a scale a block
+
+Dequantised for the operation that uses it. bitsandbytes is imported only for a weight that is in its codes.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PRECISION = {"Int8Params": "int8", "Params4bit": "int4"}
+"""bitsandbytes' classes of parameters, and the precision that loads a model in them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Quantised:
+    """Codes, and how they are read."""
+
+    read: Callable[[], Tensor]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        """The dequantised weight."""
+        return self.read().to(self.dtype)
+
+
+def quantised(module: nn.Module, dtype: torch.dtype) -> Quantised:
+    """The weight of bitsandbytes' linear layer ``module``.
+
+    Args:
+        dtype: of the dense weight, where the codes do not say.
+    """
+    weight: Any = module.weight
+    if type(weight).__name__ == "Int8Params":
+        own: Any = module
+        scale = weight.SCB if weight.SCB is not None else own.state.SCB  # moved there by its first forward pass
+        return Quantised(partial(_int8, weight.detach(), scale), tuple(weight.shape), dtype, weight.device)
+    codes, state = _four_bits(weight)
+    shape = tuple(state.shape)
+    # As one row: where rows end inside a block, bitsandbytes' CPU kernel may take the next block's scale too early.
+    state.shape = torch.Size([1, state.shape.numel()])
+    return Quantised(partial(_four, codes, state, shape), shape, state.dtype, codes.device)
+
+
+def _int8(codes: Tensor, scale: Tensor) -> Tensor:
+    return codes * (scale / 127)[:, None]
+
+
+def _four(codes: Tensor, state: Any, shape: tuple[int, ...]) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    whole: Tensor = dequantize_4bit(codes, state)
+    return whole.reshape(shape)
+
+
+def _four_bits(weight: Any) -> tuple[Tensor, Any]:
+    """Codes and their state: a copy of it, since the layer's own forward changes it in place on some processors."""
+    state = copy.copy(weight.quant_state)
+    if not getattr(state, "packing_format_for_cpu", False):
+        return weight.detach().as_subclass(Tensor), state
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpacked
+
+    # Packing has rounded the scales to bfloat16, and laid them out by column of blocks.
+    state.original_nested = False
+    codes, state = unpacked(weight.detach().as_subclass(Tensor), state)
+    state.absmax = state.absmax.T.reshape(-1).float()
+    return codes, state
