@@ -10,6 +10,8 @@ import pytest
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
 # What the last line of an example prints, and how much it must be at least.
 FIGURES = {
     "custom_loss": ("sequences whose nearest is their twin", 0.9),
@@ -20,6 +22,7 @@ FIGURES = {
     "less_selection": ("selected documents of the task", 0.8),
     "poison_training": ("precision at 24", 0.8),
     "quickstart": ("documents found that state the asked fact", 0.8),
+    "torchrun_sharded": ("precision at 24", 0.8),
     "trainer_collection": ("documents found of the question's kind", 0.8),
 }
 
@@ -31,7 +34,7 @@ def test_example(example, tmp_path) -> None:
         pytest.importorskip("flax", reason="flax is not installed; it comes with the dev extra")
     what, least = FIGURES[example.stem]
     done = subprocess.run(
-        [sys.executable, example],
+        [sys.executable, *(TORCHRUN if "torchrun" in example.stem else []), example],
         cwd=tmp_path,
         capture_output=True,
         text=True,
