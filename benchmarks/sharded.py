@@ -2,7 +2,7 @@
 
 share               rows of every weight on rank 0
 gathered            most bytes of gathered weights alive at once, while gradients are projected
-loading             most anonymous memory more than before, while the model is read from its files
+reading             most anonymous memory more than before, while the model is read from its files
 
 python -m benchmarks.sharded [--size 14m] [--processes 2] [--token-batch-size 2048] [--documents 48] [--rounds 5]
 """
@@ -29,6 +29,7 @@ from benchmarks.paired import Batch, batches_of, beside, speed
 from benchmarks.report import write_result
 from funcattrib.functional import parameters_of, sharing
 from funcattrib.lift.sharded import Gathers, Sharded
+from funcattrib.load_sharded import load_sharded
 from funcattrib.loading import load_model
 from funcattrib.lockstep import Lockstep
 from funcattrib.recipes.load import shards_of
@@ -72,8 +73,8 @@ def measure(a: argparse.Namespace, folder: str) -> None:
     device = torch.device("cpu" if a.device == "cpu" else f"cuda:{rank}")
     shards = shards_of(device)
     load_model(f"{folder}/small", device=str(device), shards=shards)  # imports, and what libraries keep
-    with most_memory() as loading:
-        sharded = load_model(f"{folder}/whole", device=str(device), shards=shards).model
+    with most_memory() as reading:
+        sharded = load_sharded(f"{folder}/whole", torch.float32, shards, {})
     whole = load_model(f"{folder}/whole", device=str(device)).model
     batches, tokens = batches_of(a.documents, a.token_batch_size, str(device))
     mine = batches[rank::size]
@@ -106,7 +107,7 @@ def measure(a: argparse.Namespace, folder: str) -> None:
                 "gathered, MiB": round(max(alive) / _MIB, 1),
                 "share and gathered, MiB": round((share + max(alive)) / _MIB, 1),
                 "share and the two largest weights, MiB": round((share + sum(sizes[-2:])) / _MIB, 1),
-                "loading, MiB": round(loading[0] / _MIB, 1),
+                "reading, MiB": round(reading[0] / _MIB, 1),
                 **speed(seconds, tokens),
                 **beside(seconds, "sharded", "whole"),
             },
