@@ -81,13 +81,14 @@ def test_every_parameter_against_the_float64_loop(name: str, kind: str, reductio
 @pytest.mark.parametrize("name", EVERY)
 def test_a_row_does_not_depend_on_its_batch(name: str) -> None:
     batch = cases.batch((9, 5, 12, 2, 1))
-    loss, params = fa.causal_lm_loss(cases.causal(name))
+    loss, params = fa.causal_lm_loss(copy.deepcopy(cases.causal(name)).double())  # in float32, rounding depends on it
+    tolerance = 1e-6 if name == "gpt_neo" else 1e-10  # GPT-Neo attends in float32 whatever its type
     chain = fa.compose(fa.per_example_grad, fa.project(4))
     together = chain(loss, params, batch)
     for b, length in enumerate((9, 5, 12, 2, 1)):
         alone = chain(loss, params, {key: value[b : b + 1, :length] for key, value in batch.items()})
         for leaf, grads in together.items():
-            torch.testing.assert_close(grads[b], alone[leaf][0], rtol=1e-5, atol=1e-6 * float(grads.abs().max()))
+            torch.testing.assert_close(grads[b], alone[leaf][0], rtol=0, atol=tolerance * float(grads.abs().max()))
 
 
 @pytest.mark.parametrize("name", EVERY)
