@@ -8,7 +8,7 @@ import tyro
 
 from funcattrib.cli.config_file import settings
 from funcattrib.cli.say import reports_on_stderr
-from funcattrib.recipes.config import DataConfig, ModelConfig, QueryColumns, RowConfig, at_least
+from funcattrib.recipes.config import DataConfig, FittedConfig, ModelConfig, QueryColumns, at_least
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Trackstar:
     """Damping of the preconditioner, in units of the mean eigenvalue."""
     optimizer_state: Path | None = None
     """An optimizer's saved state: its second moments take the place of a pass over the data."""
-    gradients: RowConfig = field(default_factory=lambda: RowConfig(loss="log_odds"))
+    gradients: FittedConfig = field(default_factory=lambda: FittedConfig(loss="log_odds"))
     overwrite: bool = False
     """Begin anew where OUT holds another run."""
     top_k: int = 3

@@ -114,8 +114,6 @@ class RowConfig:
     """Coordinates a side of each projected matrix; 0 keeps whole gradients."""
     projection_type: Literal["rademacher", "normal"] = "rademacher"
     """Distribution of the projections' entries."""
-    fit_documents: int = 1024
-    """Documents on which statistics are fitted, spread evenly over the data set; 0 takes all."""
     loss: str = "ce"
     """ce (cross-entropy), log_odds (negative log-odds of each token), kl (divergence from --reference-model), or a loss
     of your own: package.module:function."""
@@ -139,7 +137,7 @@ class RowConfig:
 
     def __post_init__(self) -> None:
         """Check what a type cannot say."""
-        at_least(self, projection_dim=0, fit_documents=0, rows_per_shard=1)
+        at_least(self, projection_dim=0, rows_per_shard=1)
         if self.token_batch_size != "auto":
             if not isinstance(self.token_batch_size, int):
                 raise FuncattribError(
@@ -155,7 +153,20 @@ class RowConfig:
 
 
 @dataclass(frozen=True)
-class GradientConfig(RowConfig):
+class FittedConfig(RowConfig):
+    """The same where statistics are fitted too."""
+
+    fit_documents: int = 1024
+    """Documents on which statistics are fitted, spread evenly over the data set; 0 takes all."""
+
+    def __post_init__(self) -> None:
+        """Check what a type cannot say."""
+        super().__post_init__()
+        at_least(self, fit_documents=0)
+
+
+@dataclass(frozen=True)
+class GradientConfig(FittedConfig):
     """What is computed of each example's gradient, step by step, and how it is kept."""
 
     normalizer: Literal["adafactor", "adam", "none"] = "none"
