@@ -33,7 +33,8 @@ def test_gram_is_the_mean_outer_product_before_and_after_finalize() -> None:
     state = stage.init(laws.SPEC)[0]
     for part in laws.split(values, [5, 7]):
         state = stage.observe(state, part)
-    joint = torch.cat([values["matrix"].flatten(1), values["layer.dense.weight"].flatten(1)], 1).double()
+    # A joint block's leaves stand by name, whatever the order they come in.
+    joint = torch.cat([values["layer.dense.weight"].flatten(1), values["matrix"].flatten(1)], 1).double()
     alone = values["layer.out.weight"].flatten(1).double()
     for found in (gram_of(state), gram_of(stage.finalize(state)), gram_of((None, stage.finalize(state)))):
         assert list(found) == ["both", "layer.out.weight"]
