@@ -16,6 +16,7 @@ from funcattrib.progress import Progress
 from funcattrib.recipes.work import Work, progress
 from funcattrib.signals import undisturbed
 from funcattrib.store import StoreWriter
+from funcattrib.store.partial import load_parts, replace_parts, save_parts
 
 _SAVE_EVERY = 30.0  # seconds of work that a kill may cost
 
@@ -40,11 +41,11 @@ def fold_parts(work: Work, writer: StoreWriter, step: int, fold: Fold, label: st
     """The result over all documents, ``step`` of them a part, the same on every process."""
     world, lengths = work.world, work.corpus.lengths
     spans = [range(start, min(start + step, len(lengths))) for start in range(0, len(lengths), step)]
-    saved = writer.load_parts() if world.leads else []
+    saved = load_parts(writer.path) if world.leads else []
     own, done = fold.start, [part for _, parts in saved for part in parts]
     if saved:
         own = fold.merge([tensors for tensors, _ in saved])
-        writer.replace_parts(own, done)
+        replace_parts(writer.path, own, done)
     todo = sorted(set(range(len(spans))) - set(world.tell(done)))
     mine, last = list(done), time.monotonic()
     tokens = sum(int(lengths[spans[part]].sum()) for part in todo)
@@ -57,11 +58,11 @@ def fold_parts(work: Work, writer: StoreWriter, step: int, fold: Fold, label: st
                     own = fold.take(own, spans[todo[number]], bar)
                     mine.append(todo[number])
                 if time.monotonic() - last > _SAVE_EVERY:
-                    writer.save_parts(own, mine)
+                    save_parts(writer.path, world.rank, own, mine)
                     last, kept = time.monotonic(), len(mine)
         finally:
             if len(mine) > kept:
-                writer.save_parts(own, mine)
+                save_parts(writer.path, world.rank, own, mine)
         world.meet(lambda: bar.update(0))
         bar.update(0)
     return _together(own, fold, work)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from funcattrib.errors import StoreError
-from funcattrib.store import lock, shards
+from funcattrib.store import lock, partial, shards
 from funcattrib.store.atomic import TEMPORARY, explain
 from funcattrib.store.manifest import FILE, Manifest, check_manifest, differences, identity, read_manifest, unfinished
-from funcattrib.store.writer import CONFIG, PARTIAL, PROGRESS, STATE, StoreWriter, save_manifest
+from funcattrib.store.writer import CONFIG, PROGRESS, STATE, StoreWriter, save_manifest
 
 log = logging.getLogger(__name__)
 
@@ -159,6 +159,6 @@ def _in_words(chain: list[dict[str, Any]]) -> str:
 def _forget(path: Path) -> None:
     """Let nothing of the old run count for the new one, before the new one's manifest is written."""
     old = [name for name in shards.sizes(path) if name.startswith("shards/") and name.endswith(".json")]
-    for name in (*old, STATE, PROGRESS, CONFIG, *(file.name for file in path.glob(PARTIAL))):
+    for name in (*old, STATE, PROGRESS, CONFIG, *(file.name for file in path.glob(partial.FILES))):
         (path / name).unlink(missing_ok=True)
     shutil.rmtree(path / "faiss", ignore_errors=True)  # indices made from the old rows

@@ -1,8 +1,6 @@
 """The writer of a store: shards handed over are written by one thread, while the next are computed."""
 
-import os
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,23 +13,23 @@ from typing import Any, NamedTuple, Self
 import safetensors.torch
 import torch
 import yaml
-from safetensors import SafetensorError
 from torch import Tensor
 
 from funcattrib.distributed import ALONE, World
 from funcattrib.errors import StoreError
 from funcattrib.signals import undisturbed
 from funcattrib.store import shards
-from funcattrib.store.atomic import hash_file, replacing, write_file
+from funcattrib.store.atomic import hash_file, write_file
 from funcattrib.store.examples import Column, to_table
 from funcattrib.store.facts import FileFacts, Shard
 from funcattrib.store.lock import Lock
 from funcattrib.store.manifest import FILE, Manifest, read_manifest
+from funcattrib.store.partial import FILES as PARTS
+from funcattrib.store.tensors import save_tensors
 from funcattrib.store.write_shard import Job, write_shard
 
 STATE = "state.safetensors"
 PROGRESS = "progress.safetensors"  # what a pass over the data has so far, until it is done
-PARTIAL = "progress-*.safetensors"  # what one process has of such a pass, by its rank
 CONFIG = "config.yaml"
 
 _DONE = "done"  # among the tensors in PROGRESS
@@ -157,13 +155,13 @@ class StoreWriter:
     def save_state(self, state: Mapping[str, Tensor]) -> None:
         """Save the chain's fitted state as `state.safetensors`; on a complete store, do nothing."""
         if self._saves:
-            self._save(state, STATE)
+            save_tensors(self.path / STATE, state)
             (self.path / PROGRESS).unlink(missing_ok=True)
 
     def save_progress(self, tensors: Mapping[str, Tensor], done: int) -> None:
         """Save what unfinished work has so far, to go on with: after `done` passes, or `done` parts of one."""
         if self._saves:
-            self._save({**tensors, _DONE: torch.tensor(done)}, PROGRESS)
+            save_tensors(self.path / PROGRESS, {**tensors, _DONE: torch.tensor(done)})
 
     def load_progress(self) -> tuple[dict[str, Tensor], int] | None:
         """What `save_progress` kept; None where there is none."""
@@ -171,40 +169,6 @@ class StoreWriter:
             return None
         tensors = safetensors.torch.load_file(self.path / PROGRESS)
         return tensors, int(tensors.pop(_DONE))
-
-    def save_parts(self, tensors: Mapping[str, Tensor], parts: Sequence[int]) -> None:
-        """Save what this process has made of some parts of a pass, in a file of its own."""
-        self._save({**tensors, _DONE: torch.tensor(parts, dtype=torch.int64)}, _parts_file(self.place.world.rank))
-
-    def load_parts(self) -> list[tuple[dict[str, Tensor], list[int]]]:
-        """What the processes of earlier runs have made, with the parts that it is made of; no part twice."""
-        found: list[tuple[dict[str, Tensor], list[int]]] = []
-        seen: set[int] = set()
-        for file in sorted(self.path.glob(PARTIAL), key=lambda file: (len(file.name), file.name)):
-            tensors = safetensors.torch.load_file(file)
-            parts = [int(part) for part in tensors.pop(_DONE)]
-            if seen.isdisjoint(parts):
-                found.append((tensors, parts))
-                seen.update(parts)
-        return found
-
-    def replace_parts(self, tensors: Mapping[str, Tensor], parts: Sequence[int]) -> None:
-        """Put one result in the place of those that it was merged from."""
-        self.save_parts(tensors, parts)  # first: of a part that is there twice, this file is the one that counts
-        for file in self.path.glob(PARTIAL):
-            if file.name != _parts_file(self.place.world.rank):
-                file.unlink()
-
-    def _save(self, state: Mapping[str, Tensor], file: str) -> None:
-        with replacing(self.path / file) as temporary:
-            try:
-                safetensors.torch.save_file(_own_memory(state), temporary)
-            except SafetensorError as error:
-                # It tells of a full disk in its text alone; as an OSError it is explained like any other.
-                number = re.search(r"os error (\d+)", str(error))
-                if number is None:
-                    raise
-                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
     def load_state(self) -> dict[str, Tensor] | None:
         """The state that this run or the one it continues has saved; None where there is none yet."""
@@ -268,7 +232,7 @@ class StoreWriter:
         )
         save_manifest(self.path, complete)
         self.manifest = complete
-        for file in (self.path / PROGRESS, *self.path.glob(PARTIAL)):
+        for file in (self.path / PROGRESS, *self.path.glob(PARTS)):
             file.unlink(missing_ok=True)
         # The manifest lists the shards from here on. Killed before this, a leftover side file is never read again.
         shards.sweep(self.path, keep=[facts.file for shard in complete.shards for facts in shards.files_of(shard)])
@@ -336,22 +300,6 @@ class StoreWriter:
             raise self._failure
 
 
-def _parts_file(rank: int) -> str:
-    return PARTIAL.replace("*", str(rank))
-
-
 def save_manifest(path: Path, manifest: Manifest) -> None:
     """Replace a store's manifest."""
     write_file(path, FILE, lambda sink: sink.write(manifest.to_json().encode()))
-
-
-def _own_memory(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as safetensors takes them: on the CPU, contiguous, no two in the same memory."""
-    seen: set[int] = set()
-    own = {}
-    for name, tensor in state.items():
-        tensor = tensor.detach().cpu().contiguous()
-        memory = tensor.untyped_storage().data_ptr()
-        own[name] = tensor.clone(memory_format=torch.contiguous_format) if memory in seen else tensor
-        seen.add(memory)
-    return own

@@ -1,0 +1,47 @@
+"""What each process has of a pass that is not done: one file a process, ``progress-RANK.safetensors``.
+
+Each holds a result and the numbers of the parts of the pass that it was made of, so that a run goes on from all of
+them, whatever the number of processes then.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from funcattrib.store.tensors import save_tensors
+
+FILES = "progress-*.safetensors"
+_MADE_OF = "parts"  # among the tensors
+
+
+def save_parts(folder: Path, rank: int, tensors: Mapping[str, Tensor], parts: Sequence[int]) -> None:
+    """Save what a process has made of some parts, in the place of what it had before."""
+    save_tensors(_file(folder, rank), {**tensors, _MADE_OF: torch.tensor(parts, dtype=torch.int64)})
+
+
+def load_parts(folder: Path) -> list[tuple[dict[str, Tensor], list[int]]]:
+    """What the processes of earlier runs have made, each with its parts; no part twice."""
+    found: list[tuple[dict[str, Tensor], list[int]]] = []
+    seen: set[int] = set()
+    for file in sorted(folder.glob(FILES), key=lambda file: (len(file.name), file.name)):
+        tensors = safetensors.torch.load_file(file)
+        parts = [int(part) for part in tensors.pop(_MADE_OF)]
+        if seen.isdisjoint(parts):
+            found.append((tensors, parts))
+            seen.update(parts)
+    return found
+
+
+def replace_parts(folder: Path, tensors: Mapping[str, Tensor], parts: Sequence[int]) -> None:
+    """Put one result, as rank 0's, in the place of those that it was merged from."""
+    save_parts(folder, 0, tensors, parts)  # first: of a part that is there twice, this file is the one that counts
+    for file in folder.glob(FILES):
+        if file != _file(folder, 0):
+            file.unlink()
+
+
+def _file(folder: Path, rank: int) -> Path:
+    return folder / FILES.replace("*", str(rank))

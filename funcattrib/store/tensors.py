@@ -1,0 +1,42 @@
+"""Tensors by name in a safetensors file that appears whole or not at all."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from funcattrib.store.atomic import replacing
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file, or replace it.
+
+    Raises:
+        StoreError: the disk is full, or the folder not writable; what was there stays.
+    """
+    with replacing(path) as temporary:
+        try:
+            safetensors.torch.save_file(_own_memory(tensors), temporary)
+        except SafetensorError as error:
+            # It tells of a full disk in its text alone; as an OSError it is explained like any other.
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors takes them: on the CPU, contiguous, no two in the same memory."""
+    seen: set[int] = set()
+    own = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        own[name] = tensor.clone(memory_format=torch.contiguous_format) if memory in seen else tensor
+        seen.add(memory)
+    return own
