@@ -9,6 +9,11 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", 1))) > 1
 
 
+def rank() -> int:
+    """This process's number, from 0; 0 where no launcher says one."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+
+
 def local_rank() -> int:
     """This process's number on its machine, from 0; 0 where no launcher says one."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))

@@ -169,7 +169,7 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     except Exception as error:  # whatever a file written by others makes its reader raise
         raise FuncattribError(
             f"expected a model's config.json at {name!r}, found none that can be read: {why(error)}\n"
-            "check the name and the connection to the hub, or give a folder that has one"
+            "check the name and the connection to the hub, or give a folder that has one (of an adapter, its base's)"
         ) from error
 
 

@@ -552,3 +552,13 @@ def test_without_jax_the_import_says_what_to_install() -> None:
     code = "import sys; sys.modules['jax'] = None\nimport funcattrib.interop.jax"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert "expected the package jax, found none; pip install 'funcattrib[jax]'" in ran.stderr
+
+
+def test_a_batch_of_no_examples_has_no_rows() -> None:
+    params = {"w": jnp.ones((3, 2))}
+    chain = fa.compose(per_example_grad, fa.project(2))
+    bound = chain.bind(lambda params, example: (example["x"] @ params["w"]).sum(), params)
+    assert bound({"x": jnp.ones((5, 3))}).grads["w"].shape == (5, 2, 2)
+    empty = bound({"x": jnp.ones((0, 3))})
+    assert empty.grads["w"].shape == (0, 2, 2)
+    assert empty.losses.shape == (0,)

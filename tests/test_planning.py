@@ -231,14 +231,15 @@ def test_the_command_needs_a_configuration_alone(funcattrib, tmp_path) -> None:
     assert (
         funcattrib(*words, "--tokens-per-second", 1e6).out.splitlines()[2] == "time        2.08 minutes, 8 M tokens/s"
     )
-    sharded = funcattrib(*words, "--device-flops", "4e14", "--shard-params", "--shard-group", 4)
+    sharded = funcattrib(*words, "--device-flops", "4e14", "--shard-params", "--shard-ranks", 4)
     assert "right: --shard-params over 4" in sharded.out
     assert "  gather    " in sharded.out
     for wrong, said in (
         ((), "--device-flops or --tokens-per-second, found neither"),
         (("--device-flops", 1e14, "--tokens-per-second", 3), "found both"),
         (("--device-flops", 1e14, "--utilisation", 0), "--utilisation above 0"),
-        (("--device-flops", 1e14, "--shard-params", "--shard-group", 3), "a divisor of 8 devices, found 3"),
+        (("--device-flops", 1e14, "--shard-params", "--shard-ranks", 3), "a divisor of 8 devices, found 3"),
+        (("--device-flops", 1e14, "--mean-length", 1e30), "one document of --mean-length 1e+30"),
     ):
         ran = funcattrib(*words, *wrong)
         assert (ran.code, said in ran.err) == (2, True), ran.err

@@ -199,6 +199,9 @@ def test_the_ranks_speak_with_one_voice(tmp_path: Path, files: Path) -> None:
     assert out.count("documents, ") == out.count("40 rows ×") == 1
     assert out.count("40 rows in") == 1, "the line counts what all have done"
     assert "40 documents, " in (tmp_path / "run/logs/rank-1.log").read_text()
+    code, out = torchrun(2, "-m", "funcattrib", *words(files, tmp_path / "run"), "--label-smoothing", "2")
+    assert code != 0
+    assert out.count("expected --label-smoothing in [0, 1), found 2.0") == 1
     code, out = torchrun(2, "-m", "funcattrib", *words(files, tmp_path / "run"), "--seed", "1")
     assert code != 0
     assert out.count("holds another run: seed: expected 1, found 0") == 1

@@ -147,12 +147,13 @@ def _run(name: str, command: Command, args: Sequence[str]) -> int:
     config_type = get_type_hints(run)["config"]
     from funcattrib.cli.arguments import parse  # tyro: not needed for `funcattrib --help`
 
-    config = parse(config_type, args, command=name)
-    if command.together and launched():
-        from funcattrib.cli.together import together
+    if not (command.together and launched()):
+        return run(parse(config_type, args, command=name)) or 0
+    from funcattrib.cli.together import first_tells, together
 
-        return together(run, config)
-    return run(config) or 0
+    with first_tells():
+        config = parse(config_type, args, command=name)
+    return together(run, config)
 
 
 def _overview(commands: Mapping[str, Command]) -> str:

@@ -1,5 +1,6 @@
 """``funcattrib plan``: what a run will take, before anything is computed."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,7 +43,7 @@ class Plan:
     """Tokens in a batch of each device."""
     shard_params: bool = False
     """Divide the parameters over devices."""
-    shard_group: int | None = None
+    shard_ranks: int | None = None
     """Devices that one copy of the parameters is divided over; by default all."""
     link_bandwidth: float = 5e10
     """Bytes a second that a device receives from the others (5e10: 400 Gbit/s)."""
@@ -58,11 +59,16 @@ class Plan:
     def __post_init__(self) -> None:
         """Check what a type cannot say."""
         at_least(self, tokens=1, devices=1, mean_length=1, projection_dim=0, token_batch_size=1)
-        at_least(self, shard_group=2, link_bandwidth=1, disk_bandwidth=1, device_flops=1, tokens_per_second=1e-9)
-        if self.shard_group is not None and (not self.shard_params or self.devices % self.shard_group):
+        at_least(self, shard_ranks=2, link_bandwidth=1, disk_bandwidth=1, device_flops=1, tokens_per_second=1e-9)
+        if not math.isfinite(self.tokens) or self.mean_length > self.tokens:
             raise FuncattribError(
-                f"expected --shard-group with --shard-params, and a divisor of {self.devices} devices, found "
-                f"{self.shard_group}"
+                f"expected --tokens of a finite number, and of one document of --mean-length {self.mean_length:g} at "
+                f"least, found {self.tokens:g}"
+            )
+        if self.shard_ranks is not None and (not self.shard_params or self.devices % self.shard_ranks):
+            raise FuncattribError(
+                f"expected --shard-ranks with --shard-params, and a divisor of {self.devices} devices, found "
+                f"{self.shard_ranks}"
             )
         if not 0 < self.utilisation <= 1:
             raise FuncattribError(f"expected --utilisation above 0 and at most 1, found {self.utilisation}")
@@ -87,7 +93,7 @@ def run(config: Plan) -> int | None:
         dtype=config.dtype,
         precision=config.precision,
         batch=config.token_batch_size,
-        shards=(config.shard_group or config.devices) if config.shard_params else 1,
+        shards=(config.shard_ranks or config.devices) if config.shard_params else 1,
     )
     machine = Machine(
         devices=config.devices,

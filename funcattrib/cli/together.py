@@ -1,13 +1,15 @@
 """A command run by several processes: rank 0 speaks for all, the others write a log of their own."""
 
-from collections.abc import Callable
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from io import TextIOBase
 from pathlib import Path
 from typing import Any, TextIO
 
 from funcattrib.distributed import joined
 from funcattrib.errors import FuncattribError
+from funcattrib.launcher import rank
 from funcattrib.signals import EXIT_CODE, Terminated
 from funcattrib.store.create import LOGS
 from funcattrib.store.manifest import FILE
@@ -37,6 +39,19 @@ def together(run: Callable[[Any], int | None], config: Any) -> int:
         except BaseException as error:
             world.fail(f"{type(error).__name__}: {error}")
             raise
+
+
+@contextmanager
+def first_tells() -> Iterator[None]:
+    """For what goes wrong in all processes alike, before they know of each other: rank 0 says it, the others end."""
+    if rank() == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        try:
+            yield
+        except FuncattribError:
+            raise SystemExit(2) from None
 
 
 class Log(TextIOBase):

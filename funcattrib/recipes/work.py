@@ -111,6 +111,8 @@ def fit_state(work: Work, most: int, writer: StoreWriter) -> State:
                 state, done = after, done + 1
                 if done < wanted:
                     writer.save_progress(tree.flatten(state), done)
+            world.meet()
+            bar.update(0)  # what the others have read
     writer.save_state(tree.flatten(state))
     return state
 

@@ -89,6 +89,9 @@ def _bind(loss: Loss, params: Any, lowered: Lowered | None, chunk: int) -> Calla
             raise FuncattribError(
                 f"expected batches of one structure, found {found} after {first}; give every batch the same entries"
             )
+        if not size:  # of one example made up, nothing
+            one = rows(jax.tree.map(lambda a: jnp.zeros((1, *a.shape[1:]), a.dtype), stacked))
+            return PerExample({name: grad[:0] for name, grad in one.grads.items()}, one.losses[:0])
         parts = []
         for start in range(0, size, chunk):
             part = stacked if size <= chunk else jax.tree.map(lambda a, at=start: a[at : at + chunk], stacked)
