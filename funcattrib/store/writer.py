@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -185,13 +185,10 @@ class StoreWriter:
         """Whether what there is one of is this writer's to save."""
         return self.place.leads and not self.manifest.complete
 
-    def finish(self, waiting: Callable[[], object] = lambda: None) -> Manifest:
+    def finish(self) -> Manifest:
         """Wait for the last shard, check that all are there, and mark the store complete.
 
         Of several processes, all call it; where each machine has a folder of its own, each is left as a part.
-
-        Args:
-            waiting: called now and then while other processes are waited for.
 
         Raises:
             StoreError: A shard could not be written, or was never handed over.
@@ -201,7 +198,7 @@ class StoreWriter:
         self._queue.join()
         self._raise_failure()
         world = self.place.world
-        world.meet(waiting)
+        world.meet()
         if any(world.gather(self.place.part)):
             if self.place.leads and not self.manifest.shard_count:  # a state alone: every machine has it
                 self._complete()
