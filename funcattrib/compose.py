@@ -129,7 +129,7 @@ class Chain(NamedTuple):
         return self.source
 
     def ready(self, spec: Spec, device: torch.device, state: tuple[State, ...] | None = None) -> tuple[State, ...]:
-        """``state``, or the one that needs no fitting, on a device.
+        """``state``, or the one that needs no fitting, on a device; what is in parts stays where it is.
 
         Raises:
             ChainError: no state for a chain that must be fitted, or another chain's.
@@ -144,7 +144,10 @@ class Chain(NamedTuple):
             raise ChainError(
                 f"expected a state of {len(self.stages)} stages, found {len(state)}; the state fits another chain"
             )
-        return map_tensors(lambda tensor: tensor.to(device), state)
+        return tuple(
+            own if stage.parts else map_tensors(lambda tensor: tensor.to(device), own)
+            for stage, own in zip(self.stages, state, strict=True)
+        )
 
     def _walk(self, spec: Spec) -> tuple[tuple[State, ...], list[Spec]]:
         """Every stage's first state; the spec before every stage, and after the last."""

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from funcattrib.board import FAILED, Board
 from funcattrib.errors import FuncattribError
 from funcattrib.launcher import launched, local_rank, set_up_from_slurm
 
@@ -27,7 +28,7 @@ T = TypeVar("T")
 
 _PATIENCE = timedelta(days=7)  # of a sum: processes may come to it hours apart
 _FAREWELL = 5.0  # seconds
-_FAILED, _LEFT = "failed", "left"
+_LEFT = "left"
 
 
 class World(NamedTuple):
@@ -43,7 +44,7 @@ class World(NamedTuple):
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    board: "Board | None" = None
+    board: Board | None = None
 
     @property
     def leads(self) -> bool:
@@ -89,12 +90,12 @@ class World(NamedTuple):
             self.board.add(key, 1)
             self.board.until(lambda board: board.add(key, 0) >= self.size, waiting)
 
-    def tell(self, value: Any = None) -> Any:
-        """Rank 0's value, a JSON one, on every process; what the others give is not looked at."""
+    def tell(self, value: Any = None, source: int = 0) -> Any:
+        """One process's value, a JSON one, on every process; what the others give is not looked at."""
         if self.board is None:
             return value
         key = self.board.name("tell")
-        if self.leads:
+        if self.rank == source:
             self.board.set(key, json.dumps(value))
             return value
         self.board.until(lambda board: board.has(key))
@@ -140,25 +141,39 @@ class World(NamedTuple):
             sums[name] = total.to(tensor.device)
         return sums
 
-    def share(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
-        """Rank 0's tensors, or its None, on every process; on the CPU where they are another's."""
+    def sum_at(self, owner: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """Sums over all processes, on one of them alone; the others have None."""
+        if self.board is None:
+            return dict(tensors)
+        self.meet()
+        sums = {}
+        for name, tensor in tensors.items():
+            total = tensor.detach().to("cpu", copy=True).contiguous()
+            dist.reduce(total, owner)
+            if self.rank == owner:
+                sums[name] = total.to(tensor.device)
+        return sums if self.rank == owner else None
+
+    def share(self, tensors: Mapping[str, Tensor] | None, source: int = 0) -> dict[str, Tensor] | None:
+        """One process's tensors, or its None, on every process; on the CPU where they are another's."""
         if self.board is None:
             return None if tensors is None else dict(tensors)
+        own = tensors if self.rank == source else None
         told = None
-        if self.leads and tensors is not None:
-            told = [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()]
-        told = self.tell(told)
+        if own is not None:
+            told = [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in own.items()]
+        told = self.tell(told, source)
         if told is None:
             return None
         self.meet()
         shared = {}
         for name, shape, dtype in told:
-            if self.leads and tensors is not None:
-                shared[name] = tensors[name]
-                dist.broadcast(tensors[name].detach().cpu().contiguous(), 0)
+            if own is not None:
+                shared[name] = own[name]
+                dist.broadcast(own[name].detach().cpu().contiguous(), source)
             else:
                 shared[name] = torch.empty(shape, dtype=getattr(torch, dtype))
-                dist.broadcast(shared[name], 0)
+                dist.broadcast(shared[name], source)
         return shared
 
     def collect(self, tensor: Tensor) -> list[Tensor]:
@@ -178,67 +193,14 @@ class World(NamedTuple):
         if self.board is None:
             return True
         with suppress(FuncattribError):  # the connection is lost: nobody hears it
-            if self.board.add(f"{_FAILED}/count", 1) > 1:
+            if self.board.add(f"{FAILED}/count", 1) > 1:
                 return False
-            self.board.set(_FAILED, f"rank {self.rank}: {message}")
+            self.board.set(FAILED, f"rank {self.rank}: {message}")
         return True
 
 
 ALONE = World()
 """A run of one process."""
-
-
-class Board:
-    """What the processes of a run read and write: torch's key-value store, with names that are given out in order.
-
-    Every process asks for the same names in the same order, so that a name means the same to all of them.
-    """
-
-    def __init__(self, store: Any) -> None:
-        self._store, self._given = store, 0
-
-    def name(self, what: str) -> str:
-        """A name that was not given before."""
-        self._given += 1
-        return f"{self._given}/{what}"
-
-    def add(self, key: str, amount: int) -> int:
-        """Add to a count and give its sum."""
-        return int(self._asked(lambda: self._store.add(key, amount)))
-
-    def set(self, key: str, text: str) -> None:
-        """Write a text."""
-        self._asked(lambda: self._store.set(key, text))
-
-    def get(self, key: str) -> str:
-        """A text that is there."""
-        return str(self._asked(lambda: self._store.get(key)).decode())
-
-    def has(self, key: str) -> bool:
-        """Whether it is."""
-        return bool(self._asked(lambda: self._store.check([key])))
-
-    def until(self, done: Callable[["Board"], bool], waiting: Callable[[], object] = lambda: None) -> None:
-        """Look again and again, up to half a second apart, until ``done``."""
-        pause = 0.001
-        while not done(self):
-            if self.has(_FAILED):
-                raise FuncattribError(
-                    f"expected all processes to go on, found that one stopped\n{self.get(_FAILED)}\n"
-                    "run the same command again: finished shards are kept"
-                )
-            waiting()
-            time.sleep(pause)
-            pause = min(2 * pause, 0.5)
-
-    def _asked(self, question: Callable[[], Any]) -> Any:
-        try:
-            return question()
-        except (RuntimeError, dist.DistNetworkError) as error:  # whoever keeps the store is gone
-            raise FuncattribError(
-                f"expected the other processes of this run, found the connection to them lost "
-                f"({str(error).splitlines()[0][:80]})\nrun the same command again: finished shards are kept"
-            ) from error
 
 
 def world() -> World:

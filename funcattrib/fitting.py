@@ -16,7 +16,8 @@ from funcattrib.errors import ChainError
 from funcattrib.functional import Loss, Params
 from funcattrib.lift import Lowered, Measured, TwoSided, own
 from funcattrib.lockstep import Lockstep
-from funcattrib.per_example import Batch, PerExample, Source, Spec
+from funcattrib.per_example import Batch, Grads, PerExample, Source, Spec
+from funcattrib.signals import undisturbed
 from funcattrib.transform import State, Transform
 from funcattrib.tree import flatten, restore
 
@@ -27,6 +28,13 @@ Pieces: TypeAlias = Callable[[Callable[[Batch], PerExample], Batch], Iterable[Pe
 def whole(read: Callable[[Batch], PerExample], batch: Batch) -> Iterable[PerExample]:
     """The batch in one piece."""
     return (read(batch),)
+
+
+class Fold(Protocol):
+    """How a stage's state is made of the gradients that reach it."""
+
+    def __call__(self, stage: Transform, spec: Spec, rows: Iterable[Grads], world: World) -> State:
+        """The finalized state, the same on every process, from the rows that each of them has."""
 
 
 class Fittable(Protocol):
@@ -60,6 +68,20 @@ def fit(chain: Fittable, loss: Loss, params: Params, batches: Iterable[Batch]) -
     return state
 
 
+def together(stage: Transform, spec: Spec, rows: Iterable[Grads], world: World) -> State:
+    """Every process folds its rows into a state of its own; the states are added up, and finalized once for all."""
+    state = stage.init(spec)[0]
+    for grads in rows:
+        state = stage.observe(state, grads)
+    state = restore(state, world.sum(flatten(state)))
+    if world.size == 1:
+        return stage.finalize(state)
+    made = world.first(lambda: flatten(stage.finalize(state)))
+    shared = world.share(made)
+    assert shared is not None, "rank 0 has made it"
+    return restore(state, shared)
+
+
 def passes(
     chain: Fittable,
     loss: Loss,
@@ -70,6 +92,7 @@ def passes(
     world: World = ALONE,
     pieces: Pieces = whole,
     step: Lockstep = Lockstep(),
+    fold: Fold = together,
 ) -> Iterator[tuple[State, ...]]:
     """The chain's state after each pass that is still to be made.
 
@@ -78,9 +101,10 @@ def passes(
     Args:
         batches: anything that can be iterated once a pass.
         state: the state after ``done`` passes, with which an interrupted fit goes on.
-        world: processes that each have some of the batches: their states are added up when a pass is done.
+        world: processes that each have some of the batches.
         pieces: how a batch is read.
         step: of processes that hold the parameters together.
+        fold: how a state is made of the rows of all processes.
 
     Raises:
         ChainError: no batches although a stage must be fitted; a one-shot iterator and several fitted stages.
@@ -93,32 +117,33 @@ def passes(
             f"expected batches that can be iterated {len(to_fit)} times, found a one-shot iterator; pass a list"
         )
     for at in to_fit:
-        stage = chain.stages[at]
-        before = chain.before(at)
-        own_state, seen = state[at], 0
+        stage, before = chain.stages[at], chain.before(at)
         read = step.of(_reading(partial(statistics, before, stage, loss, params, state[:at])))
-        for batch in step.through(batches):
-            for part in pieces(read, batch):
-                counted = _finite(part)
-                if len(counted.losses):
-                    own_state = stage.observe(own_state, counted.grads)
-                seen += len(counted.losses)
-        if not sum(world.gather(seen)):
-            raise ChainError(f"expected examples with a finite loss to fit {stage.name} on, found none")
-        own_state = restore(own_state, world.sum(flatten(own_state)))
-        own_state = finalized(stage, own_state, world)
+        rows = step.through(_gradients(read, batches, pieces))
+        arriving = before.init(source.spec(params))[1]
+        own_state = fold(stage, arriving, _some(stage, rows, world), world)
         state = (*state[:at], own_state, *state[at + 1 :])
         yield state
 
 
-def finalized(stage: Transform, state: State, world: World) -> State:
-    """``stage.finalize`` once for all processes, so that all have the same bits."""
-    if world.size == 1:
-        return stage.finalize(state)
-    made = world.first(lambda: flatten(stage.finalize(state)))
-    shared = world.share(made)
-    assert shared is not None, "rank 0 has made it"
-    return restore(state, shared)
+def _gradients(read: Callable[[Batch], PerExample], batches: Iterable[Batch], pieces: Pieces) -> Iterator[Grads]:
+    """What is read of the batches, without examples whose loss is not finite; SIGTERM waits until it is folded."""
+    for batch in batches:
+        for part in pieces(read, batch):
+            counted = _finite(part)
+            if len(counted.losses):
+                with undisturbed():
+                    yield counted.grads
+
+
+def _some(stage: Transform, rows: Iterator[Grads], world: World) -> Iterator[Grads]:
+    """The rows, of which there must be some."""
+    seen = 0
+    for grads in rows:
+        seen += len(next(iter(grads.values())))
+        yield grads
+    if not sum(world.gather(seen)):
+        raise ChainError(f"expected examples with a finite loss to fit {stage.name} on, found none")
 
 
 def _reading(begin: Callable[[Batch], Callable[[Batch], PerExample]]) -> Callable[[Batch], PerExample]:

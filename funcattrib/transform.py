@@ -1,6 +1,6 @@
 """A transform of per-example gradients: a small tuple of pure functions on explicit state."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,6 +45,9 @@ class Transform(NamedTuple):
         precedes: names of stages that this one can only stand before; ``compose`` moves it before the first of them.
         condense: a reading, linear or not, of each incoming leaf by itself, from which alone ``apply`` works: it then
             receives those in place of gradients, which are never held together.
+        parts: names of leaves → part → the stage that fits that part alone, and its leaves. For a state that may be
+            large: the parts' states, flattened and put together, are the stage's, so that several processes can fit
+            some each; and none is moved to a device but by ``apply``, for its use.
 
     Example:
         >>> import torch
@@ -63,6 +66,7 @@ class Transform(NamedTuple):
     measure: Callable[[str, Tensor], Tensor] | None = None
     precedes: tuple[str, ...] = ()
     condense: Callable[[State, Spec], Lowered] | None = None
+    parts: Callable[[Iterable[str]], Mapping[str, tuple["Transform", list[str]]]] | None = None
 
     @property
     def fitted(self) -> bool:

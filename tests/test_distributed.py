@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from funcattrib.distributed import ALONE, Board, World, agreed
+from funcattrib.board import Board
+from funcattrib.distributed import ALONE, World, agreed
 from funcattrib.errors import FuncattribError
 from funcattrib.launcher import first_host, launched, set_up_from_slurm
 from funcattrib.transforms.precondition import precondition

@@ -2,6 +2,6 @@
 
 from funcattrib.curvature.gram import gram_of, spectrum
 from funcattrib.curvature.mix import Mixed, mix
-from funcattrib.curvature.owners import owned
+from funcattrib.curvature.owners import owned, owners
 
-__all__ = ["Mixed", "gram_of", "mix", "owned", "spectrum"]
+__all__ = ["Mixed", "gram_of", "mix", "owned", "owners", "spectrum"]

@@ -276,12 +276,11 @@ class Attributor:
     def _state(self, params: Mapping[str, Tensor]) -> tuple[Chain, Any]:
         chain = self._chain or rebuild(per_example_grad, self.store.manifest.chain)
         template, saved = chain.init(spec(params))[0], self.store.state()
-        device = next(iter(params.values())).device
         if not saved and tree.flatten(template):
             raise FuncattribError(
                 f"expected the chain's state in {self.store.path}, found none; finish building the store first"
             )
-        return chain, tree.map_tensors(lambda tensor: tensor.to(device), tree.restore(template, saved))
+        return chain, tree.restore(template, saved)
 
 
 def _as_text(value: Any) -> str:

@@ -7,6 +7,7 @@ store's pending shards.
 import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ from funcattrib.lockstep import Lockstep
 from funcattrib.memory import trim
 from funcattrib.per_example import Batch, PerExample
 from funcattrib.progress import Progress
+from funcattrib.recipes.by_owner import by_owner, forget_parts
 from funcattrib.recipes.pieces import Pieces
 from funcattrib.store import StoreWriter
 
@@ -89,31 +91,37 @@ def fit_state(work: Work, most: int, writer: StoreWriter) -> State:
     """The chain's state, fitted on at most ``most`` documents spread evenly over the corpus (all where 0).
 
     It is saved after every pass, and an interrupted fit goes on with the pass that it was in. Of several processes each
-    takes every n-th batch; their sums are added when a pass is done.
+    takes every n-th batch; when a pass is done their sums are added, and what is made of them is mapped from the run's
+    folder by all.
     """
-    world = work.world
-    if (saved := world.share(writer.load_state() if world.leads else None)) is not None:
-        writer.save_state(saved)
-        return tree.restore(template(work), saved)
-    state, done = template(work), 0
-    partial = writer.load_progress() if world.leads else None
-    if (kept := world.share(partial and partial[0])) is not None:
-        state, done = tree.restore(state, kept), world.tell(partial and partial[1])
-    wanted = sum(stage.fitted for stage in work.chain.stages)
+    world, start = work.world, template(work)
+    if (saved := writer.load_state()) is not None:
+        return tree.restore(start, saved)
+    fitted = [at for at, stage in enumerate(work.chain.stages, 1) if stage.fitted]
+    state, done = start, 0
+    if (progressed := writer.load_progress()) is not None:
+        kept, done = progressed
+        reached = fitted[done - 1]
+        state = (*tree.restore(start[:reached], kept), *start[reached:])
     lengths = work.corpus.lengths
     chosen = np.asarray(spread(len(lengths), most))
     tokens = int(lengths[chosen].sum())
-    if done < wanted:
-        with progress(work, "fit", tokens * wanted, tokens * done) as bar:
+    if done < len(fitted):
+        with progress(work, "fit", tokens * len(fitted), tokens * done) as bar:
             batches = Batches(work, chosen, bar.update)
-            read = (work.loss, work.params, batches, state, done, world, batches.pieces, work.step)
+            fold = partial(by_owner, writer)
+            read = (work.loss, work.params, batches, state, done, world, batches.pieces, work.step, fold)
             for after in passes(work.chain, *read):
                 state, done = after, done + 1
-                if done < wanted:
-                    writer.save_progress(tree.flatten(state), done)
+                if done < len(fitted):
+                    writer.save_progress(tree.flatten(state[: fitted[done - 1]]), done)
             world.meet()
             bar.update(0)  # what the others have read
     writer.save_state(tree.flatten(state))
+    saved = writer.load_state()
+    assert saved is not None, "it has just been saved"
+    state = tree.restore(start, saved)
+    forget_parts(writer, world)
     return state
 
 

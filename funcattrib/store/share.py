@@ -14,7 +14,8 @@ from funcattrib.errors import StoreError
 from funcattrib.store import shards
 from funcattrib.store.create import create_store
 from funcattrib.store.manifest import Manifest, read_manifest
-from funcattrib.store.writer import Place, StoreWriter
+from funcattrib.store.place import Place
+from funcattrib.store.writer import StoreWriter
 
 log = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +11,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from funcattrib.errors import StoreError
 from funcattrib.store.atomic import replacing
+
+# Seconds in which a network file system must show what another machine has written.
+DELAY = 60.0
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -28,6 +33,25 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             if number is None:
                 raise
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, mapped: read where they are used, and no memory of the process's own.
+
+    A file that another process has written is waited for.
+
+    Raises:
+        StoreError: it does not appear.
+    """
+    until = time.monotonic() + DELAY
+    while not path.exists():
+        if time.monotonic() > until:
+            raise StoreError(
+                f"expected {path}, which another process of this run has written, found nothing after {DELAY:.0f} s\n"
+                "see that its folder is one that all machines share, then run the same command again"
+            )
+        time.sleep(0.1)
+    return safetensors.torch.load_file(path)
 
 
 def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,21 +1,20 @@
 """The writer of a store: shards handed over are written by one thread, while the next are computed."""
 
 import queue
+import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
-import safetensors.torch
 import torch
 import yaml
 from torch import Tensor
 
-from funcattrib.distributed import ALONE, World
 from funcattrib.errors import StoreError
 from funcattrib.signals import undisturbed
 from funcattrib.store import shards
@@ -25,35 +24,19 @@ from funcattrib.store.facts import FileFacts, Shard
 from funcattrib.store.lock import Lock
 from funcattrib.store.manifest import FILE, Manifest, read_manifest
 from funcattrib.store.partial import FILES as PARTS
-from funcattrib.store.tensors import save_tensors
+from funcattrib.store.place import Place, kept
+from funcattrib.store.tensors import DELAY, save_tensors
 from funcattrib.store.write_shard import Job, write_shard
 
 STATE = "state.safetensors"
 PROGRESS = "progress.safetensors"  # what a pass over the data has so far, until it is done
 CONFIG = "config.yaml"
+FITTING = "fitting"  # folder of the parts of a state that is being put together
 
 _DONE = "done"  # among the tensors in PROGRESS
 
 # Shards that wait while one is written: enough to overlap, and a bound on memory.
 _WAITING = 2
-# Seconds in which a network file system must show what another machine has written.
-_DELAY = 60.0
-
-
-class Place(NamedTuple):
-    """A writer's place among those of one store.
-
-    Attributes:
-        world: the processes that write it.
-        leads: whether this one holds the lock, and writes what there is one of.
-        todo: numbers of the shards to compute, the same list for all of them; None takes all that are not finished.
-        part: the folder is this machine's own, and the others' shards lie in theirs.
-    """
-
-    world: World = ALONE
-    leads: bool = True
-    todo: Sequence[int] | None = None
-    part: bool = False
 
 
 class StoreWriter:
@@ -164,15 +147,16 @@ class StoreWriter:
             save_tensors(self.path / PROGRESS, {**tensors, _DONE: torch.tensor(done)})
 
     def load_progress(self) -> tuple[dict[str, Tensor], int] | None:
-        """What `save_progress` kept; None where there is none."""
-        if not (self.path / PROGRESS).exists():
-            return None
-        tensors = safetensors.torch.load_file(self.path / PROGRESS)
-        return tensors, int(tensors.pop(_DONE))
+        """What `save_progress` kept, the same for all processes; None where there is none."""
+        tensors = kept(self.path / PROGRESS, self.place)
+        return None if tensors is None else (tensors, int(tensors.pop(_DONE)))
 
     def load_state(self) -> dict[str, Tensor] | None:
-        """The state that this run or the one it continues has saved; None where there is none yet."""
-        return safetensors.torch.load_file(self.path / STATE) if (self.path / STATE).exists() else None
+        """The state that this run or the one it continues has saved, for all processes; None where there is none yet.
+
+        It is mapped: read where it is used, and no memory of the process's own.
+        """
+        return kept(self.path / STATE, self.place)
 
     def save_config(self, config: Mapping[str, Any]) -> None:
         """Save the settings that replay the run as `config.yaml`; on a complete store, do nothing."""
@@ -231,6 +215,7 @@ class StoreWriter:
         self.manifest = complete
         for file in (self.path / PROGRESS, *self.path.glob(PARTS)):
             file.unlink(missing_ok=True)
+        shutil.rmtree(self.path / FITTING, ignore_errors=True)
         # The manifest lists the shards from here on. Killed before this, a leftover side file is never read again.
         shards.sweep(self.path, keep=[facts.file for shard in complete.shards for facts in shards.files_of(shard)])
 
@@ -238,7 +223,7 @@ class StoreWriter:
         """Take in what the other processes have written; a network file system may show it late."""
         if self.place.world.size == 1:
             return
-        until = time.monotonic() + _DELAY
+        until = time.monotonic() + DELAY
         while True:
             self._finished = shards.recorded(self.path, self.manifest)
             late = len(self._finished) < self.manifest.shard_count or shards.misfits(self.path, self._finished)

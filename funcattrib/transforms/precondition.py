@@ -14,10 +14,11 @@ References: TrackStar, arXiv 2410.17413; LoGra, arXiv 2405.13954.
 """
 
 import fnmatch
+import glob
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -98,6 +99,7 @@ def precondition(
         finalize=partial(_finalize, power=float(power), damping=damping, damping_kind=damping_kind),
         apply=partial(_apply, groups=groups),
         lower=_lower if groups == "parameter" else None,
+        parts=partial(_parts, groups=groups, power=power, damping=damping, damping_kind=damping_kind),
     )
 
 
@@ -153,8 +155,8 @@ def _init(given: Preconditioner | None, spec: Spec, groups: Groups) -> tuple[Pre
         for name in names:
             dtype = torch.promote_types(dtype, spec[name].dtype)
         if given is None:
-            gram[block] = torch.zeros(width, width, dtype=torch.float64)
-            power[block] = torch.zeros(width, width, dtype=dtype)
+            gram[block] = torch.zeros((), dtype=torch.float64).expand(width, width)  # takes no memory yet
+            power[block] = torch.zeros((), dtype=dtype).expand(width, width)
             continue
         if block not in given.gram:
             raise ChainError(f"needs the Gram matrix of {block}, found none for it")
@@ -201,6 +203,15 @@ def _apply(state: Preconditioner, grads: Grads, groups: Groups) -> Grads:
     return {name: result[name] for name in grads}
 
 
+def _parts(names: Iterable[str], groups: Groups, **settings: Any) -> dict[str, tuple[Transform, list[str]]]:
+    """Block → the stage of that block alone, and its leaves."""
+    parts = {}
+    for block, leaves in _blocks(names, groups).items():
+        alone: Groups = "parameter" if leaves == [block] else {block: [glob.escape(leaf) for leaf in leaves]}
+        parts[block] = precondition(groups=alone, **settings), leaves
+    return parts
+
+
 def _lower(state: Preconditioner, spec: Spec) -> Lowered:
     return {name: own(name, Dense(state.power[name])) for name in spec}
 
@@ -214,7 +225,7 @@ def _rows(grads: Grads, names: Sequence[str]) -> Tensor:
 def _times(rows: Tensor, matrix: Tensor) -> Tensor:
     """``matrix`` applied to every row, in the wider type of the two; the result has the rows' type."""
     dtype = torch.promote_types(rows.dtype, matrix.dtype)
-    return (rows.to(dtype) @ matrix.to(dtype)).to(rows.dtype)
+    return (rows.to(dtype) @ matrix.to(rows.device, dtype)).to(rows.dtype)
 
 
 def _blocks(names: Iterable[str], groups: Groups) -> dict[str, list[str]]:

@@ -1,0 +1,65 @@
+"""What the processes of a run read and write: short texts and counts, by names that mean the same to all of them."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from funcattrib.errors import FuncattribError
+
+FAILED = "failed"
+"""Where a process that stops leaves word."""
+
+
+class Board:
+    """What the processes of a run read and write: torch's key-value store, with names that are given out in order.
+
+    Every process asks for the same names in the same order, so that a name means the same to all of them.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self._store, self._given = store, 0
+
+    def name(self, what: str) -> str:
+        """A name that was not given before."""
+        self._given += 1
+        return f"{self._given}/{what}"
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to a count and give its sum."""
+        return int(self._asked(lambda: self._store.add(key, amount)))
+
+    def set(self, key: str, text: str) -> None:
+        """Write a text."""
+        self._asked(lambda: self._store.set(key, text))
+
+    def get(self, key: str) -> str:
+        """A text that is there."""
+        return str(self._asked(lambda: self._store.get(key)).decode())
+
+    def has(self, key: str) -> bool:
+        """Whether it is."""
+        return bool(self._asked(lambda: self._store.check([key])))
+
+    def until(self, done: Callable[["Board"], bool], waiting: Callable[[], object] = lambda: None) -> None:
+        """Look again and again, up to half a second apart, until ``done``."""
+        pause = 0.001
+        while not done(self):
+            if self.has(FAILED):
+                raise FuncattribError(
+                    f"expected all processes to go on, found that one stopped\n{self.get(FAILED)}\n"
+                    "run the same command again: finished shards are kept"
+                )
+            waiting()
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
+
+    def _asked(self, question: Callable[[], Any]) -> Any:
+        try:
+            return question()
+        except (RuntimeError, dist.DistNetworkError) as error:  # whoever keeps the store is gone
+            raise FuncattribError(
+                f"expected the other processes of this run, found the connection to them lost "
+                f"({str(error).splitlines()[0][:80]})\nrun the same command again: finished shards are kept"
+            ) from error

@@ -1,0 +1,88 @@
+"""Tensors that wait on the disk for their use: in a nameless file, whose space is free again when the process ends."""
+
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from funcattrib.errors import StoreError
+from funcattrib.store.atomic import explain
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in the file, and what it is."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Scratch:
+    """Tensors put away one behind the other; any of them can be read, or replaced by another of its kind.
+
+    Args:
+        folder: on whose disk the file is.
+
+    Raises:
+        StoreError: the folder cannot be written, or its disk is full.
+
+    Example:
+        >>> with Scratch(Path(tempfile.gettempdir())) as scratch:
+        ...     place = scratch.put(torch.tensor([1.0, 2.0]))
+        ...     scratch.get(place)
+        tensor([1., 2.])
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self.bytes = folder, 0
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  # closed by __exit__
+        except OSError as error:
+            raise StoreError(explain(error, folder / "a temporary file")) from error
+
+    def put(self, tensor: Tensor) -> Place:
+        """Append a tensor."""
+        place = Place(self.bytes, tuple(tensor.shape), tensor.dtype)
+        self.replace(place, tensor)
+        self.bytes += tensor.numel() * tensor.element_size()
+        return place
+
+    def replace(self, place: Place, tensor: Tensor) -> None:
+        """Put a tensor where another one of its shape and dtype is."""
+        content = _bytes(tensor.detach().cpu().contiguous())
+        try:
+            self._file.seek(place.offset)
+            while len(content):  # one call writes 2 GiB at the most
+                content = content[self._file.write(content) :]
+        except OSError as error:
+            raise StoreError(explain(error, self._folder / "a temporary file")) from error
+
+    def get(self, place: Place) -> Tensor:
+        """A copy of a tensor."""
+        tensor = torch.empty(place.shape, dtype=place.dtype)
+        content = _bytes(tensor)
+        self._file.seek(place.offset)
+        while len(content):
+            content = content[self._file.readinto(content) :]
+        return tensor
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._file.truncate(0)
+        self.bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
