@@ -1,7 +1,10 @@
-"""What a process holds of TrackStar's second moments when several share them: memory of scoring finished gradients.
+"""What a process holds of second moments when several share them: memory of its own, and how long it takes.
 
-A store of made-up rows with wide leaves stands for a large model. Each process sums, mixes, decomposes and applies the
-moments of the leaves that it owns.
+A made-up loss with wide leaves stands for a large model. Two ways to have them are measured:
+
+* ``fit``: a ``precondition`` stage inside a chain, fitted by each process with all blocks (``together``) and with the
+  blocks that it owns (``by_owner``), and then applied to a batch;
+* ``trackstar``: moments of finished gradients, each process with the leaves that it owns.
 
     python -m benchmarks.owners [--leaves 24] [--side 40] [--rows 512] [--processes 1 2]
 """
@@ -11,45 +14,126 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from benchmarks.report import own_peak, write_result
+from benchmarks.report import write_result
+from funcattrib.compose import compose
 from funcattrib.curvature import mix, owned
 from funcattrib.distributed import world
+from funcattrib.fitting import passes, together
+from funcattrib.memory import release
+from funcattrib.per_example import per_example_grad
+from funcattrib.recipes.by_owner import by_owner
 from funcattrib.recipes.trackstar import gram_of_store
-from funcattrib.store import Manifest, create_store, lay_out, open_store
+from funcattrib.store import Manifest, StoreWriter, create_store, lay_out, open_store, share_store
 from funcattrib.transforms import precondition
+from funcattrib.tree import flatten, restore
+
+_BATCH = 16
+
+
+class Private:
+    """Megabytes of memory of the process's own (not of files that it maps), looked at every few milliseconds."""
+
+    def __init__(self) -> None:
+        release(torch.device("cpu"))
+        self._before, self._most, self._ends = self.now(), 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def now(self) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024 / 1e6
+
+    def end(self) -> tuple[float, float]:
+        """What is held now, and the most that was, both over what there was before."""
+        self._ends.set()
+        self._thread.join()
+        release(torch.device("cpu"))
+        return self.now() - self._before, self._most - self._before
+
+    def _watch(self) -> None:
+        while not self._ends.wait(0.005):
+            self._most = max(self._most, self.now())
+
+
+def manifest(a: argparse.Namespace) -> Manifest:
+    leaves = lay_out({f"layers.{i}.weight": (a.side, a.side) for i in range(a.leaves)})
+    facts = {"model": {"id": "made-up"}, "data": {"id": "made-up"}, "loss": {}, "chain": [], "seed": 0}
+    return Manifest(**facts, leaves=leaves, rows=a.rows, rows_per_shard=128, dtype="float16")
 
 
 def make(path: Path, a: argparse.Namespace) -> None:
     """A store of normal numbers."""
-    leaves = lay_out({f"layers.{i}.weight": (a.side, a.side) for i in range(a.leaves)})
-    facts = {"model": {"id": "made-up"}, "data": {"id": "made-up"}, "loss": {}, "chain": [], "seed": 0}
-    manifest = Manifest(**facts, leaves=leaves, rows=a.rows, rows_per_shard=128, dtype="float16")
     generator = torch.Generator().manual_seed(0)
-    with create_store(path, manifest) as writer:
+    with create_store(path, manifest(a)) as writer:
         for shard in writer.pending:
-            writer.put(shard, torch.randn(len(writer.shard_range(shard)), manifest.width, generator=generator), {})
+            rows = torch.randn(len(writer.shard_range(shard)), writer.manifest.width, generator=generator)
+            writer.put(shard, rows, {})
         writer.finish()
 
 
-def work(path: Path) -> None:
-    """One of the processes: prints the bytes of moments that it holds, and its memory over what it had before."""
-    if int(os.environ["WORLD_SIZE"]) > 1:
-        dist.init_process_group("gloo")
+def of_chain(how: str, path: Path, a: argparse.Namespace) -> None:
+    """Fit a preconditioner on every n-th batch of made-up gradients, and apply it."""
+    here = world()
+
+    def loss(params: dict[str, Tensor], example: dict[str, Tensor]) -> Tensor:
+        return sum((weight * example["x"]).sum() for weight in params.values())  # type: ignore[return-value]
+
+    params = {f"layers.{i}.weight": torch.zeros(a.side, a.side) for i in range(a.leaves)}
+    numbers = range(here.rank, a.rows // _BATCH, here.size)
+    generator = torch.Generator().manual_seed(here.rank)
+    batches = [{"x": torch.randn(_BATCH, a.side, a.side, generator=generator)} for _ in numbers]
+    chain = compose(per_example_grad, precondition())
+    with share_store(path, manifest(a), here) as writer:
+        memory, start = Private(), time.perf_counter()
+        fold = partial(by_owner, writer) if how == "by_owner" else together
+        (state,) = passes(chain, loss, params, batches, world=here, fold=fold)
+        seconds = time.perf_counter() - start
+        state = saved(writer, chain.init(per_example_grad.spec(params))[0], state) if how == "by_owner" else state
+        chain(loss, params, batches[0], state)
+        held, most = memory.end()
+    print(f"rank {here.rank} holds {held:.0f} MB, {most:.0f} MB at the most, {seconds:.1f} s")
+
+
+def saved(writer: StoreWriter, start: tuple, state: tuple) -> tuple:
+    """The state as a run goes on with it: mapped from its folder."""
+    writer.save_state(flatten(state))
+    return restore(start, writer.load_state() or {})
+
+
+def of_rows(path: Path) -> None:
+    """Sum, mix, decompose the moments of the leaves that this process owns."""
     here, store = world(), open_store(path)
     names = owned({name: leaf.stop - leaf.start for name, leaf in store.leaves.items()}, here)
-    before = own_peak()
-    gram = gram_of_store(store, names)
-    mixed = mix(gram, gram_of_store(store, names), 1000, here)
-    precondition(gram=mixed.gram)
-    held = sum(matrix.numel() * matrix.element_size() for matrix in gram.values()) / 1e6
-    print(f"rank {here.rank} holds {held:.0f} MB, peak {own_peak() - before:.0f} MB")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    memory, start = Private(), time.perf_counter()
+    mixed = mix(gram_of_store(store, names), gram_of_store(store, names), 1000, here)
+    stage = precondition(gram=mixed.gram)
+    seconds = time.perf_counter() - start
+    del mixed
+    held, most = memory.end()
+    print(f"rank {here.rank} holds {held:.0f} MB, {most:.0f} MB at the most, {seconds:.1f} s")
+    del stage
+
+
+def run(how: str, processes: int, a: argparse.Namespace) -> str:
+    """What the processes say of themselves."""
+    with tempfile.TemporaryDirectory() as folder:
+        if how == "trackstar":
+            make(Path(folder) / "store", a)
+        launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        sizes = ["--leaves", str(a.leaves), "--side", str(a.side), "--rows", str(a.rows)]
+        words = [sys.executable, "-m", *launch, "-m", "benchmarks.owners", *sizes, "--worker", how, f"{folder}/store"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
+    return "; ".join(sorted(line for line in ended.stdout.splitlines() if line.startswith("rank")))
 
 
 def main() -> None:
@@ -58,27 +142,24 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=40)
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--worker", metavar="STORE", type=Path, help="be one of the processes")
+    parser.add_argument("--worker", nargs=2, metavar=("HOW", "STORE"), help="be one of the processes")
     parser.add_argument("--out", help="name of the result file under benchmarks/results")
     a = parser.parse_args()
     if a.worker:
-        work(a.worker)
+        if int(os.environ["WORLD_SIZE"]) > 1:
+            dist.init_process_group("gloo")
+        how, path = a.worker
+        of_rows(Path(path)) if how == "trackstar" else of_chain(how, Path(path), a)
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return
-    figures = {}
-    with tempfile.TemporaryDirectory() as folder:
-        make(Path(folder) / "store", a)
-        for processes in a.processes:
-            launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-            words = [sys.executable, "-m", *launch, "-m", "benchmarks.owners", "--worker", f"{folder}/store"]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            run = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
-            told = sorted(line for line in run.stdout.splitlines() if line.startswith("rank"))
-            figures[f"{processes} processes"] = "; ".join(told)
+    ways = [(how, n) for how in ("together", "by_owner", "trackstar") for n in a.processes]
     width = a.side**2
     write_result(
         a.out,
-        task=f"Second moments of {a.leaves} leaves of {width:,} coordinates ({width**2 * 8 / 1e6:.0f} MB each), shared",
-        figures=figures,
+        task=f"Second moments of {a.leaves} leaves of {width:,} coordinates (H of each {width**2 * 8 / 1e6:.0f} MB in "
+        f"float64, its power {width**2 * 4 / 1e6:.0f}), {a.rows} gradients",
+        figures={f"{how}, {n} process{'es' if n > 1 else ''}": run(how, n, a) for how, n in ways},
     )
 
 
