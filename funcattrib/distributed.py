@@ -7,6 +7,7 @@ A process that waits looks up at short intervals, so that signals and the failur
 ``ALONE`` is a run of one process: everything is its own, and torch.distributed is not asked.
 """
 
+import itertools
 import json
 import secrets
 import time
@@ -23,6 +24,7 @@ from torch import Tensor
 from funcattrib.board import FAILED, Board
 from funcattrib.errors import FuncattribError
 from funcattrib.launcher import launched, local_rank, set_up_from_slurm
+from funcattrib.signals import undisturbed
 
 T = TypeVar("T")
 
@@ -54,16 +56,25 @@ class World(NamedTuple):
     def claims(self, count: int) -> Iterator[int]:
         """Numbers below ``count``, in order, each given to one process: whoever asks next.
 
+        SIGTERM waits until what was given is done, and the next one is asked for.
+
         Example:
             >>> list(ALONE.claims(3))
             [0, 1, 2]
         """
+        for number in self._numbers():
+            if number >= count:
+                return
+            with undisturbed():
+                yield number
+
+    def _numbers(self) -> Iterator[int]:
         if self.board is None:
-            yield from range(count)
+            yield from itertools.count()
             return
         key = self.board.name("claim")
-        while (number := self.board.add(key, 1) - 1) < count:
-            yield number
+        while True:
+            yield self.board.add(key, 1) - 1
 
     def counter(self) -> Callable[[int, int], tuple[int, int]]:
         """A function that adds to two counts and gives the sums over all processes."""

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from funcattrib.progress import Progress
 from funcattrib.recipes.work import Work, progress
-from funcattrib.signals import undisturbed
 from funcattrib.store import StoreWriter
 from funcattrib.store.partial import load_parts, replace_parts, save_parts
 
@@ -54,17 +53,14 @@ def fold_parts(work: Work, writer: StoreWriter, step: int, fold: Fold, label: st
     with progress(work, label, total, total - tokens) as bar:
         try:
             for number in work.step.through(world.claims(len(todo))):
-                with undisturbed():
-                    own = fold.take(own, spans[todo[number]], bar)
-                    mine.append(todo[number])
+                own = fold.take(own, spans[todo[number]], bar)
+                mine.append(todo[number])
                 if time.monotonic() - last > _SAVE_EVERY:
                     save_parts(writer.path, world.rank, own, mine)
                     last, kept = time.monotonic(), len(mine)
         finally:
             if len(mine) > kept:
                 save_parts(writer.path, world.rank, own, mine)
-        world.meet(lambda: bar.update(0))
-        bar.update(0)
     return _together(own, fold, work)
 
 

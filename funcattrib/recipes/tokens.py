@@ -66,8 +66,6 @@ def fill_tokens(work: Work, writer: StoreWriter, state: State, label: str = "bui
             inside = slice(skipped, skipped + len(span))
             writer.put(shard, matrix[inside].clone(), {name: values[inside] for name, values in told.items()})
             bar.update(len(span), len(documents))
-        work.world.meet(lambda: bar.update(0))
-        bar.update(0)
 
 
 def _rows_of(work: Work, compute: Callable[[Batch], PerExample], documents: range) -> tuple[Tensor, np.ndarray]:

@@ -7,6 +7,7 @@ store's pending shards.
 import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -115,8 +116,6 @@ def fit_state(work: Work, most: int, writer: StoreWriter) -> State:
                 state, done = after, done + 1
                 if done < len(fitted):
                     writer.save_progress(tree.flatten(state[: fitted[done - 1]]), done)
-            world.meet()
-            bar.update(0)  # what the others have read
     writer.save_state(tree.flatten(state))
     saved = writer.load_state()
     assert saved is not None, "it has just been saved"
@@ -140,8 +139,6 @@ def fill(work: Work, writer: StoreWriter, state: State, label: str = "build") ->
             writer.put(shard, matrix, {**shown, "loss": losses.numpy(), "tokens": lengths[list(span)]})
             if not work.world.leads:  # whose progress line is for all
                 log.info("%s: shard %d, rows %d to %d", label, shard, span.start, span.stop - 1)
-        work.world.meet(lambda: bar.update(0))
-        bar.update(0)
 
 
 def rows_of(
@@ -228,8 +225,12 @@ def spread(count: int, most: int) -> list[int]:
     return [i * count // most for i in range(most)]
 
 
-def progress(work: Work, label: str, tokens: int, done: int = 0) -> Progress:
-    """A line on stderr for all processes together, from rank 0; nothing where the work is quiet."""
+@contextmanager
+def progress(work: Work, label: str, tokens: int, done: int = 0) -> Iterator[Progress]:
+    """A line on stderr for all processes together, from rank 0, nothing where the work is quiet; all leave together."""
     silent = work.quiet or not work.world.leads
     shared = work.world.counter() if work.world.size > 1 else None
-    return Progress(tokens, label=label, done=done, stream=io.StringIO() if silent else None, shared=shared)
+    with Progress(tokens, label=label, done=done, stream=io.StringIO() if silent else None, shared=shared) as bar:
+        yield bar
+        work.world.meet(lambda: bar.update(0))
+        bar.update(0)  # what the others have done

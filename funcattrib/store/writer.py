@@ -16,7 +16,6 @@ import yaml
 from torch import Tensor
 
 from funcattrib.errors import StoreError
-from funcattrib.signals import undisturbed
 from funcattrib.store import shards
 from funcattrib.store.atomic import hash_file, write_file
 from funcattrib.store.examples import Column, to_table
@@ -76,9 +75,7 @@ class StoreWriter:
         SIGTERM waits until the shard in hand is handed over.
         """
         todo = self.pending
-        for number in self.place.world.claims(len(todo)):
-            with undisturbed():
-                yield todo[number]
+        return (todo[number] for number in self.place.world.claims(len(todo)))
 
     @property
     def finished(self) -> list[int]:
