@@ -77,6 +77,21 @@ work.rows_of = killed
 sys.exit(main(sys.argv[2:]))
 """
 
+# The process that writes what the others hand it ends after the first block.
+KILLED_FITTING = """
+import os, signal, sys
+from funcattrib.cli.main import main
+from funcattrib.recipes import by_owner
+save, seen = by_owner.save_tensors, []
+def killed(*args):
+    seen.append(1)
+    if len(seen) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(*args)
+by_owner.save_tensors = killed
+sys.exit(main(sys.argv[1:]))
+"""
+
 # Two machines of one process each, without a shared folder.
 APART = """
 import os, sys
@@ -194,6 +209,21 @@ def test_a_killed_rank_is_started_again_by_torchrun(tmp_path: Path, files: Path,
     assert not list(lives.iterdir()), "it was killed"
     assert funcattrib(*words(files, tmp_path / "whole")).code == 0
     assert content(tmp_path / "run") == content(tmp_path / "whole")
+
+
+def test_a_fit_that_was_killed_while_blocks_were_handed_on_goes_on(tmp_path: Path, files: Path) -> None:
+    (tmp_path / "run.py").write_text(KILLED_FITTING)
+    run, flags = tmp_path / "run", ["--precondition", "parameter", "--dtype", "float32"]
+    code, out = torchrun(2, tmp_path / "run.py", *words(files, run), *flags)
+    assert code != 0, out
+    assert [file.name for file in run.glob("fitting/*/*")] == ["00000.safetensors"]
+    assert not (run / "state.safetensors").exists()
+    code, out = torchrun(2, "-m", "funcattrib", *words(files, run), *flags)
+    assert code == 0, out
+    code, out = torchrun(2, "-m", "funcattrib", *words(files, tmp_path / "whole"), *flags)
+    assert code == 0, out
+    assert not (run / "fitting").exists()
+    assert content(run) == content(tmp_path / "whole")
 
 
 def test_the_ranks_speak_with_one_voice(tmp_path: Path, files: Path) -> None:
