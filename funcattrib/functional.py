@@ -21,6 +21,7 @@ from funcattrib.adapter import adapter_names
 from funcattrib.errors import FuncattribError
 from funcattrib.lift.quantised import quantised
 from funcattrib.lift.sharded import Gathers, Sharded, from_dtensor
+from funcattrib.lift.sharded_codes import ShardedCodes
 from funcattrib.lift.weights import Stored
 from funcattrib.skeleton import is_quantised, skeleton_of
 
@@ -107,7 +108,7 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
 def sharing(*params: Params) -> Gathers | None:
     """The gathers of the group of ranks that hold these parameters together; None where each has them all."""
     storages = (tensor.held for each in params for tensor in each.values() if isinstance(tensor, Stored))
-    return next((held.gathers for held in storages if isinstance(held, Sharded)), None)
+    return next((held.gathers for held in storages if isinstance(held, (Sharded, ShardedCodes))), None)
 
 
 def choose(model: nn.Module, modules: Iterable[str] | None = None, exclude: Iterable[str] = ()) -> set[str]:

@@ -1,6 +1,6 @@
 """A causal language model read from safetensors into the shards of a group of ranks.
 
-    file → the rows of this rank → Stored parameters of the model
+    file → the rows of this rank, or the codes of its blocks → Stored parameters of the model
 
 Each rank reads its own rows of every weight. Where transformers' conversion makes a weight of several tensors (a
 mixture's experts), those of this rank's experts are read; any other conversion makes one whole weight at a time. No
@@ -9,7 +9,7 @@ constructor.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -34,7 +34,9 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from funcattrib.errors import FuncattribError
 from funcattrib.lift.sharded import Gathers, Sharded, row_range
+from funcattrib.lift.sharded_codes import Coding, ShardedCodes
 from funcattrib.lift.weights import Stored
+from funcattrib.load_quantised import Layer, quantised_layers, quantised_rows, saved_blocks, saved_settings
 
 
 class Shards(NamedTuple):
@@ -58,24 +60,43 @@ class _Origin(NamedTuple):
     converter: WeightConverter | None
 
 
-def load_sharded(source: str | Path, dtype: torch.dtype | str, shards: Shards, options: Mapping[str, Any]) -> nn.Module:
+class _Part(NamedTuple):
+    """What this rank keeps of a weight: its rows, or its blocks of codes; a buffer or a single number whole."""
+
+    rows: Tensor
+    coding: Coding | None = None
+
+
+def load_sharded(
+    source: str | Path,
+    dtype: torch.dtype | str,
+    shards: Shards,
+    options: Mapping[str, Any],
+    quantisation: BitsAndBytesConfig | None = None,
+) -> nn.Module:
     """The model of a folder or hub id, in eval mode, its parameters in shards.
 
     Args:
-        dtype: of the weights; ``auto`` takes what the configuration or else the files say.
+        dtype: of the weights; ``auto`` takes what the configuration or else the files say, as codes in the files do.
         options: of ``from_pretrained``: revision, trust_remote_code.
+        quantisation: of the linear layers, as transformers has it; codes in the files are taken as they are.
 
     Raises:
-        FuncattribError: a weight of the model that the files do not have, or have in another shape.
+        FuncattribError: a weight of the model that the files do not have, or have in another shape; codes of another
+            kind than bitsandbytes'.
     """
     config = AutoConfig.from_pretrained(source, **options)
     with ExitStack() as opened:
         tensors = _tensors(source, opened, options.get("revision"))
-        if dtype == "auto":
+        saved = saved_settings(config)
+        if dtype == "auto" or saved is not None:
             dtype = config.dtype or next(iter(tensors.values()))[:0].dtype
+        assert isinstance(dtype, torch.dtype)
         with no_init_weights(), _parameters_without_values():
             trust = options.get("trust_remote_code", False)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+        settings = quantisation if saved is None else saved
+        layers = {} if settings is None else quantised_layers(model, settings, saved is not None, dtype)
         model.tie_weights()
         origins = _origins(model, tensors)
         places = _places(model)
@@ -85,8 +106,8 @@ def load_sharded(source: str | Path, dtype: torch.dtype | str, shards: Shards, o
             first = next((name for name in names if name in origins), None)
             if first is None or first in done:
                 continue
-            for name, value in _read(model, first, origins[first], tensors, shards).items():
-                _put(model, name, places, value.to(wanted(name)), shards)
+            for name, part in _read(model, first, origins[first], tensors, layers, wanted, shards).items():
+                _put(model, name, places, part, shards)
                 done.add(name)
     _complete(model, source)
     for module in model.modules():
@@ -169,11 +190,17 @@ def _dtypes(model: PreTrainedModel, dtype: Any) -> Any:
 
 
 def _read(
-    model: PreTrainedModel, name: str, origin: _Origin, tensors: Mapping[str, Any], shards: Shards
-) -> dict[str, Tensor]:
-    """This rank's rows of a weight; of several, where one conversion makes them together. Buffers come whole."""
+    model: PreTrainedModel,
+    name: str,
+    origin: _Origin,
+    tensors: Mapping[str, Any],
+    layers: Mapping[str, Layer],
+    wanted: Callable[[str], torch.dtype],
+    shards: Shards,
+) -> dict[str, _Part]:
+    """This rank's part of a weight; of several, where one conversion makes them together."""
     whole = model.state_dict()
-    gathers = shards.gathers
+    gathers, device = shards.gathers, shards.device
 
     def span(target: str) -> slice:
         shape = whole[target].shape
@@ -183,17 +210,30 @@ def _read(
         return slice(*row_range(shape[0], gathers.size, gathers.rank)) if parameter else slice(None)
 
     def check(target: str, shape: Any) -> None:
-        if tuple(shape) != tuple(whole[target].shape):
+        turned = target in layers and layers[target].turned and not layers[target].saved
+        expected = tuple(whole[target].shape)[:: -1 if turned else 1]
+        if tuple(shape) != expected:
             raise FuncattribError(
-                f"expected {target} of shape {tuple(whole[target].shape)} in the checkpoint, found {tuple(shape)}\n"
+                f"expected {target} of shape {expected} in the checkpoint, found {tuple(shape)}\n"
                 "give a checkpoint that belongs to its config.json"
             )
 
+    def part(target: str, value: Any) -> _Part:
+        if target in layers:
+            layer = layers[target]
+            return _Part(quantised_rows(layer, value, wanted(target), gathers, device), layer.coding)
+        # A copy: what a slice gives lies in the file's pages.
+        rows = (value[span(target)] if whole[target].ndim else value[...]).clone()
+        return _Part(rows.to(wanted(target)))
+
     if origin.converter is None:
         (key, _) = origin.parts[0]
+        if name in layers and layers[name].saved:
+            blocks, coding = saved_blocks(layers[name], key, tensors, gathers, device)
+            check(name, coding.shape)
+            return {name: _Part(blocks, coding)}
         check(name, tensors[key].get_shape())
-        # A copy: what the slice gives lies in the file's pages.
-        return {name: (tensors[key][span(name)] if whole[name].ndim else tensors[key][...]).clone()}
+        return {name: part(name, tensors[key])}
     converter = copy.deepcopy(origin.converter)
     by_expert = _by_expert(converter)
     counted: dict[str, int] = {}
@@ -203,15 +243,15 @@ def _read(
         if mine:
             converter.add_tensor(name, key, pattern, lambda key=key: tensors[key][...])  # type: ignore[arg-type]
     if not converter.collected_tensors:
-        return {name: torch.empty(0, *whole[name].shape[1:])}
+        return {name: _Part(torch.empty(0, *whole[name].shape[1:], dtype=wanted(name)))}
     made = converter.convert(name, model=model, config=model.config)
     values = {target: value[0] if isinstance(value, list) else value for target, value in made.items()}
     if by_expert:
         check(name, (whole[name].shape[0], *values[name].shape[1:]))
-        return values
+        return {target: _Part(value.to(wanted(target))) for target, value in values.items()}
     for target, value in values.items():
         check(target, value.shape)
-    return {target: value[span(target)].clone() if value.ndim else value for target, value in values.items()}
+    return {target: part(target, value) for target, value in values.items()}
 
 
 def _by_expert(converter: WeightConverter) -> bool:
@@ -226,8 +266,9 @@ def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(prefix), key
 
 
-def _put(model: nn.Module, name: str, places: list[list[str]], rows: Tensor, shards: Shards) -> None:
-    """The rows in every place of the parameter; a buffer or a single number as it is."""
+def _put(model: nn.Module, name: str, places: list[list[str]], part: _Part, shards: Shards) -> None:
+    """The part in every place of the parameter; a buffer or a single number as it is."""
+    rows, coding = part
     module, key = _holder(model, name)
     if key in module._buffers:
         module._buffers[key] = rows
@@ -236,10 +277,12 @@ def _put(model: nn.Module, name: str, places: list[list[str]], rows: Tensor, sha
     if not len(shape):
         leaf: Tensor = rows.to(shards.device)
     else:
-        kept = rows if shards.offload else rows.to(shards.device)
+        kept = rows.to("cpu" if shards.offload else shards.device)
         if shards.offload and shards.device.type == "cuda":
             kept = kept.pin_memory()
-        leaf = Stored(Sharded(kept, tuple(shape), shards.gathers, shards.device))
+        of = tuple(shape) if coding is None else (coding.blocks, *rows.shape[1:])
+        sharded = Sharded(kept, of, shards.gathers, shards.device)
+        leaf = Stored(sharded if coding is None else ShardedCodes(sharded, coding))
     parameter = nn.Parameter(leaf, requires_grad=False)
     for place in next(names for names in places if name in names):
         holder, own = _holder(model, place)

@@ -24,7 +24,9 @@ from funcattrib.adapter import adapter_on, base_of
 from funcattrib.errors import FuncattribError
 from funcattrib.functional import functionalize, parameters_of
 from funcattrib.launcher import launched, local_rank
-from funcattrib.lift.quantised import PRECISION
+from funcattrib.lift.quantised import Quantised
+from funcattrib.lift.sharded_codes import ShardedCodes
+from funcattrib.lift.weights import Stored
 from funcattrib.load_sharded import Shards, load_sharded
 from funcattrib.located import locate, quietly, readable, why
 from funcattrib.skeleton import is_quantised, own_class
@@ -87,7 +89,7 @@ def load_model(
         if base is None:
             AutoConfig.from_pretrained(source, **options)
             if shards is not None:
-                model = load_sharded(source, _dtype_of_shards(precision), shards, options)
+                model = load_sharded(source, _DTYPES.get(precision, "auto"), shards, options, _codes(precision))
             else:
                 model = _whole(name, source, precision, target, options)
     if base is not None:
@@ -113,9 +115,8 @@ def _whole(
 ) -> nn.Module:
     """The model on one device."""
     settings: dict[str, Any] = {"dtype": _DTYPES.get(precision, "auto"), **options}
-    if precision in _CODES:
-        _require_bitsandbytes(precision)
-        settings |= {"quantization_config": BitsAndBytesConfig(**_CODES[precision]), "device_map": {"": target}}
+    if (quantisation := _codes(precision)) is not None:
+        settings |= {"quantization_config": quantisation, "device_map": {"": target}}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source, use_safetensors=True, output_loading_info=True, **settings
     )
@@ -130,22 +131,17 @@ def _whole(
     return own
 
 
-def _require_bitsandbytes(precision: str) -> None:
+def _codes(precision: str) -> BitsAndBytesConfig | None:
+    """What quantises a model in this precision; None where nothing does."""
+    if precision not in _CODES:
+        return None
     for package in ("bitsandbytes", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise FuncattribError(
                 f"expected the package {package} for --precision {precision}, found none\n"
                 "install it, e.g. with pip install 'funcattrib[gpu]', or use bf16"
             )
-
-
-def _dtype_of_shards(precision: str) -> Any:
-    if precision in _CODES:
-        raise FuncattribError(
-            f"expected --precision {', '.join(_DTYPES)} with --shard-params, found {precision}\n"
-            "quantise a model that fits on one device, or shard it in bf16"
-        )
-    return _DTYPES[precision]
+    return BitsAndBytesConfig(**_CODES[precision])
 
 
 def _called(name: str, source: Path | str) -> str:
@@ -236,14 +232,16 @@ def model_identity(model: nn.Module, name: str | None = None, revision: str | No
     by all ranks together; of a quantised one they are dequantised.
     """
     config = getattr(model, "config", None)
-    weights = [module.weight for module in model.modules() if is_quantised(module)]
+    params = parameters_of(model)
+    storages = [tensor.held for tensor in params.values() if isinstance(tensor, Stored)]
+    codes = (held.precision for held in storages if isinstance(held, (Quantised, ShardedCodes)))
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return {
         "id": name or getattr(config, "name_or_path", "") or own_class(model).__name__,
         "revision": revision,
         "architecture": own_class(model).__name__,
-        "dtype": PRECISION[type(weights[0]).__name__] if weights else dtype,
-        "fingerprint": fingerprint(parameters_of(model)),
+        "dtype": next(codes, dtype),
+        "fingerprint": fingerprint(params),
     }
 
 

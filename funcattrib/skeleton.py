@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from funcattrib.kernels import register_attention, register_experts
-from funcattrib.lift.quantised import PRECISION
+from funcattrib.lift.quantised import CLASSES
 
 _HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
 
@@ -38,7 +38,7 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether this is one of bitsandbytes' linear layers, its weight in codes."""
-    return type(module._parameters.get("weight")).__name__ in PRECISION
+    return type(module._parameters.get("weight")).__name__ in CLASSES
 
 
 def _bare(module: nn.Module, memo: dict[int, Any]) -> None:

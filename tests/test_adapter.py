@@ -10,10 +10,11 @@ import torch
 
 import funcattrib as fa
 from funcattrib.functional import choose
-from funcattrib.lift.sharded import Gathers
+from funcattrib.lift.sharded import Gathers, Sharded
+from funcattrib.lift.sharded_codes import ShardedCodes
 from funcattrib.lift.weights import Stored
 from funcattrib.load_sharded import Shards
-from funcattrib.loading import load_model
+from funcattrib.loading import load_model, model_identity
 from tests import cases, laws, tiny
 from tests.test_models import loop, worst
 
@@ -91,6 +92,22 @@ def test_on_a_base_in_shards(tmp_path: Path, base: Path) -> None:
     assert sum(isinstance(parameter, Stored) for parameter in model.parameters()) == 21
     batch, chain = cases.batch(), fa.compose(fa.per_example_grad, fa.project(4))
     laws.close(chain(*fa.causal_lm_loss(model), batch), chain(*fa.causal_lm_loss(whole), batch), 1e-6)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_on_a_quantised_base_in_shards(precision: str, tmp_path: Path, base: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    adapter = save_adapter(tmp_path / "adapter", base)
+    shards = Shards(Gathers(None), torch.device("cpu"))
+    model, whole = (load_model(str(adapter), device="cpu", precision=precision, shards=s).model for s in (shards, None))
+    held = [type(parameter.held) for parameter in model.parameters() if isinstance(parameter, Stored)]
+    assert (held.count(ShardedCodes), held.count(Sharded)) == (14, 7)
+    batch, chain = cases.batch(), fa.compose(fa.per_example_grad, fa.project(4))
+    for kind in ("ce", "kl"):
+        ours, theirs = fa.causal_lm_loss(model, kind=kind), fa.causal_lm_loss(whole, kind=kind)
+        assert list(ours[1]) == list(theirs[1])
+        laws.close(chain(*ours, batch), chain(*theirs, batch), 1e-6)
+    assert model_identity(model, "x") == model_identity(whole, "x")
 
 
 def test_the_command_line(tmp_path: Path, base: Path, funcattrib) -> None:

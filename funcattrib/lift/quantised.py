@@ -15,18 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PRECISION = {"Int8Params": "int8", "Params4bit": "int4"}
-"""bitsandbytes' classes of parameters, and the precision that loads a model in them."""
+CLASSES = ("Int8Params", "Params4bit")
+"""bitsandbytes' classes of parameters."""
 
 
 @dataclass(frozen=True, eq=False)
 class Quantised:
-    """Codes, and how they are read."""
+    """Codes, and how they are read; ``precision`` (int8, int4) is what loads a model in them."""
 
     read: Callable[[], Tensor]
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    precision: str
 
     @torch.no_grad()
     def dense(self) -> Tensor:
@@ -44,19 +45,22 @@ def quantised(module: nn.Module, dtype: torch.dtype) -> Quantised:
     if type(weight).__name__ == "Int8Params":
         own: Any = module
         scale = weight.SCB if weight.SCB is not None else own.state.SCB  # moved there by its first forward pass
-        return Quantised(partial(_int8, weight.detach(), scale), tuple(weight.shape), dtype, weight.device)
+        read = partial(from_int8, weight.detach(), scale)
+        return Quantised(read, tuple(weight.shape), dtype, weight.device, "int8")
     codes, state = _four_bits(weight)
     shape = tuple(state.shape)
     # As one row: where rows end inside a block, bitsandbytes' CPU kernel may take the next block's scale too early.
     state.shape = torch.Size([1, state.shape.numel()])
-    return Quantised(partial(_four, codes, state, shape), shape, state.dtype, codes.device)
+    return Quantised(partial(from_four_bits, codes, state, shape), shape, state.dtype, codes.device, "int4")
 
 
-def _int8(codes: Tensor, scale: Tensor) -> Tensor:
+def from_int8(codes: Tensor, scale: Tensor) -> Tensor:
+    """W of its codes (O, I) and the scales of its rows (O,), in their type."""
     return codes * (scale / 127)[:, None]
 
 
-def _four(codes: Tensor, state: Any, shape: tuple[int, ...]) -> Tensor:
+def from_four_bits(codes: Tensor, state: Any, shape: tuple[int, ...]) -> Tensor:
+    """W of its codes, packed in pairs, and bitsandbytes' state of them, which says that they are one row."""
     from bitsandbytes.functional import dequantize_4bit
 
     whole: Tensor = dequantize_4bit(codes, state)

@@ -38,11 +38,6 @@ class ModelConfig:
         for flag, given in (("--shard-ranks", self.shard_ranks is not None), ("--offload-params", self.offload_params)):
             if given and not self.shard_params:
                 raise FuncattribError(f"expected --shard-params with {flag}, found it alone")
-        if self.shard_params and self.precision in ("int8", "int4"):
-            raise FuncattribError(
-                f"expected --precision auto, fp32, bf16 or fp16 with --shard-params, found {self.precision}\n"
-                "quantise a model that fits on one device, or shard it in bf16"
-            )
 
 
 @dataclass(frozen=True)
