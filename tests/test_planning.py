@@ -13,6 +13,9 @@ from transformers import BertConfig, GPTNeoXConfig, Wav2Vec2Config
 import funcattrib as fa
 from benchmarks.inputs import PYTHIA, VOCABULARY, documents
 from funcattrib import memory
+from funcattrib.lift.sharded import Gathers
+from funcattrib.load_sharded import Shards
+from funcattrib.loading import load_model
 from funcattrib.planning import Machine, Run, estimate, sizes_of
 from funcattrib.planning.cost import flops_per_token, gathered_bytes, row_bytes, row_width, weight_bytes
 from tests import cases, tiny
@@ -178,8 +181,27 @@ def test_weights_by_precision() -> None:
     machine = Machine(devices=8, flops=1e14)
     whole, divided = (estimate(sizes, Run(1e9, shards=shards), machine).memory for shards in (1, 8))
     assert divided.weights == whole.weights / 8
-    assert divided.working >= 2 * 2 * sizes.largest_layer
+    assert divided.working >= 2 * 2 * sizes.body / sizes.layers
     assert divided.activations == whole.activations
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_bytes_of_codes_in_shards(name, tmp_path) -> None:
+    """Held by one process: experts are not quantised. For a batch, the codes of the blocks are gathered twice."""
+    pytest.importorskip("bitsandbytes")
+    config = {**cases.causal(name).config.to_dict(), "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    model = type(cases.causal(name))(type(cases.causal(name).config).from_dict(config)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    sizes, shards = sizes_of(model.config), Shards(Gathers(None), torch.device("cpu"))
+    for precision, left_out in (("int8", 0.06), ("int4", 0.005)):  # int8's scales, 4 bytes a row; a router's codes
+        loaded = load_model(str(tmp_path), device="cpu", precision=precision, shards=shards).model
+        storages = [tensor.held for tensor in loaded.parameters()]
+        held = sum(getattr(storage, "blocks", storage).rows.nbytes for storage in storages)
+        assert held == pytest.approx(weight_bytes(sizes, precision), rel=left_out)
+        planned = estimate(sizes, Run(1e9, precision=precision, shards=4), Machine(4, 1e14))
+        assert planned.memory.weights == weight_bytes(sizes, precision) / 4
+        outside = 2 * (sizes.parameters - sizes.body)
+        assert gathered_bytes(sizes, precision, 4) == 3 / 4 * (2 * (weight_bytes(sizes, precision) - outside) + outside)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])

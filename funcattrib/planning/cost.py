@@ -110,8 +110,8 @@ def row_bytes(width: int, dtype: str) -> int:
 
 
 def weight_bytes(sizes: Sizes, precision: str) -> float:
-    """Bytes of all parameters; int8 and int4 hold the blocks' matrices, the others are in bfloat16 then."""
-    return sizes.body * _WEIGHT[precision] + (sizes.parameters - sizes.body) * _OTHER[precision]
+    """Bytes of all parameters; int8 and int4 hold the blocks' linear layers, the others are in bfloat16 then."""
+    return _body(sizes, precision) + (sizes.parameters - sizes.body) * _OTHER[precision]
 
 
 def memory(
@@ -129,7 +129,7 @@ def memory(
     of_body = largest * _OTHER[precision] if precision in ("int8", "int4") else 0.0
     if shards > 1:
         of_head += head * _OTHER[precision]
-        of_body += 2 * sizes.largest_layer * _WEIGHT[precision]
+        of_body += 2 * _body(sizes, precision) / sizes.layers
     passed = sum((m.rows + m.columns) * m.active for m in sizes.matrices)
     chunk = min(batch, max(_CHUNK_TOKENS, _CHUNK[device] // sizes.vocabulary))
     return Memory(
@@ -144,8 +144,13 @@ def memory(
 
 def gathered_bytes(sizes: Sizes, precision: str, shards: int) -> float:
     """Bytes that a device receives for one batch: the blocks in forward and again in backward, the others once."""
-    body = sizes.body * _WEIGHT[precision]
-    return (2 * body + (sizes.parameters - sizes.body) * _OTHER[precision]) * (shards - 1) / shards
+    return (2 * _body(sizes, precision) + (sizes.parameters - sizes.body) * _OTHER[precision]) * (shards - 1) / shards
+
+
+def _body(sizes: Sizes, precision: str) -> float:
+    """Bytes of the blocks' matrices: bitsandbytes leaves stacks of experts as they are."""
+    stacks = sum(m.parameters for m in sizes.matrices if m.copies > 1)
+    return (sizes.body - stacks) * _WEIGHT[precision] + stacks * _OTHER[precision]
 
 
 def _side(n: int, k: int) -> int:

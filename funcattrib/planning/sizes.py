@@ -59,11 +59,6 @@ class Sizes(NamedTuple):
         """Parameters of the blocks' matrices."""
         return sum(matrix.parameters for matrix in self.matrices)
 
-    @property
-    def largest_layer(self) -> int:
-        """Parameters of one block's matrices; blocks are taken to be equal."""
-        return -(-self.body // self.layers)
-
 
 def sizes_of(
     config: PretrainedConfig,
