@@ -1,14 +1,19 @@
 """Both of Adam's moments, read from a saved optimizer: what its next step depends on.
 
-torch.optim.Adam and AdamW keep m and v as they are; bitsandbytes' Adam keeps them in 8 bits, dequantised here.
+torch.optim.Adam and AdamW keep m and v as they are; bitsandbytes' Adam keeps them in 8 bits, dequantised here. Of a
+parameter in shards each rank keeps its own rows of them, which are gathered like the weight's.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from funcattrib.errors import FuncattribError
+from funcattrib.functional import parameters_of
+from funcattrib.lift.sharded import Sharded, divided
+from funcattrib.lift.weights import Stored
 from funcattrib.optimizer_state import dequantised, saved_states
 from funcattrib.transforms.adam_update import AdamState
 
@@ -20,7 +25,8 @@ def adam_state(path: str | Path, model: nn.Module | Mapping[str, Tensor]) -> dic
         path, model: as in ``optimizer_state``.
 
     Returns:
-        Parameter name → first and second moment as saved (float32, no bias correction), steps made, betas and ε.
+        Parameter name → first and second moment as saved (float32, no bias correction), steps made, betas and ε. Of a
+        parameter in shards they are ``Stored`` in the same shards.
 
     Raises:
         FuncattribError: no such file, not Adam's state, or one that does not fit the model.
@@ -39,10 +45,11 @@ def adam_state(path: str | Path, model: nn.Module | Mapping[str, Tensor]) -> dic
         1.0
     """
     found = {}
+    params = parameters_of(model) if isinstance(model, nn.Module) else model
     for name, (state, group) in saved_states(path, model).items():
         where = f"{name} in {path}"
         if "exp_avg" in state and "exp_avg_sq" in state and "betas" in group:
-            first, second = state["exp_avg"].float(), state["exp_avg_sq"].float()
+            first, second = state["exp_avg"], state["exp_avg_sq"]
         elif "state1" in state and "state2" in state:
             first, second = dequantised(state, 1, where), dequantised(state, 2, where)
         else:
@@ -51,7 +58,16 @@ def adam_state(path: str | Path, model: nn.Module | Mapping[str, Tensor]) -> dic
                 f"{', '.join(map(str, state)) or 'nothing'}; the model must have been trained with Adam or AdamW"
             )
         beta1, beta2 = group["betas"][:2]
+        first, second = _kept(first, params[name]), _kept(second, params[name])
         found[name] = AdamState(first, second, float(state["step"]), (float(beta1), float(beta2)), float(group["eps"]))
     if not found:
         raise FuncattribError(f"expected Adam's moments in {path}, found an optimizer that has made no step")
     return found
+
+
+def _kept(moment: Tensor, leaf: Tensor) -> Tensor:
+    """A copy in float32, of this rank's rows alone where the parameter is in shards; the file is let go."""
+    if isinstance(leaf, Stored) and isinstance(leaf.held, Sharded):
+        rows = divided(moment, leaf.held)
+        return Stored(Sharded(rows.rows.float(), rows.shape, rows.gathers, rows.device))
+    return moment.to(torch.float32, copy=True)

@@ -10,6 +10,7 @@ counts where the groups have its sizes and every shape fits.
 """
 
 import re
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,8 @@ def _read(path: Path) -> dict[str, Any]:
         hint = f"give one of its checkpoints, e.g. {path / inside[-1]}" if inside else "give an optimizer's state_dict"
         raise FuncattribError(f"expected an optimizer's state at {file}, found no such file; {hint}")
     try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
+        # Mapped, so that of a large file only what is asked for is read.
+        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # whatever a file written by others makes its reader raise
         raise FuncattribError(
             f"expected an optimizer's state_dict of tensors and numbers in {file}, found a file that holds something "
@@ -110,11 +112,11 @@ def _unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
 def moment_of(state: Mapping[str, Any], group: Mapping[str, Any], where: str) -> Moment:
     """One parameter's second moment, from its state and the settings of its group; ``where`` is said in an error."""
     if "exp_avg_sq_row" in state:
-        return state["exp_avg_sq_row"].float(), state["exp_avg_sq_col"].float()
+        return _copied(state["exp_avg_sq_row"]), _copied(state["exp_avg_sq_col"])
     if "row_var" in state:
-        return state["row_var"][..., 0].float(), state["col_var"][..., 0, :].float()
+        return _copied(state["row_var"][..., 0]), _copied(state["col_var"][..., 0, :])
     if "variance" in state or ("exp_avg_sq" in state and "betas" not in group):  # Adafactor's of a vector
-        return state.get("variance", state.get("exp_avg_sq")).float()
+        return _copied(state["variance"] if "variance" in state else state["exp_avg_sq"])
     if "state2" in state:
         v = dequantised(state, 2, where)
     elif "exp_avg_sq" in state:
@@ -125,6 +127,11 @@ def moment_of(state: Mapping[str, Any], group: Mapping[str, Any], where: str) ->
             "known are Adam, AdamW, bitsandbytes' Adam in 8 bits, and Adafactor"
         )
     return v / (1 - group["betas"][1] ** float(state["step"]))
+
+
+def _copied(moment: Tensor) -> Tensor:
+    """In float32, and not in the file's memory."""
+    return moment.to(torch.float32, copy=True)
 
 
 def dequantised(state: Mapping[str, Any], which: int, where: str) -> Tensor:

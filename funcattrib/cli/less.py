@@ -47,10 +47,10 @@ class Less:
 def run(config: Less) -> int | None:
     """Score and select, and show the best."""
     from funcattrib.recipes.less import SELECTED, less
-    from funcattrib.recipes.load import documents_of, queries_of
+    from funcattrib.recipes.load import documents_of, load_options, queries_of
     from funcattrib.report.scores import scores_table
 
-    options = asdict(config.loading)
+    options = load_options(config.loading)
     scores = less(
         config.checkpoint,
         config.data.dataset,

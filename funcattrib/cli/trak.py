@@ -43,11 +43,11 @@ class Trak:
 @reports_on_stderr()
 def run(config: Trak) -> int | None:
     """Score, and show the first queries' proponents."""
-    from funcattrib.recipes.load import documents_of, queries_of
+    from funcattrib.recipes.load import documents_of, load_options, queries_of
     from funcattrib.recipes.trak import trak
     from funcattrib.report.scores import scores_table
 
-    options = asdict(config.loading)
+    options = load_options(config.loading)
     scores = trak(
         config.checkpoint,
         config.data.dataset,

@@ -203,6 +203,12 @@ def _expert_linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _Experts.apply(x, expert, weight.held, transposed) if type(x) is Tensor else NotImplemented
 
 
+def _to(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """To the type and the device that it is made in: itself."""
+    weight, *wanted = (*args, *kwargs.values())
+    return weight if all(each in (weight.dtype, weight.device) for each in wanted) else NotImplemented
+
+
 def _bound(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
 
@@ -214,6 +220,7 @@ _RULES: dict[Any, Callable[[tuple[Any, ...], dict[str, Any]], Any]] = {
     Tensor.matmul: _matmul,
     Tensor.__matmul__: _matmul,
     expert_linear: _expert_linear,
+    Tensor.to: _to,
 }
 
 _ATTRIBUTES = "shape dtype device ndim layout requires_grad is_leaf is_cuda is_cpu is_meta is_sparse itemsize nbytes"

@@ -1,10 +1,29 @@
 """The settings that commands share. Importing this file imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from funcattrib.errors import FuncattribError
+
+
+@dataclass(frozen=True)
+class ShardConfig:
+    """Whether processes hold a model together, and how."""
+
+    shard_params: bool = False
+    """Under torchrun or srun: each process keeps a part of every weight, and all together make one when it is used."""
+    shard_ranks: int | None = None
+    """Processes that hold one copy together, the neighbours in rank; by default all."""
+    offload_params: bool = False
+    """Keep the parts of --shard-params in the CPU's memory, and move them to the device when they are used."""
+
+    def __post_init__(self) -> None:
+        """Check what a type cannot say."""
+        at_least(self, shard_ranks=1)
+        for flag, given in (("--shard-ranks", self.shard_ranks is not None), ("--offload-params", self.offload_params)):
+            if given and not self.shard_params:
+                raise FuncattribError(f"expected --shard-params with {flag}, found it alone")
 
 
 @dataclass(frozen=True)
@@ -25,19 +44,7 @@ class ModelConfig:
     """Run model code that comes with the checkpoint."""
     reference_model: str | None = None
     """The model that --loss kl compares with; by default the model with its adapter off."""
-    shard_params: bool = False
-    """Under torchrun or srun: each process keeps a part of every weight, and all together make one when it is used."""
-    shard_ranks: int | None = None
-    """Processes that hold one copy together, the neighbours in rank; by default all."""
-    offload_params: bool = False
-    """Keep the parts of --shard-params in the CPU's memory, and move them to the device when they are used."""
-
-    def __post_init__(self) -> None:
-        """Check what a type cannot say."""
-        at_least(self, shard_ranks=1)
-        for flag, given in (("--shard-ranks", self.shard_ranks is not None), ("--offload-params", self.offload_params)):
-            if given and not self.shard_params:
-                raise FuncattribError(f"expected --shard-params with {flag}, found it alone")
+    shards: ShardConfig = field(default_factory=ShardConfig)
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class LoadConfig:
     """cpu, cuda or cuda:N; auto takes a GPU where there is one."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoints."""
+    shards: ShardConfig = field(default_factory=ShardConfig)
 
 
 @dataclass(frozen=True)

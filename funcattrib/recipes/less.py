@@ -38,9 +38,9 @@ from funcattrib.recipes.collect import collect_gradients, split_settings
 from funcattrib.recipes.config import RowConfig
 from funcattrib.recipes.documents import Records
 from funcattrib.recipes.explain import explained
-from funcattrib.recipes.prepare import prepare, shard_rows, state_of
+from funcattrib.recipes.prepare import prepare, shard_rows
 from funcattrib.recipes.score import as_leaves, ending_in, query_rows
-from funcattrib.recipes.work import fill
+from funcattrib.recipes.work import fill, template
 from funcattrib.score import Scores, check_gradients, open_scores, scores_manifest
 from funcattrib.store import require_shared, share_store
 from funcattrib.store.create import PARTS
@@ -83,7 +83,7 @@ def less(
         score: the nearest query (or subtask), or the mean over all queries.
         subtask_column: column of the queries; those with the same value are one subtask.
         tokenizer: in the place of the checkpoints' own.
-        load_options: of ``load_model``: precision, device, trust_remote_code.
+        load_options: of ``load_model``: precision, device, trust_remote_code, and shards (``recipes.load.shards_of``).
         settings: further ones of ``collect_gradients``: projection_dim, loss, modules, token_batch_size, … The loss is
             the mean over an example's tokens unless asked otherwise, as in training: Γ weighs it against the momentum.
 
@@ -182,7 +182,7 @@ def _score_one(
     with share_store(path, prepared.manifest, prepared.work.world, overwrite=overwrite) as writer:
         if writer.pending:
             with explained():
-                work, state = ending_in(prepared.work, state_of(prepared, writer, gradients.fit_documents), [last])
+                work, state = ending_in(prepared.work, template(prepared.work), [last])  # nothing is fitted
                 fill(work, writer, state, "less")
         writer.finish()
     return open_scores(path)

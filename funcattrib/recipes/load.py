@@ -1,6 +1,6 @@
 """The model and the documents that a command's flags ask for."""
 
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,20 +12,27 @@ from funcattrib.errors import FuncattribError
 from funcattrib.lift.sharded import Gathers
 from funcattrib.load_sharded import Shards
 from funcattrib.loading import Loaded, load_model, pick_device
-from funcattrib.recipes.config import DataConfig, ModelConfig, QueryColumns
+from funcattrib.recipes.config import DataConfig, LoadConfig, ModelConfig, QueryColumns, ShardConfig
 
 
 def load_from(config: ModelConfig) -> Loaded:
     """Load the model of ``config``, and the reference in the same way."""
-    settings = asdict(config)
-    name, reference = settings.pop("model"), settings.pop("reference_model")
-    sharded, ranks, offload = (settings.pop(name) for name in ("shard_params", "shard_ranks", "offload_params"))
-    if sharded:
-        settings["shards"] = shards_of(pick_device(config.device), ranks, offload)
-    loaded = load_model(name, **settings)
-    if reference is None:
+    options = load_options(config)
+    loaded = load_model(config.model, revision=config.revision, **options)
+    if config.reference_model is None:
         return loaded
-    return loaded._replace(reference=load_model(reference, **{**settings, "tokenizer": None, "revision": None}).model)
+    return loaded._replace(reference=load_model(config.reference_model, **{**options, "tokenizer": None}).model)
+
+
+def load_options(config: ModelConfig | LoadConfig) -> dict[str, Any]:
+    """Keyword settings of ``load_model`` beside which model it is; process groups are made here, once."""
+    options = {each.name: getattr(config, each.name) for each in fields(LoadConfig)}
+    return {**options, "shards": shards_from(config.shards, config.device)}
+
+
+def shards_from(config: ShardConfig, device: str) -> Shards | None:
+    """Which processes hold a model together; None where each has all of it. Every process of the run calls this."""
+    return shards_of(pick_device(device), config.shard_ranks, config.offload_params) if config.shard_params else None
 
 
 def shards_of(device: torch.device, ranks: int | None = None, offload: bool = False) -> Shards:

@@ -70,7 +70,7 @@ def adam_update(states: Mapping[str, AdamState], then: Transform | None = None) 
 def _init(
     states: Mapping[str, AdamState], behind: Transform | None, spec: Spec, then: Mapping[str, Any] | None
 ) -> tuple[State, Spec]:
-    """Of each leaf (a + b g) / (√(c + d g²) + ε): a and c, shaped like it, and b, d, ε. And the state of the map."""
+    """Of each leaf (a m + b g) / (√(c v + d g²) + ε): m and v as they are, and b, d, ε, a, c. And the map's state."""
     kept = {}
     for name, leaf in spec.items():
         if name not in states:
@@ -79,9 +79,8 @@ def _init(
         if {tuple(first.shape), tuple(second.shape)} != {leaf.shape}:
             raise ChainError(f"needs moments of {name} for shape {leaf.shape}, found shape {tuple(first.shape)}")
         of_first, of_second = (1 - beta ** (step + 1) for beta in (beta1, beta2))
-        rates = torch.tensor([(1 - beta1) / of_first, (1 - beta2) / of_second, eps], dtype=torch.float64)
-        first, second = first.float() * (beta1 / of_first), second.float() * (beta2 / of_second)
-        kept[name] = {"first": first, "second": second, "rates": rates}
+        rates = [(1 - beta1) / of_first, (1 - beta2) / of_second, eps, beta1 / of_first, beta2 / of_second]
+        kept[name] = {"first": first, "second": second, "rates": torch.tensor(rates, dtype=torch.float64)}
     following, result = (None, spec) if behind is None else behind.init(spec)
     if list(result) != list(spec):
         raise ChainError(f"needs a map of each leaf by itself behind it, found {then}, which joins or divides them")
@@ -99,6 +98,6 @@ def _updates(then: Transform | None, state: State, spec: Spec) -> Lowered:
 def _update(gradient: Tensor, first: Tensor, second: Tensor, rates: Tensor) -> Tensor:
     """At least in float32: squares of small gradients vanish in float16."""
     g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    b, d, eps = rates.to(g.dtype)
-    root = torch.addcmul(second.to(g.dtype), g * d, g).sqrt_().add_(eps)
-    return torch.add(first.to(g.dtype), g * b).div_(root).to(gradient.dtype)
+    b, d, eps, a, c = rates.to(g.dtype)
+    root = torch.addcmul((g * d).mul_(g), second.to(g.dtype), c).sqrt_().add_(eps)
+    return torch.addcmul(g * b, first.to(g.dtype), a).div_(root).to(gradient.dtype)
