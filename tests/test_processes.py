@@ -241,6 +241,22 @@ def test_the_ranks_speak_with_one_voice(tmp_path: Path, files: Path) -> None:
     assert out.count("holds another run: seed: expected 1, found 0") == 1
 
 
+def test_nothing_is_left_where_nothing_was_begun(tmp_path: Path, files: Path) -> None:
+    """Errors that come when documents were read, and when a folder was made to see whether all processes share it."""
+    heads = ["--split-attention-modules", "*none*", "--num-heads", 2, "--head-size", 4]
+    code, out = torchrun(2, "-m", "funcattrib", *words(files, tmp_path / "a/run"), *heads)
+    assert code != 0
+    assert out.count("40 documents, ") == 1
+    assert out.count("funcattrib build: ") == 1
+    _, _, *rest = words(files, tmp_path)
+    code, out = torchrun(
+        2, "-m", "funcattrib", "score", tmp_path / "b/run", *rest, "--query-dataset", tmp_path / "none.jsonl"
+    )
+    assert code != 0
+    assert out.count("none.jsonl") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_parts_of_machines_that_share_no_folder_are_merged(tmp_path: Path, one_thread: None, funcattrib) -> None:
     (tmp_path / "run.py").write_text(APART)
     code, out = torchrun(2, tmp_path / "run.py", tmp_path)

@@ -1,8 +1,8 @@
-"""A command run by several processes: rank 0 speaks for all, the others write a log of their own."""
+"""A command run by several processes: rank 0 speaks for all, the others write a log of their own beside the run."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from io import TextIOBase
 from pathlib import Path
 from typing import Any, TextIO
@@ -11,19 +11,23 @@ from funcattrib.distributed import joined
 from funcattrib.errors import FuncattribError
 from funcattrib.launcher import rank
 from funcattrib.signals import EXIT_CODE, Terminated
-from funcattrib.store.create import LOGS
+from funcattrib.store.create import LOGS, PARTS
 from funcattrib.store.manifest import FILE
 
 
 def together(run: Callable[[Any], int | None], config: Any) -> int:
     """Run a command as one of the processes that a launcher started.
 
-    Of one error that all of them meet, the first alone tells.
+    Of one error that all of them meet, the first alone tells. Where it came before anything was begun, nothing is left.
     """
-    folder = Path(getattr(config, "run", None) or config.out)
+    folder = getattr(config, "run", None) or getattr(config, "out", None)
+    missing = [] if folder is None else [each for each in (Path(folder), *Path(folder).parents) if not each.exists()]
     with joined() as world, ExitStack() as apart:
-        if not world.leads:
-            log: Any = apart.enter_context(Log(folder / LOGS / f"rank-{world.rank}.log"))
+        if world.leads:
+            apart.callback(_remove_empty, missing)
+        else:
+            log: Any = Log(Path(folder), world.rank) if folder is not None else open(os.devnull, "w")  # noqa: SIM115
+            apart.enter_context(log)
             apart.enter_context(redirect_stdout(log))
             apart.enter_context(redirect_stderr(log))
         try:
@@ -41,6 +45,13 @@ def together(run: Callable[[Any], int | None], config: Any) -> int:
             raise
 
 
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Folders that were made to see whether all processes share them, the innermost first."""
+    with suppress(OSError):  # it is not empty, or not there
+        for folder in folders:
+            folder.rmdir()
+
+
 @contextmanager
 def first_tells() -> Iterator[None]:
     """For what goes wrong in all processes alike, before they know of each other: rank 0 says it, the others end."""
@@ -55,22 +66,33 @@ def first_tells() -> Iterator[None]:
 
 
 class Log(TextIOBase):
-    """A text file that is made when something is written to it, beside a run: never in a folder of something else."""
+    """RUN/logs/rank-N.log, made once the run has begun; what is written before that waits, or is let go with it.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    So nothing is left in the folder of something else, nor where an error came before the first shard.
+    """
+
+    def __init__(self, run: Path, rank: int) -> None:
+        self.run, self.path = run, run / LOGS / f"rank-{rank}.log"
+        self._waiting: list[str] = []
         self._file: TextIO | None = None
 
     def write(self, text: str) -> int:
-        if self._file is None:
-            run = self.path.parents[1]
-            if run.exists() and not (run / FILE).exists() and any(run.iterdir()):
-                return len(text)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8", buffering=1)
-        return self._file.write(text)
+        if self._file is not None:
+            return self._file.write(text)
+        self._waiting.append(text)
+        self._begin()
+        return len(text)
 
     def close(self) -> None:
+        if self._file is None and self._waiting:
+            self._begin()
         if self._file is not None:
             self._file.close()
         super().close()
+
+    def _begin(self) -> None:
+        if not (self.run / FILE).exists() and next((self.run / PARTS).rglob(FILE), None) is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        self._file.write("".join(self._waiting))
