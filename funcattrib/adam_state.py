@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from funcattrib.errors import FuncattribError
-from funcattrib.functional import parameters_of
+from funcattrib.functional import a_shard, parameters_of
 from funcattrib.lift.sharded import Sharded, divided
 from funcattrib.lift.weights import Stored
 from funcattrib.optimizer_state import dequantised, saved_states
@@ -46,6 +46,7 @@ def adam_state(path: str | Path, model: nn.Module | Mapping[str, Tensor]) -> dic
     """
     found = {}
     params = parameters_of(model) if isinstance(model, nn.Module) else model
+    like = a_shard(params)
     for name, (state, group) in saved_states(path, model).items():
         where = f"{name} in {path}"
         if "exp_avg" in state and "exp_avg_sq" in state and "betas" in group:
@@ -58,16 +59,14 @@ def adam_state(path: str | Path, model: nn.Module | Mapping[str, Tensor]) -> dic
                 f"{', '.join(map(str, state)) or 'nothing'}; the model must have been trained with Adam or AdamW"
             )
         beta1, beta2 = group["betas"][:2]
-        first, second = _kept(first, params[name]), _kept(second, params[name])
+        shared = like if isinstance(params[name], Stored) else None
+        first, second = _kept(first, shared), _kept(second, shared)
         found[name] = AdamState(first, second, float(state["step"]), (float(beta1), float(beta2)), float(group["eps"]))
     if not found:
         raise FuncattribError(f"expected Adam's moments in {path}, found an optimizer that has made no step")
     return found
 
 
-def _kept(moment: Tensor, leaf: Tensor) -> Tensor:
+def _kept(moment: Tensor, like: Sharded | None) -> Tensor:
     """A copy in float32, of this rank's rows alone where the parameter is in shards; the file is let go."""
-    if isinstance(leaf, Stored) and isinstance(leaf.held, Sharded):
-        rows = divided(moment, leaf.held)
-        return Stored(Sharded(rows.rows.float(), rows.shape, rows.gathers, rows.device))
-    return moment.to(torch.float32, copy=True)
+    return moment.to(torch.float32, copy=True) if like is None else Stored(divided(moment, like, torch.float32))

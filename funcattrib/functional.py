@@ -111,6 +111,12 @@ def sharing(*params: Params) -> Gathers | None:
     return next((held.gathers for held in storages if isinstance(held, (Sharded, ShardedCodes))), None)
 
 
+def a_shard(params: Params) -> Sharded | None:
+    """The first parameter in shards, which shows for all of them who holds them and where; None where there is none."""
+    storages = (tensor.held for tensor in params.values() if isinstance(tensor, Stored))
+    return next((held for held in storages if isinstance(held, Sharded)), None)
+
+
 def choose(model: nn.Module, modules: Iterable[str] | None = None, exclude: Iterable[str] = ()) -> set[str]:
     """Names of the parameters that the globs select; a tied parameter answers to each of its names."""
     include, exclude = [modules] if isinstance(modules, str) else modules, list(exclude)

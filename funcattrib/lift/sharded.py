@@ -49,14 +49,15 @@ class Sharded:
         return torch.cat([rows, rows.new_zeros(short, *self.shape[1:])]) if short else rows.contiguous()
 
 
-def divided(whole: Tensor, like: Sharded) -> Sharded:
+def divided(whole: Tensor, like: Sharded, dtype: torch.dtype) -> Sharded:
     """This rank's rows of a tensor that every rank can read, as a copy, kept where those of ``like`` are.
 
     Example:
-        >>> divided(torch.ones(3, 2), Sharded(torch.zeros(3, 2), (3, 2), Gathers(None))).dense().sum()
+        >>> divided(torch.ones(3, 2), Sharded(torch.zeros(3, 2), (3, 2), Gathers(None)), torch.float32).dense().sum()
         tensor(6.)
     """
-    rows = whole[slice(*row_range(whole.shape[0], like.gathers.size, like.gathers.rank))].to(like.rows.device, copy=True)
+    rows = whole[slice(*row_range(whole.shape[0], like.gathers.size, like.gathers.rank))]
+    rows = rows.to(like.rows.device, dtype, copy=True)
     rows = rows.pin_memory() if like.rows.is_pinned() else rows
     return Sharded(rows, tuple(whole.shape), like.gathers, like.device)
 
