@@ -4,11 +4,13 @@ python -m torch.distributed.run --nproc_per_node=N tests/sharded_run.py FOLDER
 """
 
 import copy
+import gc
+import io
 import json
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import torch
@@ -18,13 +20,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 import funcattrib as fa
+from funcattrib.adam_state import adam_state
 from funcattrib.functional import sharing
 from funcattrib.lift.sharded import Gathers
+from funcattrib.load_sharded import Shards
 from funcattrib.loading import load_model, model_identity
 from funcattrib.lockstep import Lockstep
+from funcattrib.recipes.checkpoints import load_checkpoint
 from funcattrib.recipes.load import shards_of
 from funcattrib.signals import Terminated
 from tests import cases, tiny
+from tests.saved_runs import save_run
 
 CHAINS = {
     "project": lambda: [fa.project(4)],
@@ -195,7 +201,12 @@ def main() -> None:
     found["rows"] = {name: p.held.rows.shape[0] for name, p in loaded["gpt_neox"].named_parameters()}
     found["memory"] = memory(loaded["gpt_neox"])
     found["unequal"] = unequal(loaded["gpt_neox"])
-    found["runs"] = [command(folder, words) for words in COMMANDS]
+    if rank == 0:
+        lay_out(folder)
+    dist.barrier()
+    found["runs"] = [command(folder, name) for name in COMMANDS]
+    found["let go"] = let_go(folder, shards)
+    found["moments"] = moments(folder, shards)
     if size == 2:
         found["fitted"] = without_any(loaded["gpt_neox"])
         half = load_model(str(folder / "llama"), device="cpu", precision="bf16", shards=shards).model
@@ -209,25 +220,69 @@ def main() -> None:
     dist.destroy_process_group()
 
 
+SIZES = ["--projection-dim", "4", "--token-batch-size", "40", "--device", "cpu"]
 COMMANDS = {
     "build": ["--normalizer", "adafactor", "--rows-per-shard", "5", "--fit-documents", "0", "--dtype", "float32"],
     "reduce": ["--rows-per-shard", "5", "--modules", "all"],
+    "less": ["--rows-per-shard", "5", "--fraction", "0.2"],
+    "trak": ["--rows-per-shard", "5", "--sketch-dim", "8", "--damping", "0.1"],
+    "query": ["--device", "cpu"],
 }
+ASKED = "w1 w2 w3\nw4\n\nw5 w6 w7 w8\n"
+"""Texts of the prompt loop; the second has no gradient."""
+
+
+def lay_out(folder: Path) -> None:
+    """What the commands are given: 23 documents, which make five shards, and two checkpoints of a training run."""
+    tiny.write_jsonl(folder / "data.jsonl", [{"text": text} for text in tiny.texts()])
+    tiny.write_jsonl(folder / "queries.jsonl", [{"text": text} for text in tiny.texts(3, seed=1)])
+    save_run(folder / "trained")
+
+
+def words(name: str, inputs: Path, out: Path) -> list[str]:
+    """A command line; ``query`` asks the store that ``build`` made."""
+    data = ["--dataset", inputs / "data.jsonl"]
+    checkpoints = [word for folder in sorted((inputs / "trained").iterdir()) for word in ("--checkpoint", folder)]
+    given: dict[str, list[object]] = {
+        "query": ["--index", out / "build", "--record", out / "query.csv"],
+        "less": [out / "less", *data, "--query-dataset", inputs / "queries.jsonl", *checkpoints, *SIZES],
+        "trak": [out / "trak", *data, "--query-dataset", inputs / "queries.jsonl", *checkpoints, *SIZES],
+    }
+    words = given.get(name, [out / name, "--model", inputs / "gpt_neox", *data, *SIZES])
+    return [name, *map(str, words), *COMMANDS[name]]
 
 
 def command(folder: Path, name: str) -> int:
-    """A command as torchrun runs it; 23 documents make five shards."""
+    """A command as torchrun runs it."""
     from funcattrib.cli.main import main
 
-    if dist.get_rank() == 0:
-        tiny.write_jsonl(folder / "data.jsonl", [{"text": text} for text in tiny.texts()])
-    dist.barrier()
     ranks = [] if dist.get_world_size() == 2 else ["--shard-ranks", "2"]
-    words = [name, folder / name, "--model", folder / "gpt_neox", "--dataset", folder / "data.jsonl", *SIZES]
-    return main([*map(str, words), "--shard-params", *ranks, *COMMANDS[name]])
+    sys.stdin = io.StringIO(ASKED) if dist.get_rank() == 0 else None  # type: ignore[assignment]
+    with redirect_stderr(io.StringIO()) as told:
+        code = main([*words(name, folder, folder), "--shard-params", *ranks])
+    if name == "query":
+        (folder / f"told{dist.get_rank()}").write_text(told.getvalue())
+    return code
 
 
-SIZES = ["--projection-dim", "4", "--token-batch-size", "40", "--device", "cpu"]
+def moments(folder: Path, shards: Shards) -> dict[str, float]:
+    """Adam's moments of a checkpoint's embedding: rows on this rank, and how far the gathered ones are off."""
+    path = sorted((folder / "trained").iterdir())[0]
+    model = load_model(str(path), device="cpu", shards=shards).model
+    name, found = next(iter(adam_state(path, model).items()))
+    first = adam_state(path, cases.causal("llama"))[name].first
+    return {"rows": found.first.held.rows.shape[0], "off": float((found.first.held.dense() - first).abs().max())}
+
+
+def let_go(folder: Path, shards: Shards) -> list[bool]:
+    """Whether the shards of a checkpoint are gone when the next is loaded."""
+    seen: list[weakref.ref] = []
+    for path in sorted((folder / "trained").iterdir()):
+        model, _ = load_checkpoint(path, None, {"device": "cpu", "shards": shards})
+        seen.append(weakref.ref(next(model.parameters()).held))
+        del model
+        gc.collect()
+    return [each() is None for each in seen]
 
 
 def refused(mesh: object) -> str:

@@ -60,7 +60,9 @@ COMMANDS: dict[str, Command] = {
         resumable=True,
         together=True,
     ),
-    "query": Command("funcattrib.cli.query", "Find the training examples whose gradients align with a text's."),
+    "query": Command(
+        "funcattrib.cli.query", "Find the training examples whose gradients align with a text's.", together=True
+    ),
     "trackstar": Command(
         "funcattrib.cli.trackstar",
         "Score every training example against a data set of queries, by TrackStar.",

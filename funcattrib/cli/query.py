@@ -1,20 +1,21 @@
 """``funcattrib query``: training examples whose gradients align with a text's."""
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from funcattrib.cli.say import reports_on_stderr
 from funcattrib.errors import FuncattribError
+from funcattrib.recipes.config import ShardConfig
 
 
 @dataclass(frozen=True)
 class Query:
     """Find the training examples whose gradients align with a text's.
 
-    Without --text, texts are read from a prompt, one a line.
+    Without --text, texts are read from a prompt, one a line. Of several processes the first reads, searches and shows;
+    with --shard-params all of them compute the text's gradient together.
     """
 
     index: Path
@@ -47,6 +48,7 @@ class Query:
     """Type of the weights; by default the one the store was built with."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint."""
+    shards: ShardConfig = field(default_factory=ShardConfig)
     record: Path | None = None
     """Also append what is found to this csv file."""
 
@@ -62,13 +64,16 @@ class Query:
 def run(config: Query) -> int | None:
     """Answer --text, or the texts of a prompt loop."""
     from funcattrib.data import Columns
+    from funcattrib.distributed import world
     from funcattrib.loading import PRECISIONS, load_model, pick_device
     from funcattrib.query.attributor import Attributor
     from funcattrib.query.faiss_index import FaissConfig
     from funcattrib.query.record import append_csv
+    from funcattrib.recipes.load import shards_from
     from funcattrib.report.hits import hits_table
     from funcattrib.store import read_manifest
 
+    here = world()
     made_with = read_manifest(config.index).model
     device = pick_device(config.device)
     loaded = load_model(
@@ -78,9 +83,12 @@ def run(config: Query) -> int | None:
         precision=config.precision or PRECISIONS.get(made_with["dtype"], "fp32"),
         device=str(device),
         trust_remote_code=config.trust_remote_code,
+        shards=shards_from(config.shards, config.device),
     )
-    faiss_cfg = config.faiss and FaissConfig(
-        config.faiss, mmap_index=config.mmap_index, nprobe=config.nprobe, device=str(device)
+    faiss_cfg = (
+        FaissConfig(config.faiss, mmap_index=config.mmap_index, nprobe=config.nprobe, device=str(device))
+        if config.faiss and here.leads
+        else None
     )
     attributor = Attributor(
         config.index,
@@ -88,14 +96,17 @@ def run(config: Query) -> int | None:
         tokenizer=loaded.tokenizer,
         device=device,
         unit_norm=config.unit_norm,
-        faiss_cfg=faiss_cfg or None,
+        faiss_cfg=faiss_cfg,
         state=config.state,
     )
 
     def answer(text: str, completion: str | None = None) -> None:
         columns = Columns("text", "completion" if completion is not None else None)
-        record = {"text": text, "completion": completion}
-        hits = attributor.ask([record], config.top_k, columns=columns, reverse=config.reverse)[0]
+        row = attributor.gradients([{"text": text, "completion": completion}], columns=columns)
+        if not here.leads:
+            return
+        found = attributor.search(row, config.top_k, reverse=config.reverse)
+        hits = attributor.hits(found.values[0], found.rows[0])
         asked = text if completion is None else f"{text}{completion}"
         print(hits_table(hits, asked))
         if config.record is not None:
@@ -104,20 +115,23 @@ def run(config: Query) -> int | None:
     if config.text is not None:
         answer(config.text, config.completion)
         return None
-    return _loop(answer)
-
-
-def _loop(answer: Callable[[str], None]) -> int | None:
-    while True:
-        try:
-            text = input("text> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return None
-        if text in ("", "exit", "quit"):
-            if text or sys.stdin.isatty():
-                return None
-            continue
+    while (text := here.tell(_next_text() if here.leads else None)) is not None:
         try:
             answer(text)
         except FuncattribError as error:  # the next text may do better
             print(f"funcattrib query: {error}", file=sys.stderr)
+    return None
+
+
+def _next_text() -> str | None:
+    """The next text of the prompt, None where there are no more."""
+    asks = sys.stdin.isatty()
+    while True:
+        try:
+            text = input("text> " if asks else "").strip()
+        except EOFError:
+            return None
+        if text in ("exit", "quit") or (asks and not text):
+            return None
+        if text:
+            return text

@@ -4,14 +4,16 @@ import torch
 from torch import Tensor, nn
 
 from funcattrib.errors import FuncattribError
-from funcattrib.functional import Loss
+from funcattrib.functional import Loss, a_shard, parameters_of
+from funcattrib.load_sharded import Shards
 from funcattrib.loading import PRECISIONS, load_model, model_identity
 from funcattrib.named_loss import loss_of
 from funcattrib.store import Manifest
 
 
 def stored_loss(model: nn.Module, manifest: Manifest, device: torch.device) -> tuple[Loss, dict[str, Tensor]]:
-    """The loss of a store and the parameters that it attributes; a reference model is loaded from where it was.
+    """The loss of a store and the parameters that it attributes; a reference model is loaded from where it was, in
+    shards where the model is.
 
     Raises:
         FuncattribError: the loss cannot be imported, or the reference model is not the one that made the store.
@@ -19,8 +21,9 @@ def stored_loss(model: nn.Module, manifest: Manifest, device: torch.device) -> t
     loss = manifest.loss
     made_with, reference = loss.get("reference"), None
     if made_with is not None:
-        precision = PRECISIONS.get(made_with["dtype"], "fp32")
-        reference = load_model(made_with["id"], precision=precision, device=str(device)).model
+        precision, like = PRECISIONS.get(made_with["dtype"], "fp32"), a_shard(parameters_of(model))
+        shards = None if like is None else Shards(like.gathers, like.device, like.rows.device != like.device)
+        reference = load_model(made_with["id"], precision=precision, device=str(device), shards=shards).model
         if model_identity(reference)["fingerprint"] != made_with["fingerprint"]:
             raise FuncattribError(
                 f"expected the reference model that made the store at {made_with['id']}, found another there; "
