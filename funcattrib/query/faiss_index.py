@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from funcattrib.errors import FuncattribError
+from funcattrib.lengths import divisors
 from funcattrib.query import faiss_cache
 from funcattrib.query.faiss_cache import reason
 from funcattrib.query.topk import TopK, check_queries, store_blocks, topk
@@ -208,7 +209,7 @@ def _rows(block: Tensor, metric: Metric) -> np.ndarray:
     rows = torch.where(rows.isfinite().all(dim=1, keepdim=True), rows, 0.0)
     if metric == "cosine":
         norms = torch.linalg.vector_norm(rows.double(), dim=1, keepdim=True)  # squares may leave float32
-        rows = (rows / norms.where(norms > 0, 1.0)).float()
+        rows = (rows / divisors(norms)).float()
     return rows.contiguous().numpy()
 
 

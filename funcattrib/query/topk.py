@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from funcattrib.errors import FuncattribError
+from funcattrib.lengths import divisors
 
 if TYPE_CHECKING:
     from funcattrib.store import GradientStore
@@ -125,7 +126,7 @@ class _Queries(NamedTuple):
     def prepare(queries: Tensor, largest: bool, unit_norm: bool, device: torch.device) -> _Queries:
         exact = queries.detach().to(device=device, dtype=torch.float64)
         norms = torch.linalg.vector_norm(exact, dim=1)
-        unit = exact / norms.where(norms > 0, 1.0)[:, None]
+        unit = exact / divisors(norms)[:, None]
         sign = 1.0 if largest else -1.0
         if unit_norm:
             exact, norms = unit, (norms > 0).double()
@@ -157,7 +158,7 @@ class _Screen:
         scores, row_norms = self._products(block)
         _flag_underflow(row_norms, block)
         if self.queries.cosine:
-            scores.div_(row_norms.where(row_norms > 0, 1.0)[:, None])
+            scores.div_(divisors(row_norms)[:, None])
         full = best.rows.shape[1] == k
         floor = best.values[:, -1].double() if full else None
         while True:
@@ -200,7 +201,7 @@ class _Screen:
         slack = slack.where(row_norms.isfinite(), torch.inf)
         if floor is not None:
             # in units of the unit query; nudged down, because the floor was rounded to float32
-            cut = ((floor - floor.abs() * 4 * _ROUNDOFF) / norms.where(norms > 0, 1.0)).float()
+            cut = ((floor - floor.abs() * 4 * _ROUNDOFF) / divisors(norms)).float()
             # One comparison, with the slack of the longest row, settles nearly every block. Written so that NaN is
             # kept: it may be an overflow of the screen alone.
             few, query = (scores <= cut - slack.max()).logical_not_().nonzero().unbind(1)
@@ -228,8 +229,8 @@ class _Screen:
             norms[a : a + step] = torch.linalg.vector_norm(x, dim=1)
             exact[a : a + step] = x.mul_(self.queries.exact[query[a : a + step]]).sum(1)
         if self.queries.cosine:
-            exact = exact / norms.where(norms > 0, 1.0)
-        unit = exact / self.queries.norms[query].where(self.queries.norms[query] > 0, 1.0)
+            exact = exact / divisors(norms)
+        unit = exact / divisors(self.queries.norms[query])
         error = (unit - scores[row, query]).abs()
         if not self.queries.cosine:
             error = error / norms

@@ -16,6 +16,7 @@ import torch
 
 from funcattrib.compose import Chain, State
 from funcattrib.errors import FuncattribError
+from funcattrib.lengths import divisors
 from funcattrib.per_example import Batch, PerExample
 from funcattrib.progress import Progress
 from funcattrib.recipes.budget import with_budget
@@ -112,8 +113,7 @@ def _add(
     finite = rows.isfinite().all(1)
     rows, losses = rows[finite].double(), losses[finite].double()
     if unit:
-        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        rows = rows / norms.where(norms > 0, 1.0)
+        rows = rows / divisors(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
     facts = torch.stack([torch.tensor(float(len(rows)), dtype=torch.float64), losses.sum()])
     return {"sum": total["sum"] + rows.sum(0), "facts": total["facts"] + facts}
 

@@ -17,6 +17,7 @@ from funcattrib.compose import Chain, State, Transform, compose
 from funcattrib.data import Columns
 from funcattrib.distributed import world
 from funcattrib.errors import FuncattribError
+from funcattrib.lengths import divisors
 from funcattrib.loading import load_model
 from funcattrib.per_example import Batch, PerExample
 from funcattrib.progress import Progress
@@ -234,7 +235,7 @@ def query_rows(stores: Sequence[GradientStore], unit_norm: bool) -> tuple[Tensor
         norms = torch.linalg.vector_norm(matrix, dim=1, keepdim=True)
         if zero := (norms[:, 0] == 0).nonzero().flatten().tolist():
             log.warning("queries %s of %s have a gradient of zeros: their scores are 0", zero[:5], store.path)
-        rows.append(matrix / norms.where(norms > 0, 1.0) if unit_norm else matrix)
+        rows.append(matrix / divisors(norms) if unit_norm else matrix)
         told += [dict(entry) for entry in store.examples]
     return torch.cat(rows), told
 

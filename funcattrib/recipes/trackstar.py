@@ -25,6 +25,7 @@ from funcattrib.curvature import gram_of, mix, owned
 from funcattrib.data import Columns
 from funcattrib.distributed import world
 from funcattrib.functional import choose
+from funcattrib.lengths import divisors
 from funcattrib.per_example import Leaf, Spec, per_example_grad
 from funcattrib.recipes.collect import collect_gradients
 from funcattrib.recipes.documents import Records
@@ -172,6 +173,5 @@ def _transformed(after: Transform, state: State, names: Sequence[str], store: Gr
 
 
 def _lengths(squares: Tensor) -> Tensor:
-    """(n, 1) Euclidean lengths, 1 for a zero row, which stays zero."""
-    lengths = squares.sqrt().float()[:, None]
-    return lengths.where(lengths > 0, 1.0)
+    """What rows are divided by to have unit length, (n, 1), of their squared lengths (n,)."""
+    return divisors(squares.sqrt().float()[:, None])
