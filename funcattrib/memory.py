@@ -50,7 +50,8 @@ def is_short(error: BaseException) -> bool:
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    said = ("defaultcpuallocator: can't allocate memory", "out of memory")  # the second by CUDA itself, and by XLA
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in said)
 
 
 def available(device: torch.device) -> int:

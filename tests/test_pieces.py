@@ -10,6 +10,7 @@ import torch
 
 import funcattrib as fa
 from funcattrib.per_example import Source
+from funcattrib.recipes.explain import explained
 from funcattrib.recipes.pieces import Pieces
 from funcattrib.recipes.reduce import reduce_gradients
 from tests import cases, tiny
@@ -19,6 +20,7 @@ SMALL = {"projection_dim": 4, "dtype": "float32", "rows_per_shard": 12, "token_b
 ERRORS = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: …"),
+    "driver": RuntimeError("CUDA error: out of memory"),
     "python": MemoryError(),
 }
 
@@ -122,6 +124,12 @@ def test_a_document_that_cannot_fit_names_itself(stages, tmp_path) -> None:
     assert "--truncation --max-length N" in said
     assert "--projection-dim" in said
     assert len(said.splitlines()) == 2
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_where_it_is_not_halved_it_is_explained(kind) -> None:
+    with pytest.raises(fa.FuncattribError, match="expected memory for a batch, found too little"), explained():
+        raise ERRORS[kind]
 
 
 def test_nothing_else_is_caught(tmp_path) -> None:

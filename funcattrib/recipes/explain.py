@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from funcattrib.errors import FuncattribError
+from funcattrib.memory import is_short
 
 
 @contextmanager
@@ -15,7 +16,7 @@ def explained() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if "data-dependent control flow" in str(error):
             raise FuncattribError(
                 "expected a loss without branches on values (if, while, float(), .item()), found one; choose between "
@@ -26,14 +27,14 @@ def explained() -> Iterator[None]:
                 "expected a model that is deterministic in eval mode, found one that draws random numbers (dropout, "
                 "noise)\nmake the same input give the same output; `funcattrib check` tries it"
             ) from error
-        if "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
+        if is_short(error):
             raise FuncattribError(
-                f"expected memory for a batch, found too little: {str(error).splitlines()[0][:120]}\n"
+                f"expected memory for a batch, found too little: {''.join(str(error).splitlines()[:1])[:120]}\n"
                 "use a smaller --token-batch-size, or --projection-dim; what is finished is kept"
             ) from error
         raise
 
 
-def is_random(error: RuntimeError) -> bool:
+def is_random(error: Exception) -> bool:
     """Whether this is vmap's refusal of a random operation."""
     return "randomness" in str(error)
