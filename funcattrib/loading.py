@@ -159,14 +159,8 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
         FuncattribError: no configuration that can be read.
     """
     source = locate(name)
-    try:
-        with quietly(source):
-            return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a file written by others makes its reader raise
-        raise FuncattribError(
-            f"expected a model's config.json at {name!r}, found none that can be read: {why(error)}\n"
-            "check the name and the connection to the hub, or give a folder that has one (of an adapter, its base's)"
-        ) from error
+    with readable(name, source, "config.json (of an adapter, its base's)"):
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(name: str, options: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
@@ -270,13 +264,17 @@ def context_length(
     Raises:
         FuncattribError: more is asked for than the model's configuration allows.
     """
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
-    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
-    own = next((value for name in names if isinstance(value := getattr(text, name, None), int) and value > 0), None)
+    own = own_context(getattr(model, "config", None))
     if asked is not None:
         if own is not None and asked > own:
             raise FuncattribError(f"expected a longest document within the model's context of {own}, found {asked}")
         return asked
     limit = getattr(tokenizer, "model_max_length", None)
     return own or (limit if isinstance(limit, int) and 0 < limit < 10**9 else 2048)
+
+
+def own_context(config: PretrainedConfig | None) -> int | None:
+    """The longest document that a model's configuration allows, where it says."""
+    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+    return next((value for name in names if isinstance(value := getattr(text, name, None), int) and value > 0), None)

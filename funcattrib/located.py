@@ -52,8 +52,8 @@ def quietly(source: Path | str) -> Iterator[None]:
 
 
 @contextmanager
-def readable(name: str, source: Path | str) -> Iterator[None]:
-    """Whatever a file written by others makes its reader raise, in words."""
+def readable(name: str, source: Path | str, files: str = "config.json and model.safetensors") -> Iterator[None]:
+    """Whatever a file written by others makes its reader raise, in words; ``files`` are what is read."""
     try:
         with quietly(source):
             yield
@@ -62,7 +62,7 @@ def readable(name: str, source: Path | str) -> Iterator[None]:
     except Exception as error:
         raise FuncattribError(
             f"expected a causal language model at {name!r}, found none that loads: {why(error)}\n"
-            "check the name and the connection to the hub, or give a folder with config.json and model.safetensors"
+            f"check the name and the connection to the hub, or give a folder with {files}"
         ) from error
 
 

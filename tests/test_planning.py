@@ -256,6 +256,10 @@ def test_the_command_needs_a_configuration_alone(funcattrib, tmp_path) -> None:
     sharded = funcattrib(*words, "--device-flops", "4e14", "--shard-params", "--shard-ranks", 4)
     assert "right: --shard-params over 4" in sharded.out
     assert "  gather    " in sharded.out
+    assert not ran.err
+    long = funcattrib(*words, "--device-flops", "4e14", "--mean-length", 4000)
+    assert long.code == 0
+    assert "--mean-length 4000 is beyond the model's context of 2,048 tokens" in long.err
     for wrong, said in (
         ((), "--device-flops or --tokens-per-second, found neither"),
         (("--device-flops", 1e14, "--tokens-per-second", 3), "found both"),

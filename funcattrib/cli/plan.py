@@ -1,11 +1,15 @@
 """``funcattrib plan``: what a run will take, before anything is computed."""
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Literal
 
+from funcattrib.cli.say import reports_on_stderr
 from funcattrib.errors import FuncattribError
 from funcattrib.recipes.config import at_least
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,15 +81,22 @@ class Plan:
             raise FuncattribError(f"expected --device-flops or --tokens-per-second, found {found}")
 
 
+@reports_on_stderr()
 def run(config: Plan) -> int | None:
     """Print the estimate."""
-    from funcattrib.loading import load_config
+    from funcattrib.loading import load_config, own_context
     from funcattrib.planning import Machine, Run, sizes_of
     from funcattrib.report.plan import plan_lines
 
     trusted = config.trust_remote_code
     described = load_config(config.model, revision=config.revision, trust_remote_code=trusted)
     sizes = sizes_of(described, config.modules, config.exclude, trust_remote_code=trusted)
+    if (context := own_context(described)) is not None and config.mean_length > context:
+        log.warning(
+            "--mean-length %s is beyond the model's context of %s tokens: a run stops there, or cuts documents with "
+            "--truncation; give the mean of what is left",
+            *(f"{config.mean_length:g}", f"{context:,}"),
+        )
     asked = Run(
         tokens=config.tokens,
         length=config.mean_length,
