@@ -204,7 +204,7 @@ def main() -> None:
     if rank == 0:
         lay_out(folder)
     dist.barrier()
-    found["runs"] = [command(folder, name) for name in COMMANDS]
+    found["runs"] = {name: command(folder, name) for name in COMMANDS if BUILDS.get(name, names[0]) in names}
     found["let go"] = let_go(folder, shards)
     found["moments"] = moments(folder, shards)
     if size == 2:
@@ -224,10 +224,14 @@ SIZES = ["--projection-dim", "4", "--token-batch-size", "40", "--device", "cpu"]
 COMMANDS = {
     "build": ["--normalizer", "adafactor", "--rows-per-shard", "5", "--fit-documents", "0", "--dtype", "float32"],
     "reduce": ["--rows-per-shard", "5", "--modules", "all"],
+    "experts": ["--rows-per-shard", "5", "--split-experts", "--normalizer", "adafactor", "--dtype", "float32"],
+    "tied": ["--rows-per-shard", "5", "--modules", "all", "--loss", "log_odds", "--dtype", "float32"],
     "less": ["--rows-per-shard", "5", "--fraction", "0.2"],
     "trak": ["--rows-per-shard", "5", "--sketch-dim", "8", "--damping", "0.1"],
     "query": ["--device", "cpu"],
 }
+BUILDS = {"experts": "qwen3_moe", "tied": cases.TIED}
+"""Of other models."""
 ASKED = "w1 w2 w3\nw4\n\nw5 w6 w7 w8\n"
 """Texts of the prompt loop; the second has no gradient."""
 
@@ -248,8 +252,8 @@ def words(name: str, inputs: Path, out: Path) -> list[str]:
         "less": [out / "less", *data, "--query-dataset", inputs / "queries.jsonl", *checkpoints, *SIZES],
         "trak": [out / "trak", *data, "--query-dataset", inputs / "queries.jsonl", *checkpoints, *SIZES],
     }
-    words = given.get(name, [out / name, "--model", inputs / "gpt_neox", *data, *SIZES])
-    return [name, *map(str, words), *COMMANDS[name]]
+    words = given.get(name, [out / name, "--model", inputs / BUILDS.get(name, "gpt_neox"), *data, *SIZES])
+    return ["build" if name in BUILDS else name, *map(str, words), *COMMANDS[name]]
 
 
 def command(folder: Path, name: str) -> int:

@@ -13,15 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from datasets import load_from_disk
+from safetensors.torch import load_file, save_file
 
 import funcattrib as fa
+from funcattrib.recipes import work
+from funcattrib.recipes.less import less
 from funcattrib.recipes.reduce import reduce_gradients
 from funcattrib.recipes.score import score_gradients
 from funcattrib.recipes.trackstar import trackstar
 from funcattrib.recipes.trak import trak
-from funcattrib.store import merge_stores, open_store
+from funcattrib.store import merge_stores, open_store, partial
 from tests import cases, store_run, tiny
+from tests.saved_runs import save_run
 
 SETTINGS = {"projection_dim": 4, "rows_per_shard": 4, "token_batch_size": 48, "quiet": True}
 FITTED = {**SETTINGS, "normalizer": "adafactor", "precondition": "parameter", "dtype": "float32"}
@@ -47,6 +51,8 @@ def everything(out: Path) -> None:
     trackstar(model, data, queries, path=out / "trackstar", mixing_rank=5, **SETTINGS)
     few = {"rows_per_shard": 4, "token_batch_size": 48, "quiet": True}
     trak([model], data, queries, path=out / "trak", sketch_dim=8, damping=0.1, **few)
+    checkpoints = sorted((out.parent / "trained").iterdir())
+    less(checkpoints, data, queries, path=out / "less", fraction=0.2, projection_dim=4, **few)
 
 
 EVERYTHING = """
@@ -59,12 +65,14 @@ everything(Path(sys.argv[1]))
 dist.destroy_process_group()
 """
 
-# Rank 1 ends in the middle of its second shard, as often as there are files to take away.
+# Rank 1 ends in the middle of its second shard, as often as there are files to take away. Parts are saved at once.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 from funcattrib.cli.main import main
+import funcattrib.recipes.parts as parts
 import funcattrib.recipes.work as work
+parts._SAVE_EVERY = 0.0
 lives, rows_of, seen = Path(sys.argv[1]), work.rows_of, []
 def killed(*args):
     seen.append(1)
@@ -159,14 +167,18 @@ def words(files: Path, run: Path) -> list[object]:
 
 
 def test_what_is_made_does_not_depend_on_how_many_make_it(tmp_path: Path, one_thread: None) -> None:
+    save_run(tmp_path / "trained")
     everything(tmp_path / "1")
     (tmp_path / "run.py").write_text(EVERYTHING)
     for processes in (2, 3):
         code, out = torchrun(processes, tmp_path / "run.py", tmp_path / str(processes))
         assert code == 0, out
         ours, theirs = tmp_path / "1", tmp_path / str(processes)
-        for name in ("build", "tokens", "query", "scores", "best"):
+        for name in ("build", "tokens", "query", "scores", "best", "less"):
             assert content(ours / name) == content(theirs / name), name
+        selected = [load_from_disk(each / "less/selected")["input_ids"][:] for each in (ours, theirs)]
+        assert len(selected[0]) == 4
+        assert selected[0] == selected[1]
         for fit in ("fit", "joint"):
             states = [open_store(each / fit).state() for each in (ours, theirs)]
             assert states[0].keys() == states[1].keys()
@@ -196,6 +208,59 @@ def test_a_killed_rank_is_named_and_its_run_continued_by_fewer(tmp_path: Path, f
     assert 0 < done < 10
     assert funcattrib(*words(files, run)).code == 0
     assert funcattrib(*words(files, tmp_path / "whole")).code == 0
+    assert content(run) == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["reduce", "score"])
+def test_a_pass_with_one_result_goes_on_from_what_a_killed_rank_had(
+    name: str, tmp_path: Path, files: Path, funcattrib, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run.py").write_text(KILLED)
+    lives = tmp_path / "lives"
+    lives.mkdir()
+    (lives / "one").touch()
+    _, _, *rest = words(files, tmp_path)
+    if name == "score":
+        assert funcattrib("reduce", tmp_path / "query", *rest).code == 0
+        rest += ["--query-path", tmp_path / "query", "--score", "nearest", "--top-k", 7]
+    code, out = torchrun(2, tmp_path / "run.py", lives, name, tmp_path / "run", *rest)
+    assert code != 0
+    assert "Signal 9 (SIGKILL)" in out
+    parts = {part for _, own in partial.load_parts(tmp_path / "run") for part in own}
+    (own,) = load_file(tmp_path / "run/progress-1.safetensors")["parts"].tolist()
+    assert own in parts
+    assert len(parts) < 10
+
+    seen: list[int] = []
+    rows_of = work.rows_of
+    monkeypatch.setattr(
+        f"funcattrib.recipes.{name}.rows_of",
+        lambda work, compute, span, count: (seen.append(span[0] // 4), rows_of(work, compute, span, count))[1],
+    )
+    assert funcattrib(name, tmp_path / "run", *rest).code == 0
+    assert sorted(seen) == sorted(set(range(10)) - parts), "the rest, and nothing else"
+    assert funcattrib(name, tmp_path / "whole", *rest).code == 0
+    assert not list((tmp_path / "run").glob(partial.FILES))
+    if name == "score":
+        assert content(tmp_path / "run") == content(tmp_path / "whole")
+    else:
+        ours, theirs = (open_store(tmp_path / each).matrix()[:] for each in ("run", "whole"))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_one_process_finds_the_batch_size_of_all(tmp_path: Path, files: Path, funcattrib) -> None:
+    _, run, *rest = words(files, tmp_path / "run")
+    auto = [*rest, "--token-batch-size", "auto"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "funcattrib"]
+    ran = start(*launch, "build", run, *auto, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    out, _ = ran.communicate(timeout=240)
+    assert ran.returncode == 0, out
+    found = open_store(run).manifest.computed_with["token_batch_size"]
+    assert out.count("token batch size ") == out.count(f"token batch size {found:,} ") == 1
+    log = (tmp_path / "run/logs/rank-1.log").read_text()
+    assert "40 documents, " in log
+    assert "token batch size" not in log
+    assert funcattrib("build", tmp_path / "whole", *rest, "--token-batch-size", found).code == 0
     assert content(run) == content(tmp_path / "whole")
 
 
