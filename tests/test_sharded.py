@@ -213,6 +213,10 @@ def test_flags(funcattrib, model_folder: Path, tmp_path: Path) -> None:
     assert "expected --shard-params with --offload-params, found it alone" in run("--offload-params").err
     assert "expected --shard-params with --shard-ranks" in run("--shard-ranks", 2).err
     assert "that divides the 1 processes of this run, found 2" in run("--shard-params", "--shard-ranks", 2).err
+    data = ["--dataset", "none.jsonl", "--query-dataset", "none.jsonl", "--checkpoint", model_folder]
+    for words in (["less", tmp_path / "run", *data], ["trak", tmp_path / "run", *data], ["query", "--index", tmp_path]):
+        ran = funcattrib(*words, "--shard-ranks", 2)
+        assert (ran.code, "expected --shard-params with --shard-ranks, found it alone" in ran.err) == (2, True)
 
 
 def test_parts_as_fsdp_makes_them() -> None:
