@@ -46,14 +46,18 @@ class Board:
         """Look again and again, up to half a second apart, until ``done``."""
         pause = 0.001
         while not done(self):
-            if self.has(FAILED):
-                raise FuncattribError(
-                    f"expected all processes to go on, found that one stopped\n{self.get(FAILED)}\n"
-                    "run the same command again: finished shards are kept"
-                )
+            self.check()
             waiting()
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
+
+    def check(self) -> None:
+        """Raise what another process said that stopped."""
+        if self.has(FAILED):
+            raise FuncattribError(
+                f"expected all processes to go on, found that one stopped\n{self.get(FAILED)}\n"
+                "run the same command again: finished shards are kept"
+            )
 
     def _asked(self, question: Callable[[], Any]) -> Any:
         try:

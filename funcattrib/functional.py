@@ -91,13 +91,12 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, FSDPModule):
             module.reshard()  # what a forward pass has gathered would be freed under our hands
     codes = {id(module.weight): module for module in model.modules() if is_quantised(module)}
-    gathers: dict[Any, Gathers] = {}
     named = list(model.named_parameters())
     plain = next((tensor.dtype for _, tensor in named if tensor.is_floating_point()), torch.float32)
 
     def stored(name: str, tensor: Tensor) -> Tensor:
         if isinstance(tensor, DTensor):
-            return Stored(from_dtensor(name, tensor, gathers))
+            return Stored(from_dtensor(name, tensor))
         if id(tensor) in codes:
             return Stored(quantised(codes[id(tensor)], plain))
         return tensor.detach()
@@ -106,9 +105,19 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def sharing(*params: Params) -> Gathers | None:
-    """The gathers of the group of ranks that hold these parameters together; None where each has them all."""
+    """The gathers of the group of ranks that hold these parameters together; None where each has them all.
+
+    Raises:
+        FuncattribError: some are held by another group than others.
+    """
     storages = (tensor.held for each in params for tensor in each.values() if isinstance(tensor, Stored))
-    return next((held.gathers for held in storages if isinstance(held, (Sharded, ShardedCodes))), None)
+    found = {held.gathers for held in storages if isinstance(held, (Sharded, ShardedCodes))}
+    if len(found) > 1:
+        raise FuncattribError(
+            f"expected all parameters in shards of one group of processes, found {len(found)} groups\nshard every part "
+            "of the model, and a reference model too, over the same mesh"
+        )
+    return next(iter(found), None)
 
 
 def a_shard(params: Params) -> Sharded | None:

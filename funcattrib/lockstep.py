@@ -1,26 +1,36 @@
 """Ranks that hold one model together compute batch by batch together, each on batches of its own.
 
-A gather needs all ranks of a group, and they may have different numbers of batches. Before every batch they tell each
-other whether somebody has work (one number added up); who has none left computes a batch of its own choice, whose rows
-it forgets, until nobody has any. So no rank waits for another that is not there.
+A gather needs all ranks of a group, and they may have different numbers of batches. So they go in rounds. Before each
+they tell each other whether somebody has work (one number added up); in it every rank makes the same gathers, in the
+order that all learn from a small batch before the first:
+
+    work              the gathers are those of computing a batch
+    none left         they are gone through, and what comes is dropped
+    memory short      what is left of them is gone through; the batch is then computed in parts, a round each
+
+So no rank waits for another that is not there.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from funcattrib.distributed import world
 from funcattrib.errors import FuncattribError
-from funcattrib.lift.sharded import Gathers
-from funcattrib.memory import is_short
+from funcattrib.lift.sharded import Gathers, Sharded
+from funcattrib.memory import is_short, release
 from funcattrib.per_example import Batch
 from funcattrib.signals import Terminated, undisturbed
 
 T = TypeVar("T")
 W = TypeVar("W")
-Compute = Callable[[Batch], Any]
+
+_LOOK_UP = 1.0  # seconds of waiting for the others, after which one asks whether they are still there
 
 
 class Lockstep:
@@ -28,7 +38,7 @@ class Lockstep:
 
     Args:
         gathers: of the group that holds the model; None where each process has all of it, and nothing is to be done.
-        idle: makes the batch that is computed when there is no work.
+        small: makes a batch that shows the order of the gathers.
 
     Example:
         >>> step = Lockstep()
@@ -37,25 +47,37 @@ class Lockstep:
         [tensor(2)]
     """
 
-    def __init__(self, gathers: Gathers | None = None, idle: Callable[[], Batch] | None = None) -> None:
-        self._gathers = None if gathers is None or gathers.size == 1 else gathers
-        self._idle = idle
-        self._compute: Compute | None = None
+    def __init__(self, gathers: Gathers | None = None, small: Callable[[], Batch] | None = None) -> None:
+        self._rounds = None if gathers is None or gathers.size == 1 else _Rounds(gathers, small)
+        self._function: _Function | None = None
 
     @property
     def shared(self) -> bool:
         """Whether there are other ranks to go together with."""
-        return self._gathers is not None
+        return self._rounds is not None
+
+    @property
+    def storage(self) -> dict[str, Any] | None:
+        """How the model is held: by how many ranks, and whether apart from where it is used."""
+        if self._rounds is None:
+            return None
+        return {"ranks": self._rounds.gathers.size, "offloaded": self._rounds.gathers.offloaded}
 
     def of(self, compute: Callable[[Batch], T]) -> Callable[[Batch], T]:
-        """``compute`` of a batch, together with the other ranks; in the next pass, idle ranks compute it as well."""
-        if self._gathers is None:
+        """``compute`` of a batch, together with the other ranks, all of which call this.
+
+        In the next pass, ranks that have no work left go through its gathers.
+
+        Raises:
+            torch.OutOfMemoryError: from what is given back: memory is short for the batch; the others have gone on.
+        """
+        if self._rounds is None:
             return compute
-        self._compute = compute
-        return partial(self._together, compute)
+        self._function = _Function(compute)
+        return partial(self._together, self._rounds, self._function)
 
     def through(self, work: Iterable[W]) -> Iterator[W]:
-        """The items of ``work``; then, while another rank has some, batches that are forgotten.
+        """The items of ``work``; then rounds without any, while another rank has some.
 
         Also where SIGTERM ends this rank's work, but not after an error.
         """
@@ -66,31 +88,136 @@ class Lockstep:
             raise
         self._drain()
 
-    def _drain(self) -> None:
-        if self._gathers is None:
-            return
-        assert self._compute is not None, "a pass begins with what is computed in it"
-        assert self._idle is not None, "ranks that share a model have something to compute"
-        while self._somebody(0):
-            self._compute(self._idle())
-        self._gathers.settle()
+    def _together(self, rounds: "_Rounds", function: "_Function", batch: Batch) -> Any:
+        try:
+            with undisturbed():  # SIGTERM in the middle of a round would leave the others waiting for its gathers
+                return rounds.compute(function, batch)
+        except Terminated:
+            self._drain()
+            raise
 
-    def _together(self, compute: Compute, batch: Batch) -> Any:
-        with undisturbed():  # SIGTERM in the middle of a batch would leave the others waiting for its gathers
+    def _drain(self) -> None:
+        if self._rounds is None:
+            return
+        assert self._function is not None, "a pass begins with what is computed in it"
+        with undisturbed():
+            self._rounds.drain(self._function)
+
+
+class _Function:
+    """What is computed of a batch, and the order of its gathers once that is known."""
+
+    def __init__(self, compute: Callable[[Batch], Any]) -> None:
+        self.compute = compute
+        self.order: Sequence[Sharded] | None = None
+
+
+class _Rounds:
+    """The rounds of one group."""
+
+    def __init__(self, gathers: Gathers, small: Callable[[], Batch] | None) -> None:
+        assert small is not None, "ranks that share a model have something to compute"
+        self.gathers, self._small = gathers, small
+
+    def compute(self, function: _Function, batch: Batch) -> Any:
+        """A round with work."""
+        with self._others():
             self._somebody(1)
-            try:
-                return compute(batch)
-            except (RuntimeError, MemoryError) as error:
-                if not is_short(error):
-                    raise
-                raise FuncattribError(
-                    "expected memory for a batch, found too little on one of the processes that hold the model together"
-                    "\nuse a smaller --token-batch-size: they cannot halve a batch alone; what is finished is kept"
-                ) from error
+            self._learn(function)
+            return self._computed(function, batch)
+
+    def drain(self, function: _Function) -> None:
+        """Rounds without, until nobody has any."""
+        with self._others():
+            while self._somebody(0):
+                self._learn(function)
+                self.gathers.start(function.order)
+                self._go_through()
+            self.gathers.settle()
+
+    def _computed(self, function: _Function, batch: Batch) -> Any:
+        self.gathers.start(function.order)
+        try:
+            result = function.compute(batch)
+        except Exception as error:
+            if not is_short(error):
+                self._go_through()
+                raise
+            said = str(error)
+        else:
+            self._go_through()
+            return result
+        # Outside of the handler, whose error holds all that the batch has taken.
+        release(self.gathers.device)
+        self._go_through()
+        raise torch.OutOfMemoryError(said)
+
+    def _go_through(self) -> list[Sharded]:
+        """What is left of a round's gathers."""
+        with _fitting():
+            return self.gathers.finish()
+
+    def _learn(self, function: _Function) -> None:
+        """The order of the gathers, once: of the second call, as the first may look at how a batch is read."""
+        if function.order is not None:
+            return
+        with _fitting():
+            for _ in range(2):
+                self.gathers.start(None)
+                function.compute(self._small())
+                function.order = self.gathers.finish()
 
     def _somebody(self, here: int) -> bool:
         """Whether any rank of the group has work, ``here`` being 1 where this one has."""
-        assert self._gathers is not None
-        count = torch.tensor([here], device=self._gathers.device)
-        dist.all_reduce(count, group=self._gathers.group)
+        count = torch.tensor([here], device=self.gathers.device)
+        told = dist.all_reduce(count, group=self.gathers.group, async_op=True)
+        board = world().board
+        assert board is not None, "the ranks of a group are processes of the run"
+        board.until(lambda _: _ended(told))  # another may have left with an error
+        told.wait()
         return bool(count.item())
+
+    @contextmanager
+    def _others(self) -> Iterator[None]:
+        """Whoever lost the others says why."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not _is_lost(error):
+                raise
+            board = world().board
+            assert board is not None, "the ranks of a group are processes of the run"
+            board.check()
+            raise FuncattribError(
+                "expected the other processes of this run, found the connection to them lost "
+                f"({str(error).splitlines()[0][:80]})\nrun the same command again: finished shards are kept"
+            ) from error
+
+
+@contextmanager
+def _fitting() -> Iterator[None]:
+    """Memory that is short inside has no cure: nothing smaller is computed."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_short(error):
+            raise
+        raise FuncattribError(
+            "expected memory for the shortest document and two weights, found too little on one of the processes that "
+            "hold the model together\nuse more of them, a lower --precision, or --offload-params; finished work is kept"
+        ) from error
+
+
+def _ended(told: dist.Work) -> bool:
+    """Whether a sum is made, after waiting for it a while."""
+    begin = time.monotonic()
+    while not told.is_completed():
+        if (waited := time.monotonic() - begin) > _LOOK_UP:
+            return False
+        time.sleep(min(max(waited / 16, 1e-4), 1e-2))
+    return True
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

@@ -133,20 +133,20 @@ def unequal(model: nn.Module) -> dict[str, object]:
     rank = dist.get_rank()
     loss, params = fa.causal_lm_loss(model)
     compute = fa.compose(fa.per_example_grad, fa.project(4)).bind(loss, params)
-    idle: list[int] = []
+    small: list[int] = []
 
-    def dummy() -> dict:
-        idle.append(1)
+    def shortest() -> dict:
+        small.append(1)
         return cases.batch((2,))
 
-    step = Lockstep(sharing(params), dummy)
+    step = Lockstep(sharing(params), shortest)
     mine = [cases.batch((9, 5), seed=10 * rank + number) for number in range(1 + 2 * rank)]
     together = step.of(compute)
     found = [together(batch).grads for batch in step.through(mine)]
     plain = fa.compose(fa.per_example_grad, fa.project(4))
     theirs = [plain(*fa.causal_lm_loss(cases.causal("gpt_neox")), batch) for batch in mine]
     worst = max(difference(ours, wanted) for ours, wanted in zip(found, theirs, strict=True))
-    made = len(idle)
+    made = len(small)
 
     def ended() -> Iterator[dict]:
         for number in range(3):
@@ -161,7 +161,7 @@ def unequal(model: nn.Module) -> dict[str, object]:
             done += 1
     except Terminated:
         told = True
-    return {"worst": worst, "idle": made, "done": done, "terminated": told, "idle after": len(idle) - made}
+    return {"worst": worst, "small": made, "done": done, "terminated": told, "small after": len(small) - made}
 
 
 def without_any(model: nn.Module) -> int:

@@ -99,10 +99,10 @@ def test_unequal_work(two: list[dict]) -> None:
     first, second = (rank["unequal"] for rank in two)
     assert first["worst"] <= 1e-6
     assert second["worst"] <= 1e-6
-    assert (first["idle"], second["idle"]) == (2, 0)  # one batch against three
+    assert (first["small"], second["small"]) == (2, 2)  # for the order; one batch against three adds none
     assert (first["done"], second["done"]) == (3, 1)
     assert second["terminated"]
-    assert (first["idle after"], second["idle after"]) == (0, 2)
+    assert (first["small after"], second["small after"]) == (0, 0)
     assert [rank["fitted"] for rank in two] == [1, -1]
 
 

@@ -5,11 +5,14 @@ moves whole shards, padded, by one collective on raw tensors.
 
 Every rank of the group must use the same weights in the same order; the batches it uses them on are its own
 (``lockstep.py`` sees to unequal numbers of them). That order, once seen, says which weight comes next, and its gather
-is begun while the one in hand is used.
+is begun while the one in hand is used. It also lets a rank take part in a batch's gathers that has nothing to compute.
 """
 
 from collections import deque
+from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -37,6 +40,7 @@ class Sharded:
     ) -> None:
         self.rows, self.shape, self.gathers = rows, tuple(shape), gathers
         self.dtype, self.device = rows.dtype, device or rows.device
+        gathers.offloaded |= self.device != rows.device
 
     def dense(self) -> Tensor:
         """The whole weight, gathered: every rank of the group calls this together."""
@@ -78,6 +82,10 @@ def row_range(rows: int, ranks: int, rank: int) -> tuple[int, int]:
     return min(rank * chunk, rows), min((rank + 1) * chunk, rows)
 
 
+_Uses = tuple[ref[Sharded] | None, ref[Sharded] | None]
+"""The last two; they keep no weight alive."""
+
+
 class _Flying(NamedTuple):
     """A gather that has begun; ``sent`` is kept alive until it ends."""
 
@@ -90,11 +98,15 @@ class _Flying(NamedTuple):
 class Gathers:
     """The gathers of one group of ranks, each weight's begun while the one before it is used.
 
-    At most one matrix (and the vectors used before it) is gathered ahead.
+    At most one matrix (and the vectors used before it) is gathered ahead. A gather is begun when its memory is there:
+    one that memory was short for can be taken again.
 
     Args:
         group: the ranks that hold one copy together; None for a single process, which holds all rows.
         device: where the group's collectives run; the CPU by default.
+
+    Attributes:
+        offloaded: whether a weight's rows are kept elsewhere than where it is used.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device | None = None) -> None:
@@ -102,9 +114,12 @@ class Gathers:
         self.size = 1 if group is None else dist.get_world_size(group)
         self.device = device or torch.device("cpu")
         self.rank = 0 if group is None else dist.get_rank(group)
+        self.offloaded = False
         self._ahead: deque[_Flying] = deque()
-        self._last: tuple[Sharded | None, Sharded | None] = (None, None)
-        self._next: dict[tuple[Sharded | None, Sharded | None], Sharded] = {}  # what followed two uses, last time
+        self._last: _Uses = (None, None)
+        self._next: dict[_Uses, ref[Sharded]] = {}  # what followed two uses, last time
+        self._taken: list[Sharded] | None = None  # in this round
+        self._order: Sequence[Sharded] | None = None
 
     def take(self, weight: Sharded) -> Tensor:
         """The whole weight; the gathers that will follow are begun."""
@@ -113,16 +128,44 @@ class Gathers:
         with temporarily_clear_interpreter_stack():  # what is begun under one transform may be used under another
             return self._take(weight)
 
+    def start(self, order: Sequence[Sharded] | None) -> None:
+        """A round begins: what is taken is written down, and is what ``order`` says where that is known."""
+        self._taken, self._order = [], order
+
+    def finish(self) -> list[Sharded]:
+        """End a round: what of its order is still to come is taken and dropped. Gives all that was taken in it."""
+        taken, order = self._taken, self._order
+        assert taken is not None, "a round was started"
+        for weight in () if order is None else order[len(taken) :]:
+            self.take(weight)
+        self._taken = self._order = None
+        return taken
+
     def _take(self, weight: Sharded) -> Tensor:
+        self._check(weight)
         if not self._ahead or self._ahead[0].weight is not weight:
             self.settle()
             self._ahead.append(self._begin(weight))
         flying = self._ahead.popleft()
         flying.work.wait()
-        self._next[self._last] = weight
-        self._last = (self._last[1], weight)
+        if self._taken is not None:
+            self._taken.append(weight)
+        self._next[self._last] = ref(weight)
+        self._last = (self._last[1], ref(weight))
         self._foresee()
         return flying.whole[: weight.shape[0]]
+
+    def _check(self, weight: Sharded) -> None:
+        """Refuse a weight that the other ranks are not about to use."""
+        if self._order is None or self._taken is None:
+            return
+        at = len(self._taken)
+        if at >= len(self._order) or self._order[at] is not weight:
+            raise FuncattribError(
+                "expected every batch to use the model's weights in one order, found that one uses a weight of shape "
+                f"{weight.shape} out of its turn\nleave out --shard-params, or make the model's forward the same for "
+                "every batch"
+            )
 
     def settle(self) -> None:
         """Wait for what was begun, and let it go."""
@@ -133,13 +176,14 @@ class Gathers:
         """Begin the gathers up to the next matrix, as far as they are known."""
         at = self._last
         for flying in self._ahead:
-            at = (at[1], flying.weight)
+            at = (at[1], ref(flying.weight))
         while len(self._ahead) < _MOST_AHEAD and not any(len(each.weight.shape) > 1 for each in self._ahead):
-            following = self._next.get(at)
+            known = self._next.get(at)
+            following = None if known is None else known()
             if following is None:
                 return
             self._ahead.append(self._begin(following))
-            at = (at[1], following)
+            at = (at[1], known)
 
     def _begin(self, weight: Sharded) -> _Flying:
         sent = weight.padded()
@@ -147,11 +191,14 @@ class Gathers:
         return _Flying(weight, whole, sent, _all_gather(whole, sent, group=self.group, async_op=True))
 
 
-def from_dtensor(name: str, tensor: Any, gathers: dict[Any, Gathers]) -> Sharded:
-    """What ``fully_shard`` left of a parameter on this rank.
+@cache
+def gathers_of(group: dist.ProcessGroup, device: torch.device) -> Gathers:
+    """Those of a group, which has one queue: all models that it holds share them."""
+    return Gathers(group, device)
 
-    Args:
-        gathers: by group, filled here: the weights of one group share theirs.
+
+def from_dtensor(name: str, tensor: Any) -> Sharded:
+    """What ``fully_shard`` left of a parameter on this rank.
 
     Raises:
         FuncattribError: a parameter that is not divided along its rows, over one axis of the mesh.
@@ -168,6 +215,4 @@ def from_dtensor(name: str, tensor: Any, gathers: dict[Any, Gathers]) -> Sharded
     device = rows.device
     if device.type != mesh.device_type:  # offloaded
         device = torch.device(mesh.device_type, torch.accelerator.current_device_index())
-    if group not in gathers:
-        gathers[group] = Gathers(group, device)
-    return Sharded(rows, tuple(tensor.shape), gathers[group], device)
+    return Sharded(rows, tuple(tensor.shape), gathers_of(group, device), device)

@@ -8,6 +8,9 @@
 The smallest size whose tokens/s are within ``WITHIN`` of the best is taken: a larger batch costs memory and gives
 nothing. What was found is kept in a file for the next run of the same model, chain, longest length, device and
 precision.
+
+Processes that hold the model together try together, each on its device, and what any of them says holds for all: the
+most seconds and bytes, the least room. Where memory is short for one it is short.
 """
 
 import hashlib
@@ -21,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,7 +33,7 @@ import torch
 
 from funcattrib import memory
 from funcattrib.data import plan
-from funcattrib.errors import FuncattribError
+from funcattrib.distributed import ALONE, World
 from funcattrib.fitting import statistics
 from funcattrib.per_example import Batch
 from funcattrib.recipes.explain import explained
@@ -84,14 +88,10 @@ def with_budget(
     """
     if prepared.work.budget:
         return prepared
-    if prepared.work.step.shared:
-        raise FuncattribError(
-            "expected a number for --token-batch-size where processes hold the model together, found auto\n"
-            "one of them would try alone; begin with 4096"
-        )
     tried = prepared.work if tried is None else tried
-    fits, world = prepared.given is None, prepared.work.world
-    found = world.first(lambda: token_budget(tried, prepared.manifest, path, overwrite=overwrite, fits=fits))
+    world, shared = prepared.work.world, prepared.work.step.shared
+    find = partial(token_budget, tried, prepared.manifest, path, overwrite=overwrite, fits=prepared.given is None)
+    found = find(world) if shared else world.first(find)
     tokens = world.tell(found)  # rank 0's, for all: with another a rank would compute other bits
     computed_with = {**prepared.manifest.computed_with, "token_batch_size": tokens}
     return prepared._replace(
@@ -99,38 +99,51 @@ def with_budget(
     )
 
 
-def token_budget(work: Work, manifest: Manifest, path: str | Path, *, overwrite: bool, fits: bool) -> int:
+def token_budget(
+    work: Work, manifest: Manifest, path: str | Path, world: World = ALONE, *, overwrite: bool, fits: bool
+) -> int:
     """Tokens of a batch: those of the run that is continued, or found before, or found now.
 
     Args:
         work: what is computed, with the chain that is run.
         manifest: of what comes out.
         path: the folder of the run.
+        world: the processes that try together, all of which call this.
         overwrite: what is in the folder does not count.
         fits: the chain's statistics are fitted here too, with the same batches.
     """
-    begun = None if overwrite or not (Path(path) / FILE).exists() else read_manifest(path)
-    if begun is not None and isinstance(number := begun.computed_with.get("token_batch_size"), int):
-        return number
     longest = max(1, int(work.corpus.lengths.max()))
-    room = int(SHARE[work.device.type if work.device.type in SHARE else "cpu"] * memory.available(work.device))
+    share = SHARE[work.device.type if work.device.type in SHARE else "cpu"]
+    room = int(share * min(world.gather(memory.available(work.device))))
     key = _key(work, manifest, longest, fits)
-    known = _load().get(key)
-    if known is not None and known.peak <= room:
-        _say(work, known, room, "as found before")
-        return known.tokens
+    known = world.tell(world.first(lambda: _before(work, None if overwrite else path, key, room)))
+    if known is not None:
+        return int(known)
     useful = min(_MOST_TOKENS, int(work.corpus.lengths[: manifest.rows_per_shard].sum()))  # a batch is within a shard
     with explained():
-        found = search(_trial(work, manifest, longest, fits), room, most=math.ceil(useful / longest))
+        found = search(_trial(work, manifest, longest, fits, world), room, most=math.ceil(useful / longest))
     tokens = found.documents * longest
     if found.cost is None:
         return tokens  # the run will say which document does not fit
-    budget = Budget(tokens, tokens / found.cost.seconds, found.cost.peak)
-    if found.ended != "size":  # else with more documents more might be found
-        _save(key, budget)
-    why = {"speed": "more gain nothing", "memory": "more do not fit", "size": "more are not in a shard"}[found.ended]
-    _say(work, budget, room, f"{found.documents} of the longest, {longest:,} tokens; {why}")
+    if world.leads:
+        budget = Budget(tokens, tokens / found.cost.seconds, found.cost.peak)
+        if found.ended != "size":  # else with more documents more might be found
+            _save(key, budget)
+        why = {"speed": "more gain nothing", "memory": "more do not fit", "size": "more are not in a shard"}
+        _say(work, budget, room, f"{found.documents} of the longest, {longest:,} tokens; {why[found.ended]}")
     return tokens
+
+
+def _before(work: Work, path: str | Path | None, key: str, room: int) -> int | None:
+    """Of the run at ``path`` that is continued, or found in an earlier one for what fits now."""
+    begun = None if path is None or not (Path(path) / FILE).exists() else read_manifest(path)
+    if begun is not None and isinstance(number := begun.computed_with.get("token_batch_size"), int):
+        return number
+    known = _load().get(key)
+    if known is None or known.peak > room:
+        return None
+    _say(work, known, room, "as found before")
+    return known.tokens
 
 
 def search(measure: Callable[[int], Cost | None], room: int, most: int = 1 << 20) -> Found:
@@ -185,7 +198,7 @@ def _expected(tried: dict[int, Cost]) -> int:
     return last + 2 * max(0, last - before[-1]) if before else last
 
 
-def _trial(work: Work, manifest: Manifest, longest: int, fits: bool) -> Callable[[int], Cost | None]:
+def _trial(work: Work, manifest: Manifest, longest: int, fits: bool, world: World) -> Callable[[int], Cost | None]:
     """Measures batches of the longest document, through everything that the run computes of a batch.
 
     Speed is that of the rows. Memory is the most of rows, fitted statistics, and the batch of most documents that the
@@ -196,35 +209,48 @@ def _trial(work: Work, manifest: Manifest, longest: int, fits: bool) -> Callable
     lengths = work.corpus.lengths
     first = int(np.argmax(lengths))
     shard = lengths[: manifest.rows_per_shard]
-    steps: list[Callable[[Batch], Any]] = [lambda batch: flat(rows(batch))]
+    steps: list[Callable[[Batch], Any]] = [rows]
     if fits:
-        one = work.corpus.batch([first], work.device)
+        shortest = work.corpus.batch([int(lengths.argmin())], work.device)
         steps += [
-            statistics(work.chain.before(at), stage, work.loss, work.params, state[:at], one)
+            statistics(work.chain.before(at), stage, work.loss, work.params, state[:at], shortest)
             for at, stage in enumerate(stages)
             if stage.fitted
         ]
+    of_rows, *of_stages = [work.step.of(step) for step in steps]
 
-    def run(step: Callable[[Batch], Any], documents: Sequence[int]) -> None:
-        step(work.corpus.batch(documents, work.device))
-        if work.device.type == "cuda":
-            torch.cuda.synchronize(work.device)
+    def run(step: Callable[[Batch], Any], documents: Sequence[int]) -> float | None:
+        """Seconds; None where memory was short."""
+        begin = time.perf_counter()
+        try:
+            result = step(work.corpus.batch(documents, work.device))
+            if step is of_rows:
+                flat(result)
+            if work.device.type == "cuda":
+                torch.cuda.synchronize(work.device)
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_short(error):
+                raise
+            return None
+        return time.perf_counter() - begin
+
+    def together(step: Callable[[Batch], Any], documents: Sequence[int]) -> float | None:
+        """The same for all who try."""
+        seconds = world.gather(run(step, documents))
+        return None if None in seconds else max(seconds)
 
     def measured(size: int) -> Cost | None:
         memory.release(work.device)
         before = memory.in_use(work.device)
         many = max(plan(shard, size * longest), key=len)
-        try:
-            for step in steps[1:]:
-                run(step, [first] * size)
-            for step in steps if len(many) > size else []:
-                run(step, many)
-            seconds = _timed(lambda: run(steps[0], [first] * size))
-        except (RuntimeError, MemoryError) as error:
-            if not memory.is_short(error):
-                raise
+        tried = [(step, [first] * size) for step in of_stages]
+        if len(many) > size:
+            tried += [(step, many) for step in (of_rows, *of_stages)]
+        if any(together(*each) is None for each in tried):
             return None
-        return Cost(seconds, max(0, memory.peak(work.device) - before))
+        seconds = _fastest(lambda: together(of_rows, [first] * size))
+        peak = max(world.gather(max(0, memory.peak(work.device) - before)))
+        return None if seconds is None else Cost(seconds, peak)
 
     def measure(size: int) -> Cost | None:
         if size == 1:  # the first calls of all kernels are slow
@@ -234,16 +260,14 @@ def _trial(work: Work, manifest: Manifest, longest: int, fits: bool) -> Callable
     return measure
 
 
-def _timed(run: Callable[[], None]) -> float:
-    """Seconds of the fastest of a few runs; one is enough where it takes long."""
-    best, start = math.inf, time.perf_counter()
-    for _ in range(3):
-        begin = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - begin)
-        if time.perf_counter() - start > _STEADY:
-            break
-    return best
+def _fastest(run: Callable[[], float | None]) -> float | None:
+    """Seconds of the fastest of a few runs; one is enough where it takes long. None where memory was short."""
+    all_seconds: list[float] = []
+    while len(all_seconds) < 3 and sum(all_seconds) <= _STEADY:
+        if (seconds := run()) is None:
+            return None
+        all_seconds.append(seconds)
+    return min(all_seconds)
 
 
 def _say(work: Work, budget: Budget, room: int, how: str) -> None:
@@ -266,6 +290,7 @@ def _key(work: Work, manifest: Manifest, longest: int, fits: bool) -> str:
         "chain": work.chain.describe(),
         "fits": fits,
         "longest": longest,
+        "shards": work.step.storage,
         "device": [device.type, *machine, memory.total(device), torch.get_num_threads()],
         "torch": torch.__version__,
     }
