@@ -138,6 +138,8 @@ class Gathers:
         assert taken is not None, "a round was started"
         for weight in () if order is None else order[len(taken) :]:
             self.take(weight)
+        if self.size > 1:
+            self._foresee()  # what the others have begun for the next round, where memory was short for that
         self._taken = self._order = None
         return taken
 

@@ -1,0 +1,322 @@
+"""What processes that hold a model together do when memory is short on one, started by ``test_sharded_memory.py``.
+
+python -m torch.distributed.run --nproc_per_node=N tests/memory_run.py all FOLDER    figures as JSON from every rank
+python tests/memory_run.py CASE FOLDER                                               one that ends the run, of several
+"""
+
+import gc
+import json
+import os
+import signal
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+import funcattrib as fa
+from funcattrib import lockstep
+from funcattrib.cli.main import main as command_line
+from funcattrib.functional import sharing
+from funcattrib.lift.sharded import Gathers, Sharded
+from funcattrib.loading import load_model
+from funcattrib.recipes import budget, work
+from funcattrib.recipes.load import shards_of
+from funcattrib.recipes.pieces import Pieces
+from funcattrib.signals import Terminated, terminating
+from tests import cases, tiny
+from tests.sharded_run import by_fsdp, difference
+
+CPU = torch.device("cpu")
+NAMES = ["gpt_neox", "qwen3_moe", cases.TIED]
+LENGTHS = (9, 5, 12, 2)
+TEXTS = tiny.texts()
+LONGEST = max(range(len(TEXTS)), key=lambda row: len(TEXTS[row].split()))
+SIZES = ["--projection-dim", "4", "--device", "cpu", "--dtype", "float32"]
+SHARDS = ["--rows-per-shard", "5"]
+FEW = 7
+FITTED = ["--normalizer", "adafactor", "--fit-documents", "0"]
+
+
+class Short:
+    """Memory that is short on this rank: for batches above ``most`` tokens, at one of their gathers.
+
+    Args:
+        at: ``use`` fails after the gather, for the operation; ``gather`` before it, for the gathered weight itself.
+        moment: which of the batch's gathers, from 0; beyond the last, none fails.
+    """
+
+    def __init__(self, most: int, at: str, moment: int) -> None:
+        self.most, self.at, self.moment = most, at, moment
+        self.failed, self.kept = 0, 0
+        self._left: int | None = None  # gathers until this batch fails
+        self._held: weakref.ref | None = None  # what the batch in hand has taken
+        self._fallen = False  # and that it has failed
+
+    @contextmanager
+    def __call__(self) -> Iterator["Short"]:
+        take, padded, made = Gathers.take, Sharded.padded, lockstep._Function.__init__
+
+        def used(gathers: Gathers, weight: Sharded) -> torch.Tensor:
+            self._look()
+            whole = take(gathers, weight)
+            self._count("use")
+            return whole
+
+        def sent(weight: Sharded) -> torch.Tensor:
+            self._look()
+            self._count("gather")
+            return padded(weight)
+
+        def init(function: lockstep._Function, compute: Callable) -> None:
+            made(function, lambda batch: self._compute(compute, batch))
+
+        with (
+            mock.patch.object(Gathers, "take", used),
+            mock.patch.object(Sharded, "padded", sent),
+            mock.patch.object(lockstep._Function, "__init__", init),
+        ):
+            yield self
+
+    def _compute(self, compute: Callable, batch: dict) -> object:
+        held = torch.zeros(1)
+        self._left = self.moment if batch["input_ids"].numel() > self.most else None
+        self._held, self._fallen = weakref.ref(held), False
+        result = compute(batch)
+        self._left = None
+        return result
+
+    def _count(self, at: str) -> None:
+        if at != self.at or self._left is None:
+            return
+        self._left -= 1
+        if self._left < 0:
+            self._left, self._fallen = None, True
+            self.failed += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def _look(self) -> None:
+        """After a failure nothing of the batch is held any more."""
+        if self._fallen and self._held is not None:
+            self.kept += self._held() is not None
+
+
+def halved(model: torch.nn.Module, name: str, every: int) -> dict[str, object]:
+    """Each of some gathers of a batch fails, on rank 1; then on both ranks, each at another."""
+    rank = dist.get_rank()
+    loss, params = fa.causal_lm_loss(model)
+    plain = fa.compose(fa.per_example_grad, fa.project(4))
+    # Rank 0 has one batch, rank 1 two; one that fails takes two rounds more.
+    mine = [cases.batch(LENGTHS, seed=10 * rank + number) for number in range(1 + rank % 2)]
+    wanted = [plain(*fa.causal_lm_loss(cases.causal(name)), batch) for batch in mine]
+
+    gathers = len(step_order(loss, params, plain))
+    never, found = 10**9, {"gathers": gathers}
+    for at, last in (("use", gathers), ("gather", gathers + 1)):  # a pass's first round also begins its own first
+        moments = sorted({*range(0, last, every), last - 2, last - 1, last})
+        short, worst, failed, together = Short(never, at, 0), 0.0, [], []
+        with short():
+            step = lockstep.Lockstep(sharing(params), lambda: cases.batch((2,)))
+            compute = step.of(plain.bind(loss, params))
+            sweep = [(never if rank % 2 == 0 else 24, moment, failed) for moment in moments]
+            sweep += [(24, (moment + 5 * rank) % gathers, together) for moment in range(0, gathers, 7)]
+            for short.most, short.moment, counts in sweep:
+                before, pieces = short.failed, Pieces(str)
+                for number, batch in enumerate(step.through(mine)):
+                    parts = [part.grads for part in pieces(compute, batch, range(len(LENGTHS)), CPU)]
+                    ours = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+                    worst = max(worst, difference(ours, wanted[number]))
+                counts.append(short.failed - before)
+        found[at] = {"worst": worst, "kept": short.kept, "failed": failed, "failed together": together}
+    return found
+
+
+def step_order(loss: object, params: dict, chain: fa.Chain) -> Sequence[Sharded]:
+    """The weights of a round, in order."""
+    step = lockstep.Lockstep(sharing(params), lambda: cases.batch((2,)))
+    compute = step.of(chain.bind(loss, params))
+    for batch in step.through([cases.batch((3,))]):
+        compute(batch)
+    assert step._function is not None
+    assert step._function.order
+    return step._function.order
+
+
+def told_to_end(model: torch.nn.Module) -> dict[str, object]:
+    """SIGTERM comes to rank 1 inside a batch that memory is short for: the round is finished, the others go on."""
+    rank = dist.get_rank()
+    loss, params = fa.causal_lm_loss(model)
+    rows = fa.compose(fa.per_example_grad, fa.project(4)).bind(loss, params)
+    done, told = 0, False
+
+    def compute(batch: dict) -> object:
+        if rank == 1 and done == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rows(batch)
+
+    with Short(24 if rank == 1 else 10**9, "use", 20)() as short, terminating():
+        step = lockstep.Lockstep(sharing(params), lambda: cases.batch((2,)))
+        together, pieces = step.of(compute), Pieces(str)
+        try:
+            for batch in step.through([cases.batch(LENGTHS, seed=seed) for seed in range(3)]):
+                list(pieces(together, batch, range(len(LENGTHS)), CPU))
+                done += 1
+        except Terminated:
+            told = True
+    return {"done": done, "terminated": told, "failed": short.failed}
+
+
+def run(folder: Path, name: str, out: str, *words: str, most: int = 10**9, at: str = "use", moment: int = 25) -> dict:
+    """A command whose batches above ``most`` tokens fail on rank 1."""
+    settings = [name, folder / out, "--model", folder / "gpt_neox", "--dataset", folder / "data.jsonl", *SIZES]
+    with Short(most if dist.get_rank() == 1 else 10**9, at, moment)() as short:
+        code = command_line([*map(str, settings), "--shard-params", *words])
+    return {"code": code, "failed": short.failed, "kept": short.kept}
+
+
+def of_python(folder: Path, mesh: object) -> dict[str, object]:
+    """A model under FSDP2 with a reference, in its recipe; the loss goes through both."""
+    data = [{"text": text} for text in TEXTS]
+    common = {"tokenizer": tiny.make_tokenizer(), "projection_dim": 4, "dtype": "float32", "rows_per_shard": 5}
+    settings = {**common, "loss": "kl", "token_batch_size": 60, "quiet": True}
+    model, reference = by_fsdp("gpt_neox", mesh), by_fsdp(cases.TIED, mesh)
+    with Short(30 if dist.get_rank() == 1 else 10**9, "use", 30)() as short:
+        store = fa.collect_gradients(model, data, path=folder / "kl", reference_model=reference, **settings)
+    dist.barrier()
+    return {"rows": len(store), "failed": short.failed}
+
+
+def tried(folder: Path) -> dict[str, object]:
+    """Trials in lockstep: one of a device that holds no more than two documents on rank 1, and one that is left."""
+    os.environ["XDG_CACHE_HOME"] = str(folder / f"cache{dist.get_rank()}")  # as on machines of their own
+    auto, found, longest = ["--token-batch-size", "auto"], {}, len(TEXTS[LONGEST].split())
+    most = 2 * longest
+    for name, words in (("auto", FITTED), ("auto rows", [])):
+        found[name] = run(folder, "build", name, *auto, *words, most=most, at="gather")
+    asked: list[int] = []
+    curve = fake_cost(asked)
+    with mock.patch.object(budget, "_trial", return_value=curve):
+        found["made up"] = run(folder, "build", "made up", *auto, "--loss", "log_odds")
+    found["asked"] = asked
+    found["again"] = untried(folder, "again", *auto, "--loss", "log_odds")
+    return found
+
+
+def fake_cost(asked: list[int]) -> Callable[[int], budget.Cost]:
+    """Two documents are as fast as many."""
+
+    def cost(documents: int) -> budget.Cost:
+        asked.append(documents)
+        return budget.Cost(documents if documents > 1 else 2.0, 10 * documents)
+
+    return cost
+
+
+def untried(folder: Path, out: str, *words: str) -> dict:
+    """The command, which makes no trial."""
+    with mock.patch.object(budget, "search", side_effect=AssertionError("a trial was made")):
+        return run(folder, "build", out, *words)
+
+
+def continued(folder: Path) -> dict[str, object]:
+    """A run that SIGTERM ends goes on with its number, which is another than a trial would find."""
+    auto = ["--token-batch-size", "auto", "--loss", "log_odds", *SHARDS]
+    calls, rows_of = [], work.rows_of
+
+    def told(*args: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:  # in each process's second shard
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rows_of(*args)
+
+    with mock.patch.object(budget, "token_budget", return_value=33), mock.patch.object(work, "rows_of", told):
+        begun = run(folder, "build", "continued", *auto)
+    dist.barrier()
+    shards = len(list((folder / "continued/shards").glob("*.json")))
+    after = untried(folder, "continued", *auto)
+    return {"codes": [begun["code"], after["code"]], "shards": shards}
+
+
+def everything(folder: Path) -> None:
+    """Each of these goes on, and ends well."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    shards = shards_of(CPU, 2)
+    names, every = (NAMES, 1) if size == 2 else (NAMES[:1], 9)
+    models = {name: load_model(str(folder / name), device="cpu", shards=shards).model for name in names}
+    gc.freeze()  # what is collected after each failure is that batch's
+    found: dict[str, object] = {
+        "halved": {name: halved(models[name], name, 1 if name == names[0] else 5) for name in names}
+    }
+    if size == 2:
+        found["told to end"] = told_to_end(models["gpt_neox"])
+        short = {"most": 30, "moment": 25}
+        found["build"] = run(folder, "build", "build", "--token-batch-size", "60", *SHARDS, *FITTED, **short)
+        found["reduce"] = run(folder, "reduce", "reduce", "--token-batch-size", "60", *SHARDS, **short, at="gather")
+        found["of python"] = of_python(folder, init_device_mesh("cpu", (2,)))
+        found["tried"] = tried(folder)
+        found["continued"] = continued(folder)
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+
+
+# What ends a run
+
+
+def one_document(folder: Path) -> int:
+    """Memory of rank 1 holds no document of more than a few tokens, in whatever batch."""
+    short = Short(FEW if os.environ["RANK"] == "1" else 10**9, "use", 25)
+    words = ["build", folder / "run", "--model", folder / "gpt_neox", "--dataset", folder / "data.jsonl", *SIZES]
+    with short():
+        return command_line([*map(str, words), "--shard-params", "--token-batch-size", "60", *SHARDS])
+
+
+def main() -> int:
+    case, folder = sys.argv[1], Path(sys.argv[2])
+    if case == "one_document":
+        return one_document(folder)
+    dist.init_process_group("gloo")
+    if case == "all":
+        everything(folder)
+        dist.destroy_process_group()
+        return 0
+    return ending(case, folder)
+
+
+def ending(case: str, folder: Path) -> int:
+    """A pass that rank 1 leaves."""
+    rank = dist.get_rank()
+    model = load_model(str(folder / "gpt_neox"), device="cpu", shards=shards_of(CPU)).model
+    loss, params = fa.causal_lm_loss(model)
+    rows = fa.compose(fa.per_example_grad, fa.project(4)).bind(loss, params)
+    backwards = fa.compose(fa.per_example_grad, fa.project(4)).bind(lambda p, x: loss(p, x) + loss(p, x), params)
+    calls = 0
+
+    def compute(batch: dict) -> object:
+        nonlocal calls
+        calls += 1
+        if rank == 1 and case == "unlearned":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        if rank == 1 and case == "killed" and calls == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return (backwards if rank == 1 and case == "another_order" and calls == 4 else rows)(batch)
+
+    step = lockstep.Lockstep(sharing(params), lambda: cases.batch((2,)))
+    together, begin = step.of(compute), time.monotonic()
+    try:
+        for batch in step.through([cases.batch(LENGTHS)] * 5):
+            together(batch)
+            begin = time.monotonic()
+    except fa.FuncattribError as error:
+        print(f"{error}\nafter {time.monotonic() - begin:.1f} s", flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
