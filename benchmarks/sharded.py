@@ -82,14 +82,15 @@ def measure(a: argparse.Namespace, folder: str) -> None:
     computes = {name: projecting(model, a.projection_dim) for name, model in (("sharded", sharded), ("whole", whole))}
     gathers = sharing(parameters_of(sharded))
     steps = {"sharded": Lockstep(gathers, lambda: batches[-1]), "whole": Lockstep()}
+    together = {name: steps[name].of(compute) for name, compute in computes.items()}
     seconds: dict[str, list[float]] = {name: [] for name in computes}
-    for name, compute in computes.items():
+    for name, compute in together.items():
         passed(steps[name], compute, mine[:2], device)
     for number in range(a.rounds):
         for name in list(computes)[:: 1 if number % 2 else -1]:
-            seconds[name].append(passed(steps[name], computes[name], mine, device))
+            seconds[name].append(passed(steps[name], together[name], mine, device))
     with gathered(gathers) as alive:
-        passed(steps["sharded"], computes["sharded"], mine[:2], device)
+        passed(steps["sharded"], together["sharded"], mine[:2], device)
 
     params = parameters_of(sharded)
     sizes = sorted(tensor.numel() * tensor.element_size() for tensor in params.values())
@@ -127,9 +128,8 @@ def passed(step: Lockstep, compute: Callable[[Batch], object], batches: list[Bat
     """Seconds until all processes have computed their batches."""
     dist.barrier()
     start = time.perf_counter()
-    together = step.of(compute)
     for batch in step.through(batches):
-        together(batch)
+        compute(batch)
     if device.type != "cpu":
         torch.cuda.synchronize()
     dist.barrier()

@@ -37,7 +37,8 @@ CPU = torch.device("cpu")
 NAMES = ["gpt_neox", "qwen3_moe", cases.TIED]
 LENGTHS = (9, 5, 12, 2)
 TEXTS = tiny.texts()
-LONGEST = max(range(len(TEXTS)), key=lambda row: len(TEXTS[row].split()))
+LONGEST = max(len(text.split()) for text in TEXTS)
+MOST = 2 * LONGEST
 SIZES = ["--projection-dim", "4", "--device", "cpu", "--dtype", "float32"]
 SHARDS = ["--rows-per-shard", "5"]
 FEW = 7
@@ -122,7 +123,7 @@ def halved(model: torch.nn.Module, name: str, every: int) -> dict[str, object]:
         moments = sorted({*range(0, last, every), last - 2, last - 1, last})
         short, worst, failed, together = Short(never, at, 0), 0.0, [], []
         with short():
-            step = lockstep.Lockstep(sharing(params), lambda: cases.batch((2,)))
+            step = lockstep.Lockstep(sharing(params), lambda: cases.batch((1,)))
             compute = step.of(plain.bind(loss, params))
             sweep = [(never if rank % 2 == 0 else 24, moment, failed) for moment in moments]
             sweep += [(24, (moment + 5 * rank) % gathers, together) for moment in range(0, gathers, 7)]
@@ -139,7 +140,7 @@ def halved(model: torch.nn.Module, name: str, every: int) -> dict[str, object]:
 
 def step_order(loss: object, params: dict, chain: fa.Chain) -> Sequence[Sharded]:
     """The weights of a round, in order."""
-    step = lockstep.Lockstep(sharing(params), lambda: cases.batch((2,)))
+    step = lockstep.Lockstep(sharing(params), lambda: cases.batch((1,)))
     compute = step.of(chain.bind(loss, params))
     for batch in step.through([cases.batch((3,))]):
         compute(batch)
@@ -161,7 +162,7 @@ def told_to_end(model: torch.nn.Module) -> dict[str, object]:
         return rows(batch)
 
     with Short(24 if rank == 1 else 10**9, "use", 20)() as short, terminating():
-        step = lockstep.Lockstep(sharing(params), lambda: cases.batch((2,)))
+        step = lockstep.Lockstep(sharing(params), lambda: cases.batch((1,)))
         together, pieces = step.of(compute), Pieces(str)
         try:
             for batch in step.through([cases.batch(LENGTHS, seed=seed) for seed in range(3)]):
@@ -194,11 +195,9 @@ def of_python(folder: Path, mesh: object) -> dict[str, object]:
 
 def tried(folder: Path) -> dict[str, object]:
     """Trials in lockstep: one of a device that holds no more than two documents on rank 1, and one that is left."""
-    os.environ["XDG_CACHE_HOME"] = str(folder / f"cache{dist.get_rank()}")  # as on machines of their own
-    auto, found, longest = ["--token-batch-size", "auto"], {}, len(TEXTS[LONGEST].split())
-    most = 2 * longest
+    auto, found = ["--token-batch-size", "auto"], {}
     for name, words in (("auto", FITTED), ("auto rows", [])):
-        found[name] = run(folder, "build", name, *auto, *words, most=most, at="gather")
+        found[name] = run(folder, "build", name, *auto, *words, most=MOST, at="gather")
     asked: list[int] = []
     curve = fake_cost(asked)
     with mock.patch.object(budget, "_trial", return_value=curve):
@@ -249,6 +248,7 @@ def everything(folder: Path) -> None:
     shards = shards_of(CPU, 2)
     names, every = (NAMES, 1) if size == 2 else (NAMES[:1], 9)
     models = {name: load_model(str(folder / name), device="cpu", shards=shards).model for name in names}
+    os.environ["XDG_CACHE_HOME"] = str(folder / f"cache{rank}")  # as on machines of their own
     gc.freeze()  # what is collected after each failure is that batch's
     found: dict[str, object] = {
         "halved": {name: halved(models[name], name, 1 if name == names[0] else 5) for name in names}
@@ -261,6 +261,9 @@ def everything(folder: Path) -> None:
         found["of python"] = of_python(folder, init_device_mesh("cpu", (2,)))
         found["tried"] = tried(folder)
         found["continued"] = continued(folder)
+    else:
+        auto = ["--shard-ranks", "2", "--token-batch-size", "auto"]
+        found["auto"] = run(folder, "build", "auto", *auto, most=MOST, at="gather")
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     dist.barrier()
 
@@ -306,7 +309,7 @@ def ending(case: str, folder: Path) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
         return (backwards if rank == 1 and case == "another_order" and calls == 4 else rows)(batch)
 
-    step = lockstep.Lockstep(sharing(params), lambda: cases.batch((2,)))
+    step = lockstep.Lockstep(sharing(params), lambda: cases.batch((1,)))
     together, begin = step.of(compute), time.monotonic()
     try:
         for batch in step.through([cases.batch(LENGTHS)] * 5):

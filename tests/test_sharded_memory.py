@@ -19,7 +19,6 @@ from tests import cases, tiny
 from tests.memory_run import FEW, LONGEST, NAMES, TEXTS
 
 SMALL = {"projection_dim": 4, "dtype": "float32", "rows_per_shard": 5, "token_batch_size": 60, "quiet": True}
-LENGTH = len(TEXTS[LONGEST].split())
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
 
 
@@ -77,8 +76,12 @@ def test_a_batch_is_halved_wherever_it_fails(name: str, two: list[dict]) -> None
 
 
 def test_each_copy_by_itself(tmp_path: Path, models: Path) -> None:
-    """Two copies of two shards, in each of which one process is short of memory."""
-    check_halved(start(tmp_path, models, 4), NAMES[0])
+    """Two copies of two shards, in each of which one process is short of memory; a trial of all four."""
+    four = start(tmp_path, models, 4)
+    check_halved(four, NAMES[0])
+    assert [rank["auto"] for rank in four] == [{"code": 0, "failed": n, "kept": 0} for n in (0, 1, 0, 0)]
+    assert budget_of(tmp_path / "auto") in (LONGEST, 2 * LONGEST)
+    same(tmp_path / "auto", alone(tmp_path / "alone", token_batch_size=budget_of(tmp_path / "auto")))
 
 
 def test_sigterm_in_a_batch_that_fails(two: list[dict]) -> None:
@@ -120,14 +123,14 @@ def test_a_budget_is_tried_together(two: list[dict], folder: Path, tmp_path: Pat
     """Rank 1 has memory for two of the longest documents; rank 0 learns of it, and both compute with one number."""
     for name, settings in (("auto", {"normalizer": "adafactor", "fit_documents": 0}), ("auto rows", {})):
         assert [rank["tried"][name] for rank in two] == [{"code": 0, "failed": n, "kept": 0} for n in (0, 1)]
-        assert budget_of(folder / name) in (LENGTH, 2 * LENGTH)
+        assert budget_of(folder / name) in (LONGEST, 2 * LONGEST)
         whole = alone(tmp_path / name, **settings, token_batch_size=budget_of(folder / name))
         same(folder / name, whole)
 
 
 def test_what_was_found_is_kept_by_rank_0_for_models_in_shards(two: list[dict], folder: Path) -> None:
     assert [rank["tried"]["asked"] for rank in two] == [[1, 2, 4, 8]] * 2
-    assert budget_of(folder / "made up") == budget_of(folder / "again") == 2 * LENGTH
+    assert budget_of(folder / "made up") == budget_of(folder / "again") == 2 * LONGEST
     assert all(rank["tried"]["again"]["code"] == 0 for rank in two)
     assert (folder / "cache0/funcattrib/token_budgets.json").exists()
     assert not (folder / "cache1").exists()

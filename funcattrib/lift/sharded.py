@@ -40,7 +40,7 @@ class Sharded:
     ) -> None:
         self.rows, self.shape, self.gathers = rows, tuple(shape), gathers
         self.dtype, self.device = rows.dtype, device or rows.device
-        gathers.offloaded |= self.device != rows.device
+        gathers.offloaded |= self.device.type != rows.device.type
 
     def dense(self) -> Tensor:
         """The whole weight, gathered: every rank of the group calls this together."""
