@@ -1,30 +1,31 @@
 """What processes that hold a model together do when memory is short on one, started by ``test_sharded_memory.py``.
 
 python -m torch.distributed.run --nproc_per_node=N tests/memory_run.py all FOLDER    figures as JSON from every rank
-python tests/memory_run.py CASE FOLDER                                               one that ends the run, of several
+python tests/memory_run.py CASE FOLDER                                               a run of its own, most of which end
 """
 
 import gc
 import json
+import logging
 import os
+import resource
 import signal
 import sys
 import time
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import funcattrib as fa
-from funcattrib import lockstep
+from funcattrib import lockstep, memory
 from funcattrib.cli.main import main as command_line
 from funcattrib.functional import sharing
-from funcattrib.lift.sharded import Gathers, Sharded
+from funcattrib.lift.sharded import Sharded
 from funcattrib.loading import load_model
 from funcattrib.recipes import budget, work
 from funcattrib.recipes.load import shards_of
@@ -32,6 +33,7 @@ from funcattrib.recipes.pieces import Pieces
 from funcattrib.signals import Terminated, terminating
 from tests import cases, tiny
 from tests.sharded_run import by_fsdp, difference
+from tests.short_memory import Short
 
 CPU = torch.device("cpu")
 NAMES = ["gpt_neox", "qwen3_moe", cases.TIED]
@@ -43,69 +45,6 @@ SIZES = ["--projection-dim", "4", "--device", "cpu", "--dtype", "float32"]
 SHARDS = ["--rows-per-shard", "5"]
 FEW = 7
 FITTED = ["--normalizer", "adafactor", "--fit-documents", "0"]
-
-
-class Short:
-    """Memory that is short on this rank: for batches above ``most`` tokens, at one of their gathers.
-
-    Args:
-        at: ``use`` fails after the gather, for the operation; ``gather`` before it, for the gathered weight itself.
-        moment: which of the batch's gathers, from 0; beyond the last, none fails.
-    """
-
-    def __init__(self, most: int, at: str, moment: int) -> None:
-        self.most, self.at, self.moment = most, at, moment
-        self.failed, self.kept = 0, 0
-        self._left: int | None = None  # gathers until this batch fails
-        self._held: weakref.ref | None = None  # what the batch in hand has taken
-        self._fallen = False  # and that it has failed
-
-    @contextmanager
-    def __call__(self) -> Iterator["Short"]:
-        take, padded, made = Gathers.take, Sharded.padded, lockstep._Function.__init__
-
-        def used(gathers: Gathers, weight: Sharded) -> torch.Tensor:
-            self._look()
-            whole = take(gathers, weight)
-            self._count("use")
-            return whole
-
-        def sent(weight: Sharded) -> torch.Tensor:
-            self._look()
-            self._count("gather")
-            return padded(weight)
-
-        def init(function: lockstep._Function, compute: Callable) -> None:
-            made(function, lambda batch: self._compute(compute, batch))
-
-        with (
-            mock.patch.object(Gathers, "take", used),
-            mock.patch.object(Sharded, "padded", sent),
-            mock.patch.object(lockstep._Function, "__init__", init),
-        ):
-            yield self
-
-    def _compute(self, compute: Callable, batch: dict) -> object:
-        held = torch.zeros(1)
-        self._left = self.moment if batch["input_ids"].numel() > self.most else None
-        self._held, self._fallen = weakref.ref(held), False
-        result = compute(batch)
-        self._left = None
-        return result
-
-    def _count(self, at: str) -> None:
-        if at != self.at or self._left is None:
-            return
-        self._left -= 1
-        if self._left < 0:
-            self._left, self._fallen = None, True
-            self.failed += 1
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    def _look(self) -> None:
-        """After a failure nothing of the batch is held any more."""
-        if self._fallen and self._held is not None:
-            self.kept += self._held() is not None
 
 
 def halved(model: torch.nn.Module, name: str, every: int) -> dict[str, object]:
@@ -279,6 +218,33 @@ def one_document(folder: Path) -> int:
         return command_line([*map(str, words), "--shard-params", "--token-batch-size", "60", *SHARDS])
 
 
+def limited(folder: Path) -> int:
+    """The system's own limit on rank 1: torch's allocations fail, wherever they happen to be."""
+    rank = dist.get_rank()
+    logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(message)s")
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
+    config = GPTNeoXConfig(**sizes, vocab_size=99, max_position_embeddings=256, bos_token_id=0, eos_token_id=0)
+    if rank == 0:
+        torch.manual_seed(0)
+        GPTNeoXForCausalLM(config).save_pretrained(folder / "larger")
+    dist.barrier()
+    model = load_model(str(folder / "larger"), device="cpu", shards=shards_of(CPU)).model
+    data = [{"input_ids": [(7 * row + i) % 99 for i in range(256)]} for row in range(128)]
+
+    def build(name: str, tokens: int) -> torch.Tensor:
+        settings = {"token_batch_size": tokens, "rows_per_shard": 64, "projection_dim": 4, "dtype": "float32"}
+        return fa.collect_gradients(model, data, path=folder / name, quiet=True, **settings).matrix().tensor()
+
+    before = build("whole", 1024)
+    if rank == 1:
+        most = memory._status("VmSize") + (150 << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+    after = build("limited", 64 * 256)
+    print("difference", float((after - before).norm() / before.norm()))
+    dist.barrier()
+    return 0
+
+
 def main() -> int:
     case, folder = sys.argv[1], Path(sys.argv[2])
     if case == "one_document":
@@ -288,7 +254,7 @@ def main() -> int:
         everything(folder)
         dist.destroy_process_group()
         return 0
-    return ending(case, folder)
+    return limited(folder) if case == "limited" else ending(case, folder)
 
 
 def ending(case: str, folder: Path) -> int:

@@ -202,3 +202,13 @@ def test_memory_for_nothing(tmp_path: Path, models: Path) -> None:
     assert (first, second) == (2, 2), out + err
     assert "expected memory for the shortest document and two weights, found too little on one of" in err
     assert "found the connection to them lost" in out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_torch_s_own_allocation_fails(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    (first, out), (second, limited) = ended("limited", tmp_path, models)
+    assert (first, second) == (0, 0), out + limited
+    assert "memory was short" not in out
+    assert limited.count("memory was short for a batch of 64 documents of up to 256 tokens") == 1
+    assert max(float(each.split("difference ")[1]) for each in (out, limited)) < 1e-5
