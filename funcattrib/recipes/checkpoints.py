@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 
 from funcattrib.errors import FuncattribError
 from funcattrib.functional import Params
-from funcattrib.lift.sharded import Gathers
 from funcattrib.loading import load_model
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -24,15 +23,12 @@ def load_checkpoint(
 
     Args:
         tokenizer: in the place of its own.
-        options: of ``load_model``; shards are made anew, in the same group of processes.
+        options: of ``load_model``.
 
     Raises:
         FuncattribError: no causal language model there.
     """
     named = tokenizer if isinstance(tokenizer, str) else None
-    if (shards := options.get("shards")) is not None:  # gathers remember the weights they have seen, and so keep them
-        own = Gathers(shards.gathers.group, shards.gathers.device)
-        options = {**options, "shards": shards._replace(gathers=own)}
     loaded = load_model(str(path), tokenizer=named, **options)
     words = loaded.tokenizer if named or tokenizer is None else tokenizer
     return loaded.model, {"tokenizer": words, "model_name": loaded.name}
