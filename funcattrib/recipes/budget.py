@@ -6,23 +6,16 @@
     speed    two doublings in a row did not raise tokens/s by more than ``WITHIN``
 
 The smallest size whose tokens/s are within ``WITHIN`` of the best is taken: a larger batch costs memory and gives
-nothing. What was found is kept in a file for the next run of the same model, chain, longest length, device and
-precision.
+nothing. What was found is kept for the next run (``known_budgets.py``).
 
 Processes that hold the model together try together, each on its device, and what any of them says holds for all: the
 most seconds and bytes, the least room. Where memory is short for one it is short.
 """
 
-import hashlib
-import json
 import logging
 import math
-import os
-import platform
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +30,7 @@ from funcattrib.distributed import ALONE, World
 from funcattrib.fitting import statistics
 from funcattrib.per_example import Batch
 from funcattrib.recipes.explain import explained
+from funcattrib.recipes.known_budgets import Budget, keep, key_of, known
 from funcattrib.recipes.prepare import Prepared
 from funcattrib.recipes.work import Work, flat, template
 from funcattrib.store import Manifest, read_manifest
@@ -51,7 +45,6 @@ WITHIN = 0.04
 
 _MOST_TOKENS = 1 << 20  # of a trial: beyond this no device gains anything
 _STEADY = 0.3  # seconds of measuring after which one time is believed
-_VERSION = 1  # of the file
 
 
 class Cost(NamedTuple):
@@ -67,14 +60,6 @@ class Found(NamedTuple):
     documents: int
     cost: Cost | None
     ended: Literal["speed", "memory", "size"]
-
-
-class Budget(NamedTuple):
-    """As it is kept in the file: tokens of a batch, tokens a second, bytes at the most."""
-
-    tokens: int
-    speed: float
-    peak: int
 
 
 def with_budget(
@@ -115,10 +100,10 @@ def token_budget(
     longest = max(1, int(work.corpus.lengths.max()))
     share = SHARE[work.device.type if work.device.type in SHARE else "cpu"]
     room = int(share * min(world.gather(memory.available(work.device))))
-    key = _key(work, manifest, longest, fits)
-    known = world.tell(world.first(lambda: _before(work, None if overwrite else path, key, room)))
-    if known is not None:
-        return int(known)
+    key = key_of(work, manifest, longest, fits)
+    before = world.tell(world.first(lambda: _before(work, None if overwrite else path, key, room)))
+    if before is not None:
+        return int(before)
     useful = min(_MOST_TOKENS, int(work.corpus.lengths[: manifest.rows_per_shard].sum()))  # a batch is within a shard
     with explained():
         found = search(_trial(work, manifest, longest, fits, world), room, most=math.ceil(useful / longest))
@@ -128,7 +113,7 @@ def token_budget(
     if world.leads:
         budget = Budget(tokens, tokens / found.cost.seconds, found.cost.peak)
         if found.ended != "size":  # else with more documents more might be found
-            _save(key, budget)
+            keep(key, budget)
         why = {"speed": "more gain nothing", "memory": "more do not fit", "size": "more are not in a shard"}
         _say(work, budget, room, f"{found.documents} of the longest, {longest:,} tokens; {why[found.ended]}")
     return tokens
@@ -139,11 +124,11 @@ def _before(work: Work, path: str | Path | None, key: str, room: int) -> int | N
     begun = None if path is None or not (Path(path) / FILE).exists() else read_manifest(path)
     if begun is not None and isinstance(number := begun.computed_with.get("token_batch_size"), int):
         return number
-    known = _load().get(key)
-    if known is None or known.peak > room:
+    found = known(key)
+    if found is None or found.peak > room:
         return None
-    _say(work, known, room, "as found before")
-    return known.tokens
+    _say(work, found, room, "as found before")
+    return found.tokens
 
 
 def search(measure: Callable[[int], Cost | None], room: int, most: int = 1 << 20) -> Found:
@@ -276,48 +261,3 @@ def _say(work: Work, budget: Budget, room: int, how: str) -> None:
             "token batch size %s (%s): %s tokens/s, %.2f GiB a batch of the %.1f GiB that it may take",
             *(f"{budget.tokens:,}", how, f"{budget.speed:,.0f}", budget.peak / 2**30, room / 2**30),
         )
-
-
-def _key(work: Work, manifest: Manifest, longest: int, fits: bool) -> str:
-    """What a budget belongs to, as a hash."""
-    device = work.device
-    machine = [torch.cuda.get_device_name(device)] if device.type == "cuda" else [platform.machine(), os.cpu_count()]
-    facts = {
-        "model": manifest.model["fingerprint"],
-        "dtype": manifest.model["dtype"],
-        "loss": manifest.loss,
-        "source": getattr(work.chain.source, "name", None),
-        "chain": work.chain.describe(),
-        "fits": fits,
-        "longest": longest,
-        "shards": work.step.storage,
-        "device": [device.type, *machine, memory.total(device), torch.get_num_threads()],
-        "torch": torch.__version__,
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _file() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "funcattrib" / "token_budgets.json"
-
-
-def _load() -> dict[str, Budget]:
-    """What was found before; nothing where the file cannot be read as such."""
-    try:
-        kept = json.loads(_file().read_text(encoding="utf-8"))
-        if kept["version"] != _VERSION:
-            return {}
-        return {key: Budget(int(t), float(s), int(p)) for key, (t, s, p) in kept["budgets"].items() if int(t) > 0}
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
-        return {}  # missing, unreadable, damaged, or no home
-
-
-def _save(key: str, budget: Budget) -> None:
-    """Keep a budget for the next run; a file that cannot be written is no matter."""
-    with suppress(OSError, RuntimeError):
-        file = _file()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"version": _VERSION, "budgets": {**_load(), key: budget}}, indent=1)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as part:
-            part.write(text)
-        os.replace(part.name, file)
