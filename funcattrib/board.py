@@ -1,7 +1,8 @@
 """What the processes of a run read and write: short texts and counts, by names that mean the same to all of them."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -59,11 +60,30 @@ class Board:
                 "run the same command again: finished shards are kept"
             )
 
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        """Collectives that fail inside because another process is gone say so, and why, where that is known.
+
+        Raises:
+            FuncattribError: the other's own words, or that the connection is lost.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+                raise
+            self.check()
+            raise _lost(error) from error
+
     def _asked(self, question: Callable[[], Any]) -> Any:
         try:
             return question()
         except (RuntimeError, dist.DistNetworkError) as error:  # whoever keeps the store is gone
-            raise FuncattribError(
-                f"expected the other processes of this run, found the connection to them lost "
-                f"({str(error).splitlines()[0][:80]})\nrun the same command again: finished shards are kept"
-            ) from error
+            raise _lost(error) from error
+
+
+def _lost(error: Exception) -> FuncattribError:
+    return FuncattribError(
+        f"expected the other processes of this run, found the connection to them lost "
+        f"({str(error).splitlines()[0][:80]})\nrun the same command again: finished shards are kept"
+    )

@@ -148,7 +148,8 @@ class World(NamedTuple):
         sums = {}
         for name, tensor in tensors.items():
             total = tensor.detach().to("cpu", copy=True).contiguous()
-            dist.all_reduce(total)
+            with self.board.connected():
+                dist.all_reduce(total)
             sums[name] = total.to(tensor.device)
         return sums
 
@@ -160,7 +161,8 @@ class World(NamedTuple):
         sums = {}
         for name, tensor in tensors.items():
             total = tensor.detach().to("cpu", copy=True).contiguous()
-            dist.reduce(total, owner)
+            with self.board.connected():
+                dist.reduce(total, owner)
             if self.rank == owner:
                 sums[name] = total.to(tensor.device)
         return sums if self.rank == owner else None
@@ -179,12 +181,9 @@ class World(NamedTuple):
         self.meet()
         shared = {}
         for name, shape, dtype in told:
-            if own is not None:
-                shared[name] = own[name]
-                dist.broadcast(own[name].detach().cpu().contiguous(), source)
-            else:
-                shared[name] = torch.empty(shape, dtype=getattr(torch, dtype))
-                dist.broadcast(shared[name], source)
+            shared[name] = torch.empty(shape, dtype=getattr(torch, dtype)) if own is None else own[name]
+            with self.board.connected():
+                dist.broadcast(shared[name].detach().cpu().contiguous(), source)
         return shared
 
     def collect(self, tensor: Tensor) -> list[Tensor]:
@@ -196,7 +195,8 @@ class World(NamedTuple):
         padded[..., : tensor.shape[-1]] = tensor.cpu()
         self.meet()
         parts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(parts, padded)
+        with self.board.connected():
+            dist.all_gather(parts, padded)
         return [part[..., :length].to(tensor.device) for part, length in zip(parts, lengths, strict=True)]
 
     def fail(self, message: str) -> bool:

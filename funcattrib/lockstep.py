@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from funcattrib.board import Board
 from funcattrib.distributed import world
 from funcattrib.errors import FuncattribError
 from funcattrib.lift.sharded import Gathers, Sharded
@@ -89,12 +90,8 @@ class Lockstep:
         self._drain()
 
     def _together(self, rounds: "_Rounds", function: "_Function", batch: Batch) -> Any:
-        try:
-            with undisturbed():  # SIGTERM in the middle of a round would leave the others waiting for its gathers
-                return rounds.compute(function, batch)
-        except Terminated:
-            self._drain()
-            raise
+        with undisturbed():  # SIGTERM in the middle of a round would leave the others waiting for its gathers
+            return rounds.compute(function, batch)
 
     def _drain(self) -> None:
         if self._rounds is None:
@@ -121,14 +118,14 @@ class _Rounds:
 
     def compute(self, function: _Function, batch: Batch) -> Any:
         """A round with work."""
-        with self._others():
+        with _board().connected():
             self._somebody(1)
             self._learn(function)
             return self._computed(function, batch)
 
     def drain(self, function: _Function) -> None:
         """Rounds without, until nobody has any."""
-        with self._others():
+        with _board().connected():
             while self._somebody(0):
                 self._learn(function)
                 self.gathers.start(function.order)
@@ -171,27 +168,15 @@ class _Rounds:
         """Whether any rank of the group has work, ``here`` being 1 where this one has."""
         count = torch.tensor([here], device=self.gathers.device)
         told = dist.all_reduce(count, group=self.gathers.group, async_op=True)
-        board = world().board
-        assert board is not None, "the ranks of a group are processes of the run"
-        board.until(lambda _: _ended(told))  # another may have left with an error
+        _board().until(lambda _: _ended(told))  # another may have left with an error
         told.wait()
         return bool(count.item())
 
-    @contextmanager
-    def _others(self) -> Iterator[None]:
-        """Whoever lost the others says why."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not _is_lost(error):
-                raise
-            board = world().board
-            assert board is not None, "the ranks of a group are processes of the run"
-            board.check()
-            raise FuncattribError(
-                "expected the other processes of this run, found the connection to them lost "
-                f"({str(error).splitlines()[0][:80]})\nrun the same command again: finished shards are kept"
-            ) from error
+
+def _board() -> Board:
+    board = world().board
+    assert board is not None, "the ranks of a group are processes of the run"
+    return board
 
 
 @contextmanager
@@ -216,8 +201,3 @@ def _ended(told: dist.Work) -> bool:
             return False
         time.sleep(min(max(waited / 16, 1e-4), 1e-2))
     return True
-
-
-def _is_lost(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

@@ -100,6 +100,21 @@ by_owner.save_tensors = killed
 sys.exit(main(sys.argv[1:]))
 """
 
+# Rank 1 is told to end in the middle of its second batch of a fit.
+TERMINATED = """
+import os, signal, sys
+from funcattrib.cli.main import main
+from funcattrib import lockstep
+compute, seen = lockstep._Rounds.compute, []
+def told(*args):
+    seen.append(1)
+    if os.environ["RANK"] == "1" and len(seen) == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return compute(*args)
+lockstep._Rounds.compute = told
+sys.exit(main(sys.argv[1:]))
+"""
+
 # Two machines of one process each, without a shared folder.
 APART = """
 import os, sys
@@ -279,16 +294,26 @@ def test_a_killed_rank_is_started_again_by_torchrun(tmp_path: Path, files: Path,
 def test_a_fit_that_was_killed_while_blocks_were_handed_on_goes_on(tmp_path: Path, files: Path) -> None:
     (tmp_path / "run.py").write_text(KILLED_FITTING)
     run, flags = tmp_path / "run", ["--precondition", "parameter", "--dtype", "float32"]
-    code, out = torchrun(2, tmp_path / "run.py", *words(files, run), *flags)
-    assert code != 0, out
-    assert [file.name for file in run.glob("fitting/*/*")] == ["00000.safetensors"]
-    assert not (run / "state.safetensors").exists()
+    for _ in range(2):  # what the first leaves the second removes
+        code, out = torchrun(2, tmp_path / "run.py", *words(files, run), *flags)
+        assert code != 0, out
+        assert [str(file.relative_to(run)) for file in run.glob("fitting/*/*")] == ["fitting/0/00000.safetensors"]
+        assert not (run / "state.safetensors").exists()
     code, out = torchrun(2, "-m", "funcattrib", *words(files, run), *flags)
     assert code == 0, out
     code, out = torchrun(2, "-m", "funcattrib", *words(files, tmp_path / "whole"), *flags)
     assert code == 0, out
     assert not (run / "fitting").exists()
     assert content(run) == content(tmp_path / "whole")
+
+
+def test_a_rank_of_a_sharded_fit_that_is_told_to_end_ends_all(tmp_path: Path, files: Path) -> None:
+    (tmp_path / "run.py").write_text(TERMINATED)
+    flags = ["--normalizer", "adafactor", "--shard-params"]
+    code, out = torchrun(2, tmp_path / "run.py", *words(files, tmp_path / "run"), *flags)
+    assert code != 0, out
+    assert "exitcode  : 143" in out, "torchrun names the first that ended"
+    assert out.count("Traceback (most recent call last)") <= 1, "torchrun's own alone"
 
 
 def test_the_ranks_speak_with_one_voice(tmp_path: Path, files: Path) -> None:

@@ -1,6 +1,7 @@
 """A command run by several processes: rank 0 speaks for all, the others write a log of their own beside the run."""
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from io import TextIOBase
@@ -13,6 +14,8 @@ from funcattrib.launcher import rank
 from funcattrib.signals import EXIT_CODE, Terminated
 from funcattrib.store.create import LOGS, PARTS
 from funcattrib.store.manifest import FILE
+
+_PATIENCE = 10.0  # seconds
 
 
 def together(run: Callable[[Any], int | None], config: Any) -> int:
@@ -61,7 +64,10 @@ def first_tells() -> Iterator[None]:
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         try:
             yield
-        except FuncattribError:
+        except (FuncattribError, SystemExit) as error:
+            if isinstance(error, SystemExit) and not error.code:
+                raise
+            time.sleep(_PATIENCE)  # torchrun ends all when one has ended: rank 0 speaks first
             raise SystemExit(2) from None
 
 

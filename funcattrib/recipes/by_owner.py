@@ -151,5 +151,5 @@ def _bytes(state: State) -> int:
 
 
 def _unused(folder: Path) -> int:
-    """A number that no folder in ``folder`` has: a pass that was killed may have left some."""
+    """A number that no folder in ``folder`` has: that of an earlier stage is still in use."""
     return len([*folder.glob("*")]) if folder.exists() else 0

@@ -108,6 +108,7 @@ def fit_state(work: Work, most: int, writer: StoreWriter) -> State:
     chosen = np.asarray(spread(len(lengths), most))
     tokens = int(lengths[chosen].sum())
     if done < len(fitted):
+        forget_parts(writer, world)  # those of a run that was killed
         with progress(work, "fit", tokens * len(fitted), tokens * done) as bar:
             batches = Batches(work, chosen, bar.update)
             fold = partial(by_owner, writer)

@@ -41,7 +41,7 @@ class Scratch:
         try:
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  # closed by __exit__
         except OSError as error:
-            raise StoreError(explain(error, folder / "a temporary file")) from error
+            raise StoreError(explain(error, folder / "scratch")) from error
 
     def put(self, tensor: Tensor) -> Place:
         """Append a tensor."""
@@ -58,7 +58,7 @@ class Scratch:
             while len(content):  # one call writes 2 GiB at the most
                 content = content[self._file.write(content) :]
         except OSError as error:
-            raise StoreError(explain(error, self._folder / "a temporary file")) from error
+            raise StoreError(explain(error, self._folder / "scratch")) from error
 
     def get(self, place: Place) -> Tensor:
         """A copy of a tensor."""
