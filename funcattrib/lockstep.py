@@ -51,6 +51,7 @@ class Lockstep:
     def __init__(self, gathers: Gathers | None = None, small: Callable[[], Batch] | None = None) -> None:
         self._rounds = None if gathers is None or gathers.size == 1 else _Rounds(gathers, small)
         self._function: _Function | None = None
+        self._passing = False  # inside ``through``
 
     @property
     def shared(self) -> bool:
@@ -82,16 +83,29 @@ class Lockstep:
 
         Also where SIGTERM ends this rank's work, but not after an error.
         """
+        self._passing = True
         try:
             yield from work
-        except Terminated:
             self._drain()
+        except Terminated:
+            self._end()
             raise
-        self._drain()
+        finally:
+            self._passing = False
+
+    def _end(self) -> None:
+        """Let the others finish a pass that SIGTERM ends here: once, as it may be met in the batch and in the work."""
+        if self._passing:
+            self._passing = False
+            self._drain()
 
     def _together(self, rounds: "_Rounds", function: "_Function", batch: Batch) -> Any:
-        with undisturbed():  # SIGTERM in the middle of a round would leave the others waiting for its gathers
-            return rounds.compute(function, batch)
+        try:
+            with undisturbed():  # SIGTERM in the middle of a round would leave the others waiting for its gathers
+                return rounds.compute(function, batch)
+        except Terminated:
+            self._end()
+            raise
 
     def _drain(self) -> None:
         if self._rounds is None:
