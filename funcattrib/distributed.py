@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -142,19 +142,15 @@ class World(NamedTuple):
 
     def sum(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Sums over all processes, name → tensor of the same shape, equal to the bit on each of them."""
-        if self.board is None:
-            return dict(tensors)
-        self.meet()
-        sums = {}
-        for name, tensor in tensors.items():
-            total = tensor.detach().to("cpu", copy=True).contiguous()
-            with self.board.connected():
-                dist.all_reduce(total)
-            sums[name] = total.to(tensor.device)
-        return sums
+        return self._added(tensors, dist.all_reduce)
 
     def sum_at(self, owner: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """Sums over all processes, on one of them alone; the others have None."""
+        sums = self._added(tensors, partial(dist.reduce, dst=owner))
+        return sums if self.rank == owner else None
+
+    def _added(self, tensors: Mapping[str, Tensor], add: Callable[[Tensor], object]) -> dict[str, Tensor]:
+        """What ``add`` makes of each tensor in its place, on copies."""
         if self.board is None:
             return dict(tensors)
         self.meet()
@@ -162,10 +158,9 @@ class World(NamedTuple):
         for name, tensor in tensors.items():
             total = tensor.detach().to("cpu", copy=True).contiguous()
             with self.board.connected():
-                dist.reduce(total, owner)
-            if self.rank == owner:
-                sums[name] = total.to(tensor.device)
-        return sums if self.rank == owner else None
+                add(total)
+            sums[name] = total.to(tensor.device)
+        return sums
 
     def share(self, tensors: Mapping[str, Tensor] | None, source: int = 0) -> dict[str, Tensor] | None:
         """One process's tensors, or its None, on every process; on the CPU where they are another's."""
