@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.anonymous import anonymous, most_memory
 from benchmarks.report import write_result
 from funcattrib.compose import compose
 from funcattrib.curvature import mix, owned
@@ -37,31 +37,6 @@ from funcattrib.transforms import precondition
 from funcattrib.tree import flatten, restore
 
 _BATCH = 16
-
-
-class Private:
-    """Megabytes of memory of the process's own (not of files that it maps), looked at every few milliseconds."""
-
-    def __init__(self) -> None:
-        release(torch.device("cpu"))
-        self._before, self._most, self._ends = self.now(), 0.0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def now(self) -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024 / 1e6
-
-    def end(self) -> tuple[float, float]:
-        """What is held now, and the most that was, both over what there was before."""
-        self._ends.set()
-        self._thread.join()
-        release(torch.device("cpu"))
-        return self.now() - self._before, self._most - self._before
-
-    def _watch(self) -> None:
-        while not self._ends.wait(0.005):
-            self._most = max(self._most, self.now())
 
 
 def manifest(a: argparse.Namespace) -> Manifest:
@@ -85,22 +60,22 @@ def of_chain(how: str, path: Path, a: argparse.Namespace) -> None:
     here = world()
 
     def loss(params: dict[str, Tensor], example: dict[str, Tensor]) -> Tensor:
-        return sum((weight * example["x"]).sum() for weight in params.values())  # type: ignore[return-value]
+        return torch.stack([(weight * example["x"]).sum() for weight in params.values()]).sum()
 
     params = {f"layers.{i}.weight": torch.zeros(a.side, a.side) for i in range(a.leaves)}
     numbers = range(here.rank, a.rows // _BATCH, here.size)
     generator = torch.Generator().manual_seed(here.rank)
     batches = [{"x": torch.randn(_BATCH, a.side, a.side, generator=generator)} for _ in numbers]
     chain = compose(per_example_grad, precondition())
-    with share_store(path, manifest(a), here) as writer:
-        memory, start = Private(), time.perf_counter()
+    release(torch.device("cpu"))
+    with share_store(path, manifest(a), here) as writer, most_memory() as most:
+        before, start = anonymous(), time.perf_counter()
         fold = partial(by_owner, writer) if how == "by_owner" else together
         (state,) = passes(chain, loss, params, batches, world=here, fold=fold)
         seconds = time.perf_counter() - start
         state = saved(writer, chain.init(per_example_grad.spec(params))[0], state) if how == "by_owner" else state
         chain(loss, params, batches[0], state)
-        held, most = memory.end()
-    print(f"rank {here.rank} holds {held:.0f} MB, {most:.0f} MB at the most, {seconds:.1f} s")
+    tell(before, most, seconds)
 
 
 def saved(writer: StoreWriter, start: tuple, state: tuple) -> tuple:
@@ -113,14 +88,22 @@ def of_rows(path: Path) -> None:
     """Sum, mix, decompose the moments of the leaves that this process owns."""
     here, store = world(), open_store(path)
     names = owned({name: leaf.stop - leaf.start for name, leaf in store.leaves.items()}, here)
-    memory, start = Private(), time.perf_counter()
-    mixed = mix(gram_of_store(store, names), gram_of_store(store, names), 1000, here)
-    stage = precondition(gram=mixed.gram)
-    seconds = time.perf_counter() - start
-    del mixed
-    held, most = memory.end()
-    print(f"rank {here.rank} holds {held:.0f} MB, {most:.0f} MB at the most, {seconds:.1f} s")
+    release(torch.device("cpu"))
+    with most_memory() as most:
+        before, start = anonymous(), time.perf_counter()
+        mixed = mix(gram_of_store(store, names), gram_of_store(store, names), 1000, here)
+        stage = precondition(gram=mixed.gram)
+        seconds = time.perf_counter() - start
+        del mixed
+    tell(before, most, seconds)
     del stage
+
+
+def tell(before: int, most: list[int], seconds: float) -> None:
+    """What this process holds now and held at the most, over what it had before."""
+    release(torch.device("cpu"))
+    held = (anonymous() - before) / 1e6
+    print(f"rank {world().rank} holds {held:.0f} MB, {most[0] / 1e6:.0f} MB at the most, {seconds:.1f} s")
 
 
 def run(how: str, processes: int, a: argparse.Namespace) -> str:

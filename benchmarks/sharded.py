@@ -12,18 +12,17 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 import funcattrib as fa
+from benchmarks.anonymous import most_memory
 from benchmarks.inputs import PYTHIA, pythia
 from benchmarks.paired import Batch, batches_of, beside, speed
 from benchmarks.report import write_result
@@ -154,30 +153,6 @@ def gathered(gathers: Gathers) -> Iterator[list[int]]:
         yield seen
     finally:
         del gathers._begin
-
-
-@contextmanager
-def most_memory() -> Iterator[list[int]]:
-    """Anonymous memory of this process, the most of it in the block more than at its begin, in bytes."""
-    start, most, done = anonymous(), [0], threading.Event()
-
-    def look() -> None:
-        while not done.wait(0.001):
-            most[0] = max(most[0], anonymous() - start)
-
-    watch = threading.Thread(target=look)
-    watch.start()
-    try:
-        yield most
-    finally:
-        done.set()
-        watch.join()
-
-
-def anonymous() -> int:
-    """Bytes that belong to no file: mapped pages of a checkpoint are the system's to drop."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssAnon")))
 
 
 if __name__ == "__main__":
