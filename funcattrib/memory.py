@@ -50,8 +50,12 @@ def is_short(error: BaseException) -> bool:
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    said = ("defaultcpuallocator: can't allocate memory", "out of memory")  # the second by CUDA itself, and by XLA
-    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in said)
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "defaultcpuallocator: can't allocate memory" in said
+        or "out of memory" in said  # CUDA itself, and XLA
+        or said == "could not create a primitive"  # oneDNN, without room for its code; of a "descriptor" is another
+    )
 
 
 def available(device: torch.device) -> int:

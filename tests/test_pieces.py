@@ -21,6 +21,7 @@ ERRORS = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: …"),
     "driver": RuntimeError("CUDA error: out of memory"),
+    "onednn": RuntimeError("could not create a primitive"),
     "python": MemoryError(),
 }
 
