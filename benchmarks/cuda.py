@@ -13,7 +13,12 @@ import time
 
 import torch
 
-TESTS = ["tests/test_devices.py", "tests/test_sketch.py", "tests/test_query_topk.py", "tests/test_query_faiss.py"]
+TESTS = [
+    "tests/lift/test_devices.py",
+    "tests/transforms/test_sketch.py",
+    "tests/query/test_topk.py",
+    "tests/query/test_faiss.py",
+]
 
 
 def commands(device: str, brief: bool) -> dict[str, list[str]]:

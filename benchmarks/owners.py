@@ -24,17 +24,17 @@ from torch import Tensor
 
 from benchmarks.anonymous import anonymous, most_memory
 from benchmarks.report import write_result
-from funcattrib.compose import compose
-from funcattrib.curvature import mix, owned
-from funcattrib.distributed import world
-from funcattrib.fitting import passes, together
-from funcattrib.memory import release
-from funcattrib.per_example import per_example_grad
-from funcattrib.recipes.by_owner import by_owner
+from funcattrib.chain.chain import compose
+from funcattrib.chain.fitting import passes, together
+from funcattrib.chain.per_example import per_example_grad
+from funcattrib.chain.state_tree import flatten, restore
 from funcattrib.recipes.trackstar import gram_of_store
+from funcattrib.runs.blockwise_fit import by_owner
+from funcattrib.runtime.assignment import owned
+from funcattrib.runtime.memory import release
+from funcattrib.runtime.world import world
 from funcattrib.store import Manifest, StoreWriter, create_store, lay_out, open_store, share_store
-from funcattrib.transforms import precondition
-from funcattrib.tree import flatten, restore
+from funcattrib.transforms import mix, precondition
 
 _BATCH = 16
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks import inputs
 from funcattrib.data import Columns, plan
-from funcattrib.recipes.documents import read_documents
+from funcattrib.data.documents import read_documents
 
 Batch = dict[str, Tensor]
 

@@ -20,8 +20,8 @@ import funcattrib as fa
 from benchmarks.inputs import PYTHIA, pythia
 from benchmarks.paired import batches_of, timed
 from benchmarks.report import write_result
-from funcattrib import memory
-from funcattrib.loading import load_model
+from funcattrib.models.loading import load_model
+from funcattrib.runtime import memory
 
 
 def work(folder: str, precision: str, a: argparse.Namespace) -> None:

@@ -26,12 +26,12 @@ from benchmarks.anonymous import most_memory
 from benchmarks.inputs import PYTHIA, pythia
 from benchmarks.paired import Batch, batches_of, beside, speed
 from benchmarks.report import write_result
-from funcattrib.functional import parameters_of, sharing
-from funcattrib.lift.sharded import Gathers, Sharded
-from funcattrib.load_sharded import load_sharded
-from funcattrib.loading import load_model
-from funcattrib.lockstep import Lockstep
-from funcattrib.recipes.load import shards_of
+from funcattrib.cli.load import shards_of
+from funcattrib.models.functional import parameters_of, sharing
+from funcattrib.models.loading import load_model
+from funcattrib.models.sharded_loading import load_sharded
+from funcattrib.weights.lockstep import Lockstep
+from funcattrib.weights.sharded import Gathers, Sharded
 
 _FOLDER = "BENCHMARK_FOLDER"
 _MIB = 2**20

@@ -19,7 +19,7 @@ import funcattrib as fa
 from benchmarks.inputs import PYTHIA, pythia
 from benchmarks.paired import Batch, batches_of, beside, speed, timed
 from benchmarks.report import write_result
-from funcattrib.fitting import statistics
+from funcattrib.chain.fitting import statistics
 
 
 def main() -> None:

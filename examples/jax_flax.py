@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 import funcattrib as fa
-from funcattrib.interop.jax import per_example_grad
+from funcattrib.jax import per_example_grad
 
 
 class Net(nnx.Module):

@@ -41,6 +41,6 @@ def funcattrib(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny GPT-NeoX and its tokenizer, as `save_pretrained` leaves them."""
-    from tests.tiny import save_model
+    from tests.support.tiny import save_model
 
     return save_model(tmp_path_factory.mktemp("models") / "gpt_neox")

@@ -7,8 +7,9 @@ from typing import Literal
 import tyro
 
 from funcattrib.cli.config_file import settings
-from funcattrib.cli.say import reports_on_stderr, say_store
-from funcattrib.recipes.config import DataConfig, GradientConfig, ModelConfig
+from funcattrib.cli.output import reports_on_stderr, say_store
+from funcattrib.cli.settings import DataConfig, ModelConfig
+from funcattrib.runs.config import GradientConfig
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Build:
 @reports_on_stderr()
 def run(config: Build) -> int | None:
     """Build the store and say what it holds."""
-    from funcattrib.recipes.collect import collect_gradients
-    from funcattrib.recipes.load import load_from, source_of
+    from funcattrib.cli.load import load_from, source_of
+    from funcattrib.runs.collect import collect_gradients
 
     loaded = load_from(config.model)
     store = collect_gradients(

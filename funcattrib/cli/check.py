@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from funcattrib.cli.say import reports_on_stderr
-from funcattrib.recipes.config import ModelConfig
+from funcattrib.cli.output import reports_on_stderr
+from funcattrib.cli.settings import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Check:
 @reports_on_stderr()
 def run(config: Check) -> int | None:
     """Print the differences; 1 where rows depend on their batch."""
-    from funcattrib.recipes.check import check_model
-    from funcattrib.recipes.load import load_from
+    from funcattrib.cli.load import load_from
+    from funcattrib.runs.check import check_model
 
     loaded = load_from(config.model)
     verdict = check_model(loaded.model, config.lengths, config.projection_dim, config.modules or None)

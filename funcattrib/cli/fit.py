@@ -6,8 +6,9 @@ from pathlib import Path
 import tyro
 
 from funcattrib.cli.config_file import settings
-from funcattrib.cli.say import reports_on_stderr
-from funcattrib.recipes.config import DataConfig, GradientConfig, ModelConfig
+from funcattrib.cli.output import reports_on_stderr
+from funcattrib.cli.settings import DataConfig, ModelConfig
+from funcattrib.runs.config import GradientConfig
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Fit:
 @reports_on_stderr()
 def run(config: Fit) -> int | None:
     """Fit, and say what was fitted."""
-    from funcattrib.recipes.collect import fit_gradients
-    from funcattrib.recipes.load import load_from, source_of
+    from funcattrib.cli.load import load_from, source_of
+    from funcattrib.runs.collect import fit_gradients
 
     loaded = load_from(config.model)
     fitted = fit_gradients(

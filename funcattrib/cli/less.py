@@ -7,8 +7,9 @@ from typing import Literal
 import tyro
 
 from funcattrib.cli.config_file import settings
-from funcattrib.cli.say import reports_on_stderr
-from funcattrib.recipes.config import DataConfig, LoadConfig, QueryColumns, RowConfig
+from funcattrib.cli.output import reports_on_stderr
+from funcattrib.cli.settings import DataConfig, LoadConfig, QueryColumns
+from funcattrib.runs.config import RowConfig
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Less:
 @reports_on_stderr()
 def run(config: Less) -> int | None:
     """Score and select, and show the best."""
+    from funcattrib.cli.load import documents_of, load_options, queries_of
     from funcattrib.recipes.less import SELECTED, less
-    from funcattrib.recipes.load import documents_of, load_options, queries_of
     from funcattrib.report.scores import scores_table
 
     options = load_options(config.loading)

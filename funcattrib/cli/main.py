@@ -13,9 +13,9 @@ from importlib import import_module
 from typing import Any, NamedTuple, get_type_hints
 
 from funcattrib.errors import FuncattribError
-from funcattrib.launcher import launched
-from funcattrib.signals import EXIT_CODE as TERMINATED
-from funcattrib.signals import Terminated, terminating
+from funcattrib.runtime.launcher import launched
+from funcattrib.runtime.signals import EXIT_CODE as TERMINATED
+from funcattrib.runtime.signals import Terminated, terminating
 from funcattrib.version import __version__
 
 
@@ -151,7 +151,7 @@ def _run(name: str, command: Command, args: Sequence[str]) -> int:
 
     if not (command.together and launched()):
         return run(parse(config_type, args, command=name)) or 0
-    from funcattrib.cli.together import first_tells, together
+    from funcattrib.cli.multi_process import first_tells, together
 
     with first_tells():
         config = parse(config_type, args, command=name)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from funcattrib.cli.say import reports_on_stderr, say_store
+from funcattrib.cli.output import reports_on_stderr, say_store
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from funcattrib.cli.say import reports_on_stderr
+from funcattrib.cli.output import reports_on_stderr
 from funcattrib.errors import FuncattribError
-from funcattrib.recipes.config import at_least
+from funcattrib.runs.config import at_least
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +84,10 @@ class Plan:
 @reports_on_stderr()
 def run(config: Plan) -> int | None:
     """Print the estimate."""
-    from funcattrib.loading import load_config, own_context
+    from funcattrib.models.limits import own_context
+    from funcattrib.models.loading import load_config
     from funcattrib.planning import Machine, Run, sizes_of
-    from funcattrib.report.plan import plan_lines
+    from funcattrib.planning.report import plan_lines
 
     trusted = config.trust_remote_code
     described = load_config(config.model, revision=config.revision, trust_remote_code=trusted)

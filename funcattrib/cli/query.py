@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from funcattrib.cli.say import reports_on_stderr
+from funcattrib.cli.output import reports_on_stderr
+from funcattrib.cli.settings import ShardConfig
 from funcattrib.errors import FuncattribError
-from funcattrib.recipes.config import ShardConfig
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,15 @@ class Query:
 @reports_on_stderr()
 def run(config: Query) -> int | None:
     """Answer --text, or the texts of a prompt loop."""
+    from funcattrib.cli.load import shards_from
     from funcattrib.data import Columns
-    from funcattrib.distributed import world
-    from funcattrib.loading import PRECISIONS, load_model, pick_device
+    from funcattrib.models.loading import PRECISIONS, load_model
     from funcattrib.query.attributor import Attributor
+    from funcattrib.query.csv_log import append_csv
     from funcattrib.query.faiss_index import FaissConfig
-    from funcattrib.query.record import append_csv
-    from funcattrib.recipes.load import shards_from
-    from funcattrib.report.hits import hits_table
+    from funcattrib.report.table import hits_table
+    from funcattrib.runtime.devices import pick_device
+    from funcattrib.runtime.world import world
     from funcattrib.store import read_manifest
 
     here = world()

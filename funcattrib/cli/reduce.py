@@ -7,8 +7,9 @@ from typing import Literal
 import tyro
 
 from funcattrib.cli.config_file import settings
-from funcattrib.cli.say import reports_on_stderr, say_store
-from funcattrib.recipes.config import DataConfig, GradientConfig, ModelConfig
+from funcattrib.cli.output import reports_on_stderr, say_store
+from funcattrib.cli.settings import DataConfig, ModelConfig
+from funcattrib.runs.config import GradientConfig
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Reduce:
 @reports_on_stderr()
 def run(config: Reduce) -> int | None:
     """Reduce, and say what the row holds."""
-    from funcattrib.recipes.load import load_from, source_of
-    from funcattrib.recipes.reduce import reduce_gradients
+    from funcattrib.cli.load import load_from, source_of
+    from funcattrib.runs.reduce import reduce_gradients
 
     loaded = load_from(config.model)
     store = reduce_gradients(

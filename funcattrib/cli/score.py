@@ -7,8 +7,9 @@ from typing import Literal
 import tyro
 
 from funcattrib.cli.config_file import settings
-from funcattrib.cli.say import reports_on_stderr
-from funcattrib.recipes.config import DataConfig, GradientConfig, ModelConfig, QueryColumns, at_least
+from funcattrib.cli.output import reports_on_stderr
+from funcattrib.cli.settings import DataConfig, ModelConfig, QueryColumns
+from funcattrib.runs.config import GradientConfig, at_least
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ class Score:
 @reports_on_stderr()
 def run(config: Score) -> int | None:
     """Score, and show the first queries' proponents."""
-    from funcattrib.recipes.load import load_from, queries_of, source_of
-    from funcattrib.recipes.score import score_gradients
+    from funcattrib.cli.load import load_from, queries_of, source_of
     from funcattrib.report.scores import scores_table
+    from funcattrib.runs.score import score_gradients
 
     loaded = load_from(config.model)
     scores = score_gradients(

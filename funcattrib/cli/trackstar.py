@@ -7,8 +7,9 @@ from typing import Literal
 import tyro
 
 from funcattrib.cli.config_file import settings
-from funcattrib.cli.say import reports_on_stderr
-from funcattrib.recipes.config import DataConfig, FittedConfig, ModelConfig, QueryColumns, at_least
+from funcattrib.cli.output import reports_on_stderr
+from funcattrib.cli.settings import DataConfig, ModelConfig, QueryColumns
+from funcattrib.runs.config import FittedConfig, at_least
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Trackstar:
 @reports_on_stderr()
 def run(config: Trackstar) -> int | None:
     """Score, and show the first queries' proponents."""
-    from funcattrib.recipes.load import load_from, queries_of, source_of
+    from funcattrib.cli.load import load_from, queries_of, source_of
     from funcattrib.recipes.trackstar import trackstar
     from funcattrib.report.scores import scores_table
 
@@ -58,7 +59,7 @@ def run(config: Trackstar) -> int | None:
         del gradients["modules"]
     moments = None
     if config.optimizer_state is not None:
-        from funcattrib.optimizer_state import optimizer_state
+        from funcattrib.checkpoints.optimizer_state import optimizer_state
 
         moments = optimizer_state(config.optimizer_state, loaded.model)
     scores = trackstar(

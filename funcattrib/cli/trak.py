@@ -7,8 +7,9 @@ from typing import Literal
 import tyro
 
 from funcattrib.cli.config_file import settings
-from funcattrib.cli.say import reports_on_stderr
-from funcattrib.recipes.config import DataConfig, LoadConfig, QueryColumns, RowConfig
+from funcattrib.cli.output import reports_on_stderr
+from funcattrib.cli.settings import DataConfig, LoadConfig, QueryColumns
+from funcattrib.runs.config import RowConfig
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Trak:
 @reports_on_stderr()
 def run(config: Trak) -> int | None:
     """Score, and show the first queries' proponents."""
-    from funcattrib.recipes.load import documents_of, load_options, queries_of
+    from funcattrib.cli.load import documents_of, load_options, queries_of
     from funcattrib.recipes.trak import trak
     from funcattrib.report.scores import scores_table
 

@@ -4,7 +4,7 @@ from funcattrib.data.advantages import advantages
 from funcattrib.data.batching import IGNORED, collate, plan, shard_ranges
 from funcattrib.data.columns import Columns
 from funcattrib.data.fingerprint import fingerprint
-from funcattrib.data.numbers import number_columns
+from funcattrib.data.number_columns import number_columns
 from funcattrib.data.read import load
 from funcattrib.data.report import TokenizeReport, some_rows
 from funcattrib.data.rows import Rows

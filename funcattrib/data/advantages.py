@@ -20,7 +20,7 @@ import numpy as np
 
 from funcattrib.data.batching import IGNORED
 from funcattrib.data.columns import Columns
-from funcattrib.data.numbers import is_number, read_numbers
+from funcattrib.data.number_columns import is_number, read_numbers
 from funcattrib.data.report import some_rows
 from funcattrib.data.rows import Rows
 from funcattrib.errors import DataError

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from funcattrib.data.encode import Text
-from funcattrib.data.reason import reason
 from funcattrib.errors import DataError
+from funcattrib.runtime.hub import reason
 
 Message = dict[str, Any]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -7,8 +7,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from funcattrib.data.batching import IGNORED
-from funcattrib.data.reason import reason
 from funcattrib.errors import DataError
+from funcattrib.runtime.hub import reason
 
 
 class Text(NamedTuple):

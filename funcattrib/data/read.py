@@ -13,9 +13,8 @@ from pathlib import Path
 
 import datasets
 
-from funcattrib.data.hub import hub_reachable, offline, quiet
-from funcattrib.data.reason import reason
 from funcattrib.errors import DataError
+from funcattrib.runtime.hub import hub_reachable, offline, quiet, reason
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from funcattrib.data.encode import Text, encode
 from funcattrib.data.pretokenized import COLUMNS, Tokens, check_columns, read_tokens
 from funcattrib.data.report import TokenizeReport, some_rows
 from funcattrib.data.rows import Rows
-from funcattrib.data.scratch import ScratchTable, ragged
+from funcattrib.data.spill import ScratchTable, ragged
 from funcattrib.data.token_weights import check_weights, is_list, token_weights
 from funcattrib.errors import DataError
 

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from funcattrib.errors import FuncattribError
-from funcattrib.functional import choose
-from funcattrib.transforms.kinds import is_stack, sides
+from funcattrib.models.selection import choose
+from funcattrib.transforms.leaf_shapes import is_stack, sides
 
 _ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
 

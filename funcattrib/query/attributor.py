@@ -16,22 +16,25 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from funcattrib import tree
-from funcattrib.batched import collecting
-from funcattrib.compose import Chain
+from funcattrib.chain import state_tree
+from funcattrib.chain.chain import Chain
+from funcattrib.chain.per_example import per_example_grad, spec
 from funcattrib.data import Columns, Rows, collate, number_columns, plan, tokenize
 from funcattrib.errors import FuncattribError
-from funcattrib.functional import choose
-from funcattrib.loading import PRECISIONS, context_length, load_model, model_identity, vocabulary
-from funcattrib.named_loss import KINDS
-from funcattrib.per_example import Batch, Grads, PerExample, per_example_grad, spec
-from funcattrib.query.agree import same_chain, same_state
+from funcattrib.losses.resolve import KINDS
+from funcattrib.models.identity import model_identity
+from funcattrib.models.limits import context_length, vocabulary
+from funcattrib.models.loading import PRECISIONS, load_model
+from funcattrib.models.selection import choose
 from funcattrib.query.faiss_index import FaissConfig, FaissIndex, build_or_load
 from funcattrib.query.faiss_index import search as search_index
 from funcattrib.query.stored_loss import stored_loss
 from funcattrib.query.topk import TopK, store_blocks, topk
 from funcattrib.store import GradientStore, open_store
-from funcattrib.transforms.describe import rebuild
+from funcattrib.store.compatibility import same_chain, same_state
+from funcattrib.training.capture import collecting
+from funcattrib.transforms.registry import rebuild
+from funcattrib.types import Batch, Grads, PerExample
 
 _BUDGET = 4096
 _FACTS = ("id", "loss", "tokens", "advantage", "document", "position", "loss_scale", "visits", "step", "epoch", "rank")
@@ -80,7 +83,7 @@ class Attributor:
 
     Example:
         >>> import tempfile
-        >>> from funcattrib.recipes.collect import collect_gradients
+        >>> from funcattrib.runs.collect import collect_gradients
         >>> loss = lambda params, example: (params["w"] * example["x"]).sum() ** 2
         >>> data = [{"x": [1.0, 0.0]}, {"x": [0.0, 1.0]}, {"x": [1.0, 1.0]}]
         >>> with tempfile.TemporaryDirectory() as run:
@@ -276,11 +279,11 @@ class Attributor:
     def _state(self, params: Mapping[str, Tensor]) -> tuple[Chain, Any]:
         chain = self._chain or rebuild(per_example_grad, self.store.manifest.chain)
         template, saved = chain.init(spec(params))[0], self.store.state()
-        if not saved and tree.flatten(template):
+        if not saved and state_tree.flatten(template):
             raise FuncattribError(
                 f"expected the chain's state in {self.store.path}, found none; finish building the store first"
             )
-        return chain, tree.restore(template, saved)
+        return chain, state_tree.restore(template, saved)
 
 
 def _as_text(value: Any) -> str:

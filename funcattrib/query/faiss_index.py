@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from funcattrib.errors import FuncattribError
-from funcattrib.lengths import divisors
+from funcattrib.kernels.safe_norm import divisors
 from funcattrib.query import faiss_cache
 from funcattrib.query.faiss_cache import reason
 from funcattrib.query.topk import TopK, check_queries, store_blocks, topk

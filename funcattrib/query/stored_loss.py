@@ -4,11 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from funcattrib.errors import FuncattribError
-from funcattrib.functional import Loss, a_shard, parameters_of
-from funcattrib.load_sharded import Shards
-from funcattrib.loading import PRECISIONS, load_model, model_identity
-from funcattrib.named_loss import loss_of
+from funcattrib.losses.resolve import loss_of
+from funcattrib.models.functional import a_shard, parameters_of
+from funcattrib.models.identity import model_identity
+from funcattrib.models.loading import PRECISIONS, load_model
+from funcattrib.models.sharded_loading import Shards
 from funcattrib.store import Manifest
+from funcattrib.types import Loss
 
 
 def stored_loss(model: nn.Module, manifest: Manifest, device: torch.device) -> tuple[Loss, dict[str, Tensor]]:

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from funcattrib.errors import FuncattribError
-from funcattrib.lengths import divisors
+from funcattrib.kernels.safe_norm import divisors
 
 if TYPE_CHECKING:
     from funcattrib.store import GradientStore

@@ -25,23 +25,25 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from funcattrib.adam_state import adam_state
-from funcattrib.compose import Transform, compose
+from funcattrib.chain.chain import compose
+from funcattrib.chain.per_example import per_example_grad
+from funcattrib.chain.transform import Transform
+from funcattrib.checkpoints.adam_state import adam_state
+from funcattrib.checkpoints.loading import Shapes, check_same, learning_rates, load_checkpoint, shapes_of
 from funcattrib.data import Columns, load
-from funcattrib.data.hub import quiet
-from funcattrib.distributed import world
+from funcattrib.data.documents import Records
 from funcattrib.errors import FuncattribError
-from funcattrib.per_example import per_example_grad
-from funcattrib.recipes.budget import with_budget
-from funcattrib.recipes.checkpoints import Shapes, check_same, learning_rates, load_checkpoint, shapes_of
-from funcattrib.recipes.collect import collect_gradients, split_settings
-from funcattrib.recipes.config import RowConfig
-from funcattrib.recipes.documents import Records
-from funcattrib.recipes.explain import explained
-from funcattrib.recipes.prepare import prepare, shard_rows
-from funcattrib.recipes.score import as_leaves, ending_in, query_rows
-from funcattrib.recipes.work import fill, template
-from funcattrib.score import Scores, check_gradients, open_scores, scores_manifest
+from funcattrib.runs.collect import collect_gradients, split_settings
+from funcattrib.runs.config import RowConfig
+from funcattrib.runs.error_hints import explained
+from funcattrib.runs.prepare import prepare, shard_rows
+from funcattrib.runs.query_rows import as_leaves, query_rows
+from funcattrib.runs.score import ending_in
+from funcattrib.runs.token_budget import with_budget
+from funcattrib.runs.workload import fill, template
+from funcattrib.runtime.hub import quiet
+from funcattrib.runtime.world import world
+from funcattrib.scores import Scores, check_gradients, open_scores, scores_manifest
 from funcattrib.store import require_shared, share_store
 from funcattrib.store.create import PARTS
 from funcattrib.transforms import AdamState, adam_update, against, project

@@ -21,11 +21,11 @@ from transformers.utils import logging as transformers_logging
 from funcattrib.data import IGNORED, Columns
 from funcattrib.errors import FuncattribError
 from funcattrib.evaluate import bm25, mean_reciprocal_rank, recall_at
-from funcattrib.progress import Progress
 from funcattrib.query.attributor import Attributor
-from funcattrib.recipes.collect import collect_gradients
-from funcattrib.recipes.facts import invent_facts
-from funcattrib.report.hits import hits_table
+from funcattrib.recipes.invented_facts import invent_facts
+from funcattrib.report.table import hits_table
+from funcattrib.runs.collect import collect_gradients
+from funcattrib.runtime.progress import Progress
 
 _END = "<|endoftext|>"
 _SHOWN, _HITS = 5, 4

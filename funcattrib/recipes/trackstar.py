@@ -20,21 +20,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from funcattrib.compose import State, Transform, compose
-from funcattrib.curvature import gram_of, mix, owned
+from funcattrib.chain.chain import compose
+from funcattrib.chain.per_example import per_example_grad
+from funcattrib.chain.transform import State, Transform
 from funcattrib.data import Columns
-from funcattrib.distributed import world
-from funcattrib.functional import choose
-from funcattrib.lengths import divisors
-from funcattrib.per_example import Leaf, Spec, per_example_grad
-from funcattrib.recipes.collect import collect_gradients
-from funcattrib.recipes.documents import Records
-from funcattrib.recipes.score import as_leaves
-from funcattrib.score import Scores, open_scores, scores_manifest
+from funcattrib.data.documents import Records
+from funcattrib.kernels.safe_norm import divisors
+from funcattrib.models.selection import choose
+from funcattrib.runs.collect import collect_gradients
+from funcattrib.runs.query_rows import as_leaves
+from funcattrib.runtime.assignment import owned
+from funcattrib.runtime.world import world
+from funcattrib.scores import Scores, open_scores, scores_manifest
 from funcattrib.store import GradientStore, require_shared, share_store
 from funcattrib.store.create import PARTS
-from funcattrib.transforms import adafactor_norm, precondition, project, split_experts
-from funcattrib.transforms.kinds import is_stack
+from funcattrib.transforms import adafactor_norm, gram_of, mix, precondition, project, split_experts
+from funcattrib.transforms.leaf_shapes import is_stack
+from funcattrib.types import Leaf, Spec
 
 _BLOCK_ROWS = 1024
 

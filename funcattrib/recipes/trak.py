@@ -21,22 +21,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from funcattrib.compose import Transform, compose
+from funcattrib.chain.chain import compose
+from funcattrib.chain.per_example import per_example_grad
+from funcattrib.chain.transform import Transform
+from funcattrib.checkpoints.loading import Shapes, check_same, load_checkpoint, shapes_of
 from funcattrib.data import IGNORED, Columns
-from funcattrib.distributed import world
+from funcattrib.data.documents import Documents, Records
 from funcattrib.errors import FuncattribError
-from funcattrib.functional import Loss, Params
-from funcattrib.per_example import per_example_grad
-from funcattrib.recipes.checkpoints import Shapes, check_same, load_checkpoint, shapes_of
-from funcattrib.recipes.collect import collect_gradients, split_settings
-from funcattrib.recipes.documents import Documents, Records
-from funcattrib.recipes.prepare import Model, prepare, shard_rows
-from funcattrib.recipes.score import query_rows
-from funcattrib.score import Scores, open_scores, scores_manifest
+from funcattrib.runs.collect import collect_gradients, split_settings
+from funcattrib.runs.prepare import Model, prepare, shard_rows
+from funcattrib.runs.query_rows import query_rows
+from funcattrib.runtime.world import world
+from funcattrib.scores import Scores, open_scores, scores_manifest
 from funcattrib.store import GradientStore, require_shared, share_store
 from funcattrib.store.create import PARTS
 from funcattrib.transforms import project, sketch
 from funcattrib.transforms.damping import inverse_power
+from funcattrib.types import Loss, Params
 
 log = logging.getLogger(__name__)
 

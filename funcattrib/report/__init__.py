@@ -1,3 +1,3 @@
-from funcattrib.report.table import Hit, render
+from funcattrib.report.table import Line, render
 
-__all__ = ["Hit", "render"]
+__all__ = ["Line", "render"]

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from funcattrib.query.attributor import Hit
-from funcattrib.report.hits import hits_table
-from funcattrib.score import Scores
+from funcattrib.report.table import hits_table
+from funcattrib.scores import Scores
 
 _SHOWN = 5
 

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from io import StringIO
 from typing import NamedTuple
 
+from funcattrib.query.attributor import Hit
+
 # A script without spaces (kana, Chinese characters, Hangul, Thai) is compared by its single characters.
 _DENSE = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _TERM = re.compile(rf"[{_DENSE}]|[^\W{_DENSE}]+(?:['’][^\W{_DENSE}]+)*")
@@ -30,7 +32,7 @@ _LEAST_TEXT = 20  # columns that a text needs to say anything
 _MOST_READ = 100_000  # characters of one text that are searched
 
 
-class Hit(NamedTuple):
+class Line(NamedTuple):
     """One line of the table.
 
     rank: from 1; score: in the units of the search; example: what the reader knows it by; text: of any length.
@@ -43,7 +45,7 @@ class Hit(NamedTuple):
 
 
 def render(
-    hits: Sequence[Hit], *, query: str = "", width: int | None = None, color: bool | None = None, lines: int = 2
+    hits: Sequence[Line], *, query: str = "", width: int | None = None, color: bool | None = None, lines: int = 2
 ) -> str:
     """The hits as a table.
 
@@ -58,7 +60,7 @@ def render(
         Lines no wider than `width`, without a newline at the end.
 
     Example:
-        >>> print(render([Hit(1, 0.5, 7, "Ada lives in Turin."), Hit(2, -0.25, 12, "It rains.")], width=60))
+        >>> print(render([Line(1, 0.5, 7, "Ada lives in Turin."), Line(2, -0.25, 12, "It rains.")], width=60))
          rank   score  example  text
             1     0.5        7  Ada lives in Turin.
             2   -0.25       12  It rains.
@@ -173,3 +175,9 @@ def _weights(query: str, texts: Sequence[str]) -> dict[str, float]:
 def _clean(text: str) -> str:
     """One line that prints as it reads: no line breaks, control characters or changes of direction."""
     return " ".join(_UNPRINTABLE.sub(" ", _SURROGATE.sub("\ufffd", text)).split())
+
+
+def hits_table(hits: Sequence[Hit], query: str, *, width: int | None = None) -> str:
+    """Rank, score, example id and text, each text cut around what it shares with ``query``."""
+    lines = [Line(hit.rank, hit.score, str(hit.example.get("id", hit.row)), hit.text) for hit in hits]
+    return render(lines, query=query, width=width)

@@ -2,12 +2,12 @@
 
 from funcattrib.store.create import create_store
 from funcattrib.store.encode import decode, encode
-from funcattrib.store.facts import FileFacts, LeafColumns, Shard, lay_out
-from funcattrib.store.lazy import LazyMatrix
+from funcattrib.store.layout import FileFacts, LeafColumns, Shard, lay_out
 from funcattrib.store.manifest import SCORE_CONVENTION, Manifest, differences, identity, read_manifest
+from funcattrib.store.matrix import LazyMatrix
 from funcattrib.store.merge import merge_stores
+from funcattrib.store.multi_process import require_shared, share_store
 from funcattrib.store.reader import GradientStore, open_store
-from funcattrib.store.share import require_shared, share_store
 from funcattrib.store.verify import verify
 from funcattrib.store.writer import StoreWriter
 

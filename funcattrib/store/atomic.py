@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from funcattrib.errors import StoreError
-from funcattrib.store.facts import FileFacts
+from funcattrib.store.layout import FileFacts
 
 TEMPORARY = ".tmp"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from funcattrib.errors import StoreError
-from funcattrib.store import lock, partial, shards
+from funcattrib.store import lock, progress_files, shards
 from funcattrib.store.atomic import TEMPORARY, explain
 from funcattrib.store.manifest import FILE, Manifest, check_manifest, differences, identity, read_manifest, unfinished
 from funcattrib.store.writer import CONFIG, PROGRESS, STATE, StoreWriter, save_manifest
@@ -42,7 +42,7 @@ def create_store(path: str | Path, manifest: Manifest, *, overwrite: bool = Fals
 
     Example:
         >>> import tempfile, torch
-        >>> from funcattrib.store.facts import lay_out
+        >>> from funcattrib.store.layout import lay_out
         >>> from funcattrib.store.reader import open_store
         >>> about = {"model": {"id": "m"}, "data": {"id": "d"}, "loss": {"kind": "ce"}, "chain": [], "seed": 0}
         >>> manifest = Manifest(**about, leaves=lay_out({"w": (2,)}), rows=3, rows_per_shard=2)
@@ -159,6 +159,6 @@ def _in_words(chain: list[dict[str, Any]]) -> str:
 def _forget(path: Path) -> None:
     """Let nothing of the old run count for the new one, before the new one's manifest is written."""
     old = [name for name in shards.sizes(path) if name.startswith("shards/") and name.endswith(".json")]
-    for name in (*old, STATE, PROGRESS, CONFIG, *(file.name for file in path.glob(partial.FILES))):
+    for name in (*old, STATE, PROGRESS, CONFIG, *(file.name for file in path.glob(progress_files.FILES))):
         (path / name).unlink(missing_ok=True)
     shutil.rmtree(path / "faiss", ignore_errors=True)  # indices made from the old rows

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from funcattrib.errors import StoreError
-from funcattrib.store.facts import (
+from funcattrib.store.layout import (
     FileFacts,
     LeafColumns,
     Shard,

@@ -13,7 +13,7 @@ from funcattrib.errors import StoreError
 from funcattrib.store import shards
 from funcattrib.store.atomic import hash_file, replacing
 from funcattrib.store.create import create_store
-from funcattrib.store.facts import Shard
+from funcattrib.store.layout import Shard
 from funcattrib.store.manifest import Manifest, differences, read_manifest
 from funcattrib.store.reader import GradientStore, open_store
 from funcattrib.store.writer import CONFIG, STATE

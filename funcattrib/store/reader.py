@@ -13,10 +13,10 @@ from torch import Tensor
 
 from funcattrib.errors import StoreError
 from funcattrib.store import shards
-from funcattrib.store.examples import read_examples
-from funcattrib.store.facts import LeafColumns, Shard
-from funcattrib.store.lazy import LazyMatrix, Part
+from funcattrib.store.layout import LeafColumns, Shard
 from funcattrib.store.manifest import Manifest, read_manifest
+from funcattrib.store.matrix import LazyMatrix, Part
+from funcattrib.store.metadata import read_examples
 from funcattrib.store.verify import verify as find_problems
 from funcattrib.store.writer import CONFIG, STATE
 
@@ -38,7 +38,7 @@ def open_store(path: str | Path, *, verify: bool = False) -> "GradientStore":
 
     Example:
         >>> import tempfile, torch
-        >>> from funcattrib.recipes.collect import collect_gradients
+        >>> from funcattrib.runs.collect import collect_gradients
         >>> loss = lambda params, example: (params["w"] * example["x"]).sum() ** 2
         >>> with tempfile.TemporaryDirectory() as run:
         ...     _ = collect_gradients((loss, {"w": torch.ones(2)}), [{"x": [1.0, 3.0]}], path=run, quiet=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from funcattrib.errors import StoreError
 from funcattrib.store.atomic import TEMPORARY, write_file
-from funcattrib.store.facts import FileFacts, Shard, shard_from_json, shard_to_json
+from funcattrib.store.layout import FileFacts, Shard, shard_from_json, shard_to_json
 from funcattrib.store.manifest import Manifest
 
 FOLDERS = ("shards", "examples")

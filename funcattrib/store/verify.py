@@ -7,10 +7,10 @@ from funcattrib.errors import StoreError
 from funcattrib.store import shards
 from funcattrib.store.atomic import hash_file
 from funcattrib.store.encode import STORAGE
-from funcattrib.store.examples import read_table
-from funcattrib.store.facts import FileFacts, Shard
-from funcattrib.store.lazy import check_header, read_scale
+from funcattrib.store.layout import FileFacts, Shard
 from funcattrib.store.manifest import Manifest, read_manifest
+from funcattrib.store.matrix import check_header, read_scale
+from funcattrib.store.metadata import read_table
 
 
 def verify(path: str | Path, *, progress: Callable[[int], None] | None = None) -> list[str]:

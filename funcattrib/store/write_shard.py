@@ -10,9 +10,9 @@ from torch import Tensor
 from funcattrib.store import shards
 from funcattrib.store.atomic import Sink, write_file
 from funcattrib.store.encode import STORAGE, encode
-from funcattrib.store.examples import to_bytes
-from funcattrib.store.facts import Shard
+from funcattrib.store.layout import Shard
 from funcattrib.store.manifest import Manifest
+from funcattrib.store.metadata import to_bytes
 
 # Entries encoded at once. Torch splits larger pieces over its threads, which would take them from the computation
 # that this runs beside; and a piece of this size stays in the cache from the cast to the hash.

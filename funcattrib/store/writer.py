@@ -18,14 +18,14 @@ from torch import Tensor
 from funcattrib.errors import StoreError
 from funcattrib.store import shards
 from funcattrib.store.atomic import hash_file, write_file
-from funcattrib.store.examples import Column, to_table
-from funcattrib.store.facts import FileFacts, Shard
+from funcattrib.store.layout import FileFacts, Shard
 from funcattrib.store.lock import Lock
 from funcattrib.store.manifest import FILE, Manifest, read_manifest
-from funcattrib.store.partial import FILES as PARTS
-from funcattrib.store.place import Place, kept
+from funcattrib.store.metadata import Column, to_table
+from funcattrib.store.progress_files import FILES as PARTS
 from funcattrib.store.tensors import DELAY, save_tensors
 from funcattrib.store.write_shard import Job, write_shard
+from funcattrib.store.writer_role import Place, kept
 
 STATE = "state.safetensors"
 PROGRESS = "progress.safetensors"  # what a pass over the data has so far, until it is done

@@ -16,22 +16,23 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import TrainerCallback
 
-from funcattrib import tree
-from funcattrib.batched import reader
-from funcattrib.compose import Chain, State, compose
+from funcattrib.chain import state_tree
+from funcattrib.chain.chain import Chain, compose
+from funcattrib.chain.per_example import per_example_grad, spec
+from funcattrib.chain.transform import State
 from funcattrib.errors import FuncattribError
-from funcattrib.loading import model_identity
-from funcattrib.per_example import per_example_grad, spec
+from funcattrib.models.identity import model_identity
 from funcattrib.store import Manifest, lay_out, read_manifest
 from funcattrib.store.create import PARTS
+from funcattrib.training.assemble import settle
+from funcattrib.training.capture import reader
 from funcattrib.training.evaluation import evaluation_store
 from funcattrib.training.journal import Journal
 from funcattrib.training.loop import trained
-from funcattrib.training.loss import LossScale
+from funcattrib.training.loss_scale import LossScale
+from funcattrib.training.metadata import data_identity, shown
 from funcattrib.training.recover import save_plan
 from funcattrib.training.session import Session, Weighing
-from funcattrib.training.settle import settle
-from funcattrib.training.shown import data_identity, shown
 from funcattrib.transforms import project
 
 _SHARD_ROWS = 1024
@@ -139,7 +140,7 @@ class GradientCollectorCallback(TrainerCallback):
         params = {name: tensor for name, tensor in model.named_parameters() if name in names}
         self._spec = spec(params)
         read = self._read = reader(model, names, self.chain, self.state)
-        self._state = tree.flatten(self.chain.init(self._spec)[0] if self.state is None else self.state)
+        self._state = state_tree.flatten(self.chain.init(self._spec)[0] if self.state is None else self.state)
         announced = self.chain.init(self._spec)[1]
         leaves = lay_out({name: leaf.shape for name, leaf in announced.items()})
         smoother = self.trainer.label_smoother

@@ -13,11 +13,11 @@ import datasets
 import torch
 from torch import Tensor
 
-from funcattrib.batched import Reader, lifted
 from funcattrib.errors import FuncattribError
 from funcattrib.store import Manifest, create_store
-from funcattrib.training import loss as losses
-from funcattrib.training.shown import data_identity, shown
+from funcattrib.training import loss_scale as losses
+from funcattrib.training.capture import Reader, lifted
+from funcattrib.training.metadata import data_identity, shown
 
 
 def evaluation_store(

@@ -17,13 +17,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from funcattrib.batched import Collected, Reader, collecting, lifted, reader
-from funcattrib.compose import Chain, State, compose
-from funcattrib.functional import choose
+from funcattrib.chain.chain import Chain, compose
+from funcattrib.chain.transform import State
 from funcattrib.lift import unpack
-from funcattrib.per_example import Grads
+from funcattrib.models.selection import choose
+from funcattrib.training.capture import Collected, Reader, collecting, lifted, reader
 from funcattrib.transforms import project
-from funcattrib.transforms.kinds import is_stack
+from funcattrib.transforms.leaf_shapes import is_stack
+from funcattrib.types import Grads
 
 Globs = Iterable[str]
 

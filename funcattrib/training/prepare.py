@@ -8,7 +8,7 @@ from torch import Tensor
 
 from funcattrib.errors import FuncattribError
 from funcattrib.training.callback import GradientCollectorCallback
-from funcattrib.training.numbered import ROW, Collate, number
+from funcattrib.training.row_ids import ROW, Collate, number
 
 AnyTrainer = TypeVar("AnyTrainer")
 

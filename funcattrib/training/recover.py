@@ -11,8 +11,8 @@ from torch import Tensor
 from funcattrib.errors import FuncattribError
 from funcattrib.store import GradientStore, Manifest
 from funcattrib.store.create import PARTS
+from funcattrib.training.assemble import settle
 from funcattrib.training.journal import segments
-from funcattrib.training.settle import settle
 
 PLAN = "plan.json"
 STATE = "state.safetensors"

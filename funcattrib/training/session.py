@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from funcattrib.batched import Collected, Reader, lifted
 from funcattrib.errors import FuncattribError
-from funcattrib.per_example import Grads, Spec
-from funcattrib.training import loss as losses
-from funcattrib.training.optimizer import Put, put_aside, read_put, weighed
+from funcattrib.training import loss_scale as losses
+from funcattrib.training.capture import Collected, Reader, lifted
+from funcattrib.training.optimizer_weighting import Put, put_aside, read_put, weighed
+from funcattrib.types import Grads, Spec
 
 Write = Callable[[Tensor, Mapping[str, list[Any]], int], None]
 """Rows (B, D) on the CPU, what is told of each, and the step."""

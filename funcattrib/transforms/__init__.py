@@ -1,12 +1,15 @@
 """Transforms of per-example gradients, one family a file."""
 
+from funcattrib.models.attention import AttentionConfig
 from funcattrib.transforms.adam import adam_norm
 from funcattrib.transforms.adam_update import AdamState, adam_update
-from funcattrib.transforms.against import against, nearest, self_influence
 from funcattrib.transforms.cast import cast
 from funcattrib.transforms.clip import clip
 from funcattrib.transforms.experts import split_experts
-from funcattrib.transforms.heads import AttentionConfig, split_heads
+from funcattrib.transforms.gram import gram_of, spectrum
+from funcattrib.transforms.heads import split_heads
+from funcattrib.transforms.inner_products import against, nearest, self_influence
+from funcattrib.transforms.mixed_gram import Mixed, mix
 from funcattrib.transforms.normalize import adafactor_norm, unit_norm
 from funcattrib.transforms.precondition import precondition
 from funcattrib.transforms.project import project
@@ -16,18 +19,22 @@ from funcattrib.transforms.sketch import sketch
 __all__ = [
     "AdamState",
     "AttentionConfig",
+    "Mixed",
     "adafactor_norm",
     "adam_norm",
     "adam_update",
     "against",
     "cast",
     "clip",
+    "gram_of",
+    "mix",
     "nearest",
     "precondition",
     "project",
     "select",
     "self_influence",
     "sketch",
+    "spectrum",
     "split_experts",
     "split_heads",
     "unit_norm",

@@ -16,10 +16,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from funcattrib.compose import State, Transform, finalize_nothing, observe_nothing
+from funcattrib.chain.transform import State, Transform, finalize_nothing, observe_nothing
 from funcattrib.lift import Lowered, Reading, Scale, TwoSided, own
-from funcattrib.per_example import Grads, Leaf, Spec
 from funcattrib.transforms.moments import Moment, Moments, add_up, average, entries, start
+from funcattrib.types import Grads, Leaf, Spec
 
 
 def adam_norm(moments: Moments | None = None, eps: float = 1e-8) -> Transform:

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funcattrib.compose import State, Transform, settings
+from funcattrib.chain.transform import State, Transform, settings
 from funcattrib.errors import ChainError
 from funcattrib.lift import Lowered, own
-from funcattrib.lift.entrywise import Entrywise
-from funcattrib.per_example import Spec
+from funcattrib.lift.maps.elementwise import Entrywise
+from funcattrib.types import Spec
 
 
 class AdamState(NamedTuple):
@@ -50,8 +50,8 @@ def adam_update(states: Mapping[str, AdamState], then: Transform | None = None) 
         ChainError: states that are missing or do not fit; a ``then`` that is not linear, or joins leaves.
 
     Example:
-        >>> from funcattrib.compose import applied
-        >>> from funcattrib.per_example import Leaf
+        >>> from funcattrib.chain.transform import applied
+        >>> from funcattrib.types import Leaf
         >>> stage = adam_update({"w": AdamState(torch.zeros(2), torch.zeros(2), step=0)})
         >>> state, _ = stage.init({"w": Leaf((2,), torch.float32)})
         >>> applied(stage, state, {"w": torch.tensor([[3.0, -0.2]])})["w"].round(decimals=3)

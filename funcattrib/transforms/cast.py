@@ -12,9 +12,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from funcattrib.compose import State, Transform
+from funcattrib.chain.transform import State, Transform
 from funcattrib.errors import ChainError
-from funcattrib.per_example import Grads, Spec
+from funcattrib.types import Grads, Spec
 
 Precision = Literal["float16", "bfloat16", "float32", "int8"]
 

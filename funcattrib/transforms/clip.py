@@ -11,9 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from funcattrib.compose import State, Transform
+from funcattrib.chain.transform import State, Transform
 from funcattrib.errors import ChainError
-from funcattrib.per_example import Grads
+from funcattrib.types import Grads
 
 
 def clip(max_norm: float) -> Transform:

@@ -6,12 +6,12 @@ so that experts can be selected (``select("*#e3")``) and are leaves of their own
 token of an example went has a zero gradient.
 """
 
-from funcattrib.compose import State, Transform
+from funcattrib.chain.transform import State, Transform
 from funcattrib.errors import ChainError
 from funcattrib.lift import Lowered, Lowering, TwoSided, own
-from funcattrib.lift.stack import Parts
-from funcattrib.per_example import Grads, Leaf, Spec
-from funcattrib.transforms.kinds import is_stack
+from funcattrib.lift.maps.experts import Parts
+from funcattrib.transforms.leaf_shapes import is_stack
+from funcattrib.types import Grads, Leaf, Spec
 
 _PARAMETER_IS_DIVIDED = -1
 """Along an axis that a leaf no longer has: all of its own are common to the parts, and so are their projections."""

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from funcattrib.compose import State
+from funcattrib.chain.transform import State
 from funcattrib.errors import ChainError
-from funcattrib.per_example import Grads, Leaf, Spec
+from funcattrib.types import Grads, Leaf, Spec
 
 Moment = tuple[Tensor, Tensor] | Tensor
 Moments = Mapping[str, Moment]

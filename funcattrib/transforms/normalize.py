@@ -15,12 +15,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from funcattrib.compose import State, Transform, finalize_nothing, observe_nothing
+from funcattrib.chain.transform import State, Transform, finalize_nothing, observe_nothing
 from funcattrib.errors import ChainError
 from funcattrib.lift import Lowered, Reading, TwoSided, own
-from funcattrib.per_example import Grads, Leaf, Spec
-from funcattrib.transforms import kinds
+from funcattrib.transforms import leaf_shapes
 from funcattrib.transforms.moments import Moment, Moments, add_up, average, entries, factors, start
+from funcattrib.types import Grads, Leaf, Spec
 
 _TILE = 1 << 18
 
@@ -76,9 +76,9 @@ def _init_adafactor(moments: Moments | None, spec: Spec) -> tuple[State, Spec]:
 
 def _factors(name: str, leaf: Leaf, moment: Moment | None) -> Tensor:
     """r and c one after the other; (x, o + i) of a stack."""
-    stack = kinds.is_stack(name, leaf.shape)
+    stack = leaf_shapes.is_stack(name, leaf.shape)
     if moment is None:
-        size = sum(kinds.sides(name, leaf.shape))
+        size = sum(leaf_shapes.sides(name, leaf.shape))
         return torch.zeros((leaf.shape[0], size) if stack else size, dtype=torch.float64)
     if len(leaf.shape) > 2 and not stack:
         moment = entries(moment).flatten(1)
@@ -90,7 +90,7 @@ def _mean_squares(name: str, grad: Tensor) -> Tensor:
     wide = torch.promote_types(grad.dtype, torch.float32)  # in float16 the squares of small gradients are zero
     if grad.ndim == 2:
         return grad.to(wide).square()
-    if not kinds.is_stack(name, tuple(grad.shape[1:])):
+    if not leaf_shapes.is_stack(name, tuple(grad.shape[1:])):
         grad = grad.flatten(2)
     of_rows, of_cols = [], []
     for part in grad.split(max(1, _TILE // grad.shape[-1]), -2):  # so many rows that their squares stay in cache
@@ -113,9 +113,9 @@ def _map(name: str, moments: Tensor, shape: tuple[int, ...], eps: float) -> Read
     """diag(r)^-½ √mean(r) and diag(c)^-½; a row or column that never had a gradient is left at zero."""
     if len(shape) == 1:
         return TwoSided(_inverse_root(moments, eps))
-    r, c = moments.split(list(kinds.sides(name, shape)), -1)
+    r, c = moments.split(list(leaf_shapes.sides(name, shape)), -1)
     left, right = _inverse_root(r, eps) * r.mean(-1, keepdim=True).sqrt(), _inverse_root(c, eps)
-    return kinds.normalisation(name, shape, left, right)
+    return leaf_shapes.normalisation(name, shape, left, right)
 
 
 def _inverse_root(moment: Tensor, eps: float) -> Tensor:

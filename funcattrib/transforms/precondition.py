@@ -23,12 +23,12 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from funcattrib.compose import Transform, observe_nothing
+from funcattrib.chain.transform import Transform, observe_nothing
 from funcattrib.errors import ChainError
-from funcattrib.lift import Lowered, Reading, Then, TwoSided, own
-from funcattrib.lift.factors import Factor, outer
-from funcattrib.per_example import Grads, Spec
+from funcattrib.lift import Lowered, own
+from funcattrib.lift.maps.dense import Dense, times
 from funcattrib.transforms.damping import Damping, inverse_power
+from funcattrib.types import Grads, Spec
 
 Gram = Mapping[str, Tensor]
 """Block name → H, (D, D): a block of one parameter has its name, the joint block of all is called ``all``."""
@@ -78,7 +78,7 @@ def precondition(
             blocks of more than 32,768 coordinates; a Gram that is missing, of another shape, or not finite.
 
     Example:
-        >>> from funcattrib.per_example import Leaf
+        >>> from funcattrib.types import Leaf
         >>> stage = precondition(power=-1, damping=0.0, gram={"w": torch.diag(torch.tensor([4.0, 2.0]))})
         >>> state, _ = stage.init({"w": Leaf((2,), torch.float32)})
         >>> stage.apply(state, {"w": torch.ones(1, 2)})["w"]
@@ -101,44 +101,6 @@ def precondition(
         lower=_lower if groups == "parameter" else None,
         parts=partial(_parts, groups=groups, power=power, damping=damping, damping_kind=damping_kind),
     )
-
-
-class Dense(NamedTuple):
-    """C(G) = M vec(G), shaped like G, for a symmetric M: the gradient is formed, one parameter at a time."""
-
-    matrix: Tensor
-
-    def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The weight's own."""
-        return shape
-
-    def keep_rows(self, rows: Factor) -> Factor:
-        """Whole rows."""
-        return rows
-
-    def keep_cols(self, cols: Tensor) -> Tensor:
-        """Whole columns."""
-        return cols
-
-    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
-        """From kept factors."""
-        return self.of_gradient(outer(rows, cols))
-
-    def of_gradient(self, gradient: Tensor) -> Tensor:
-        """From formed gradients."""
-        return _times(gradient.flatten(1), self.matrix).reshape(gradient.shape)
-
-    def adjoint(self, theta: Tensor) -> Tensor:
-        """The same product."""
-        return _times(theta.reshape(1, -1), self.matrix).reshape(theta.shape)
-
-    def to(self, dtype: torch.dtype) -> "Dense":
-        """In ``dtype``, or in float32 where that is wider: half precision has too few digits for H^p."""
-        return Dense(self.matrix.to(torch.promote_types(dtype, torch.float32)))
-
-    def after(self, first: Reading) -> Reading:
-        """The two in turn; nothing is gained by merging."""
-        return self if first == TwoSided() else Then(first, self)
 
 
 def _init(given: Preconditioner | None, spec: Spec, groups: Groups) -> tuple[Preconditioner, Spec]:
@@ -197,7 +159,7 @@ def _powered(given: Gram, power: float, damping: float, damping_kind: Damping) -
 def _apply(state: Preconditioner, grads: Grads, groups: Groups) -> Grads:
     result = {}
     for block, names in _blocks(grads, groups).items():
-        product = _times(_rows(grads, names), state.power[block])
+        product = times(_rows(grads, names), state.power[block])
         for name, part in zip(names, product.split([math.prod(grads[n].shape[1:]) for n in names], 1), strict=True):
             result[name] = part.reshape(grads[name].shape).to(grads[name].dtype)
     return {name: result[name] for name in grads}
@@ -220,12 +182,6 @@ def _rows(grads: Grads, names: Sequence[str]) -> Tensor:
     """(B, D): a block's coordinates one after the other."""
     parts = [grads[name].flatten(1) for name in names]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def _times(rows: Tensor, matrix: Tensor) -> Tensor:
-    """``matrix`` applied to every row, in the wider type of the two; the result has the rows' type."""
-    dtype = torch.promote_types(rows.dtype, matrix.dtype)
-    return (rows.to(dtype) @ matrix.to(rows.device, dtype)).to(rows.dtype)
 
 
 def _blocks(names: Iterable[str], groups: Groups) -> dict[str, list[str]]:

@@ -15,13 +15,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from funcattrib.compose import State, Transform
+from funcattrib.chain.transform import State, Transform
 from funcattrib.errors import ChainError
 from funcattrib.lift import Lowered, Reading, TwoSided, own
-from funcattrib.per_example import Grads, Leaf, Spec
-from funcattrib.rng import generator, normal, rademacher
-from funcattrib.transforms import kinds
+from funcattrib.transforms import leaf_shapes
 from funcattrib.transforms.heads import whole
+from funcattrib.transforms.random import generator, normal, rademacher
+from funcattrib.types import Grads, Leaf, Spec
 
 Kind = Literal["rademacher", "normal"]
 _DRAW = {"rademacher": rademacher, "normal": normal}
@@ -60,12 +60,12 @@ def _init(spec: Spec, k: int, kind: Kind, seed: int) -> tuple[State, Spec]:
             raise ChainError(
                 f"needs vectors, matrices, kernels or stacks; {name} is a scalar; leave it out with select"
             )
-        lengths = kinds.sides(name, leaf.shape)
+        lengths = leaf_shapes.sides(name, leaf.shape)
         for axis, (side, n) in enumerate(zip(("left", "right"), lengths, strict=False)):
             drawn = state.setdefault(_source(name, leaf, axis), {})
             if side not in drawn:
                 drawn[side] = _draw(_source(name, leaf, axis), side, n, k, kind, seed)
-        shape = kinds.projected(name, leaf.shape, tuple(min(n, k) for n in lengths))
+        shape = leaf_shapes.projected(name, leaf.shape, tuple(min(n, k) for n in lengths))
         projected[name] = leaf._replace(shape=shape)
     return state, projected
 
@@ -89,4 +89,4 @@ def _lower(state: State, spec: Spec) -> Lowered:
 
 def _map(state: State, name: str, shape: tuple[int, ...]) -> Reading:
     sides = {**state.get(whole(name), {}), **state.get(name, {})}
-    return kinds.projection(name, shape, TwoSided(sides["left"], sides.get("right")))
+    return leaf_shapes.projection(name, shape, TwoSided(sides["left"], sides.get("right")))

@@ -4,10 +4,10 @@ import fnmatch
 from collections.abc import Iterable
 from functools import partial
 
-from funcattrib.compose import State, Transform
+from funcattrib.chain.transform import State, Transform
 from funcattrib.errors import ChainError
 from funcattrib.lift import Lowered, TwoSided, own
-from funcattrib.per_example import Grads, Spec
+from funcattrib.types import Grads, Spec
 
 
 def select(include: Iterable[str] = ("*",), exclude: Iterable[str] = ()) -> Transform:

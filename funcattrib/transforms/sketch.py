@@ -13,11 +13,11 @@ from functools import partial
 
 import torch
 
-from funcattrib.compose import State, Transform
+from funcattrib.chain.transform import State, Transform
 from funcattrib.errors import ChainError
 from funcattrib.lift import Lowered, Lowering
-from funcattrib.lift.sketched import Sketched
-from funcattrib.per_example import Grads, Leaf, Spec
+from funcattrib.lift.maps.sketch import Sketched
+from funcattrib.types import Grads, Leaf, Spec
 
 LEAF = "sketch"
 

@@ -1,0 +1,265 @@
+"""Chains: a source of per-example gradients followed by transforms.
+
+``compose(per_example_grad, project(16), adafactor_norm)`` is a chain. Its longest linear prefix is lowered into one
+linear map per parameter and read off the backward pass; the remaining stages are applied to the result. The
+plain form (every stage's ``apply`` on the full gradients) is kept and must agree to rounding.
+
+A transform sees what precedes it: its ``init`` receives the spec that the previous stage announces, and its
+statistics are fitted on the gradients that reach it, everything before it frozen.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from funcattrib.chain.fitting import fit
+from funcattrib.chain.per_example import Source, spec
+from funcattrib.chain.state_tree import map_tensors
+from funcattrib.chain.statistics import reader
+from funcattrib.chain.transform import State, Transform, applied, settings
+from funcattrib.errors import ChainError
+from funcattrib.lift import Lowered, TwoSided, extend, own
+from funcattrib.models.functional import device_of
+from funcattrib.types import Batch, Grads, Loss, Params, PerExample, Spec
+
+
+class Chain(NamedTuple):
+    """A source and its transforms; without a source, a chain of transforms to compose further.
+
+    Attributes:
+        source: where the gradients come from; None of a chain to compose further.
+        stages: the transforms, in order.
+
+    Example:
+        >>> import torch
+        >>> from funcattrib.chain.per_example import per_example_grad
+        >>> from funcattrib.transforms import adafactor_norm
+        >>> loss = lambda params, example: (params["w"] @ example["x"]).square().sum()
+        >>> params = {"w": torch.ones(2, 3)}
+        >>> batch = {"x": torch.tensor([[1.0, 2.0, 3.0], [1.0, 0.0, 0.0]])}
+        >>> chain = compose(per_example_grad, adafactor_norm)
+        >>> state = chain.fit(loss, params, [batch])
+        >>> chain(loss, params, batch, state)["w"].shape
+        torch.Size([2, 2, 3])
+        >>> chain.describe()
+        [{'name': 'adafactor_norm', 'eps': 1e-30}]
+    """
+
+    source: Source | None
+    stages: tuple[Transform, ...]
+
+    def init(self, spec: Spec) -> tuple[tuple[State, ...], Spec]:
+        """States before fitting, and the spec of the result."""
+        states, specs = self._walk(spec)
+        return states, specs[-1]
+
+    def fit(self, loss: Loss, params: Params, batches: Iterable[Batch] = ()) -> tuple[State, ...]:
+        """One pass over ``batches`` for each fitted stage, upstream stages frozen; returns the chain's state.
+
+        Args:
+            batches: anything that can be iterated once per fitted stage (a list, a data loader).
+
+        Raises:
+            ChainError: no batches although a stage must be fitted; a one-shot iterator and several fitted stages.
+        """
+        return fit(self, loss, params, batches)
+
+    def bind(self, loss: Loss, params: Params, state: tuple[State, ...] | None = None) -> Callable[[Batch], PerExample]:
+        """The chain as a function of the batch alone, lowered once."""
+        source = self.started()
+        named = source.named(params)
+        state = self.ready(spec(named), device_of(named), state)
+        lowered, depth = lower(self, spec(named), state)
+        rest, behind = self.stages[depth:], state[depth:]
+        if rest and rest[0].condense is not None:
+            arriving = self._walk(spec(named))[1][depth]
+            statistics = rest[0].condense(behind[0], arriving)
+            return _Condensed(source, loss, params, lowered, rest, behind, statistics)
+        return partial(_rows, source.bind(loss, params, lowered), rest, behind)
+
+    def __call__(self, loss: Loss, params: Params, batch: Batch, state: tuple[State, ...] | None = None) -> Grads:
+        """Transformed per-example gradients, name → (B, *shape)."""
+        return self.bind(loss, params, state)(batch).grads
+
+    def plain(self, loss: Loss, params: Params, batch: Batch, state: tuple[State, ...] | None = None) -> Grads:
+        """The same without lowering: full gradients, then every stage's ``apply``. Slow; the tests' oracle."""
+        source = self.started()
+        named = source.named(params)
+        state = self.ready(spec(named), device_of(named), state)
+        return self.apply(state, source(loss, params, batch))
+
+    def apply(self, state: tuple[State, ...], grads: Grads) -> Grads:
+        """Every stage's ``apply`` in order, on gradients that are already there."""
+        for stage, its_state in zip(self.stages, state, strict=True):
+            grads = applied(stage, its_state, grads)
+        return grads
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Name and settings of every stage, as the manifest keeps them."""
+        return [{"name": stage.name, **settings(stage)} for stage in self.stages]
+
+    def lowered(self, params: Params, state: tuple[State, ...] | None = None) -> tuple[Lowered, int]:
+        """The longest linear prefix as one map per parameter, and how many stages it covers; see ``lower``."""
+        named = self.started().named(params)
+        return lower(self, spec(named), self.ready(spec(named), device_of(named), state))
+
+    def before(self, at: int) -> "Chain":
+        """The chain up to stage ``at``, which is left out."""
+        return self._replace(stages=self.stages[:at])
+
+    def started(self) -> Source:
+        """The source.
+
+        Raises:
+            ChainError: a chain of transforms alone.
+        """
+        if self.source is None:
+            raise ChainError(
+                "expected a chain that starts at a source, found transforms alone; compose(per_example_grad, …)"
+            )
+        return self.source
+
+    def ready(self, spec: Spec, device: torch.device, state: tuple[State, ...] | None = None) -> tuple[State, ...]:
+        """``state``, or the one that needs no fitting, on a device; what is in parts stays where it is.
+
+        Raises:
+            ChainError: no state for a chain that must be fitted, or another chain's.
+        """
+        if state is None:
+            if unfitted := [stage.name for stage in self.stages if stage.fitted]:
+                raise ChainError(
+                    f"expected a fitted state for {unfitted[0]}, found none; call fit(loss, params, batches) first"
+                )
+            state = self.init(spec)[0]
+        if len(state) != len(self.stages):
+            raise ChainError(
+                f"expected a state of {len(self.stages)} stages, found {len(state)}; the state fits another chain"
+            )
+        return tuple(
+            own if stage.parts else map_tensors(lambda tensor: tensor.to(device), own)
+            for stage, own in zip(self.stages, state, strict=True)
+        )
+
+    def _walk(self, spec: Spec) -> tuple[tuple[State, ...], list[Spec]]:
+        """Every stage's first state; the spec before every stage, and after the last."""
+        states, specs = [], [spec]
+        for number, stage in enumerate(self.stages, 1):
+            try:
+                state, following = stage.init(specs[-1])
+            except ChainError as error:
+                raise ChainError(f"stage {number} ({stage.name}) {error}") from None
+            states.append(state)
+            specs.append(following)
+        return tuple(states), specs
+
+
+Stage = Transform | Chain | Source | Callable[..., Any]
+
+
+def compose(*stages: Stage) -> Chain:
+    """Chain stages left to right; nested chains flatten, so composition is associative.
+
+    A stage that can only stand before some others (``split_heads`` before ``project``) is moved before the first of
+    them, with those between left in their order.
+
+    Args:
+        stages: optionally a source first (``per_example_grad``), then transforms, or factories of transforms
+            (``adafactor_norm``), which are called with their defaults.
+
+    Raises:
+        ChainError: a source that is not first; something that is no stage.
+
+    Example:
+        >>> from funcattrib.chain.per_example import per_example_grad
+        >>> from funcattrib.transforms import project, unit_norm
+        >>> [stage.name for stage in compose(per_example_grad, compose(project(4), unit_norm)).stages]
+        ['project', 'unit_norm']
+    """
+    source: Source | None = None
+    transforms: list[Transform] = []
+    for number, stage in enumerate(stages, 1):
+        resolved = _resolve(stage, number)
+        if isinstance(resolved, Source) or (isinstance(resolved, Chain) and resolved.source is not None):
+            if number > 1:
+                raise ChainError(f"expected the source first, found it as stage {number} of compose")
+            source = resolved if isinstance(resolved, Source) else resolved.source
+        if isinstance(resolved, Chain):
+            transforms.extend(resolved.stages)
+        elif isinstance(resolved, Transform):
+            transforms.append(resolved)
+    return Chain(source, _in_order(transforms))
+
+
+def _in_order(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
+    """Every stage that can only precede others moved before the first of those."""
+    ordered: list[Transform] = []
+    for stage in transforms:
+        at = next((i for i, earlier in enumerate(ordered) if earlier.name in stage.precedes), len(ordered))
+        ordered.insert(at, stage)
+    return tuple(ordered)
+
+
+def lower(chain: Chain, spec: Spec, state: tuple[State, ...]) -> tuple[Lowered, int]:
+    """The longest linear prefix as one map per parameter (the identity without one), and how many stages it covers."""
+    maps = {name: own(name, TwoSided()) for name in spec}
+    _, specs = chain._walk(spec)
+    depth = 0
+    for stage, own_state, given in zip(chain.stages, state, specs, strict=False):
+        further = None if stage.lower is None else extend(maps, _lowered(stage, own_state, given))
+        if further is None:
+            break
+        maps, depth = further, depth + 1
+    return {name: how._replace(reading=how.reading.to(spec[name].dtype)) for name, how in maps.items()}, depth
+
+
+def _lowered(stage: Transform, state: State, spec: Spec) -> Lowered:
+    assert stage.lower is not None
+    try:
+        return stage.lower(state, spec)
+    except KeyError as error:  # states are dicts by parameter
+        name = error.args[0] if error.args[0] in spec else "one of them"
+        raise ChainError(
+            f"expected a state of {stage.name} for these {len(spec)} leaves, found none for {name}; fit it on them"
+        ) from error
+
+
+def _rows(
+    read: Callable[[Batch], PerExample], rest: tuple[Transform, ...], state: tuple[State, ...], batch: Batch
+) -> PerExample:
+    result = read(batch)
+    grads = Chain(None, rest).apply(state, result.grads)
+    return PerExample(grads, result.losses)
+
+
+class _Condensed:
+    """Rows of a chain that condenses behind its linear prefix: which weights can, the first batch shows."""
+
+    def __init__(
+        self,
+        source: Source,
+        loss: Loss,
+        params: Params,
+        lowered: Lowered,
+        rest: tuple[Transform, ...],
+        state: tuple[State, ...],
+        statistics: Lowered,
+    ) -> None:
+        self._begin = partial(reader, source, loss, params, lowered, statistics)
+        self._read: Callable[[Batch], PerExample] | None = None
+        self._rest, self._state = rest, state
+
+    def __call__(self, batch: Batch) -> PerExample:
+        self._read = self._read or self._begin(batch)
+        result = self._read(batch)
+        first = self._rest[0].apply(self._state[0], result.grads)
+        return PerExample(Chain(None, self._rest[1:]).apply(self._state[1:], first), result.losses)
+
+
+def _resolve(stage: Any, number: int) -> Transform | Chain | Source:
+    if not isinstance(stage, (Transform, Chain, Source)) and callable(stage):
+        stage = stage()
+    if not isinstance(stage, (Transform, Chain, Source)):
+        raise ChainError(f"expected a transform, a chain or a source as stage {number}, found {type(stage).__name__}")
+    return stage

@@ -1,0 +1,189 @@
+"""Fitting a chain: a pass over the data for each fitted stage, everything before it frozen.
+
+A stage's statistics are those of the gradients that reach it, so they need the states of the stages before it, and each
+pass can be kept once it is made: ``passes`` gives the chain's state after every one, and goes on from any of them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Protocol, TypeAlias
+
+from torch import Tensor
+
+from funcattrib.chain.per_example import Source
+from funcattrib.chain.state_tree import flatten, restore
+from funcattrib.chain.statistics import reader
+from funcattrib.chain.transform import State, Transform
+from funcattrib.errors import ChainError
+from funcattrib.lift import Lowered, Measured, TwoSided, own
+from funcattrib.runtime.signals import undisturbed
+from funcattrib.runtime.world import ALONE, World
+from funcattrib.types import Batch, Grads, Loss, Params, PerExample, Spec
+from funcattrib.weights.lockstep import Lockstep
+
+Pieces: TypeAlias = Callable[[Callable[[Batch], PerExample], Batch], Iterable[PerExample]]
+"""(read, batch) → what ``read`` makes of consecutive parts of the batch."""
+
+
+def whole(read: Callable[[Batch], PerExample], batch: Batch) -> Iterable[PerExample]:
+    """The batch in one piece."""
+    return (read(batch),)
+
+
+class Fold(Protocol):
+    """How a stage's state is made of the gradients that reach it."""
+
+    def __call__(self, stage: Transform, spec: Spec, rows: Iterable[Grads], world: World) -> State:
+        """The finalized state, the same on every process, from the rows that each of them has."""
+
+
+class Fittable(Protocol):
+    """What is asked of a chain: its stages, and what the gradients before a stage are."""
+
+    @property
+    def stages(self) -> tuple[Transform, ...]:
+        """The transforms in order."""
+
+    def started(self) -> Source:
+        """The source of the gradients."""
+
+    def init(self, spec: Spec) -> tuple[tuple[State, ...], Spec]:
+        """States before fitting, and the spec of the result."""
+
+    def before(self, at: int) -> "Fittable":
+        """The chain up to a stage."""
+
+    def lowered(self, params: Params, state: tuple[State, ...] | None = None) -> tuple[Lowered, int]:
+        """The longest linear prefix, and how many stages it covers."""
+
+    def bind(self, loss: Loss, params: Params, state: tuple[State, ...] | None = None) -> Callable[[Batch], PerExample]:
+        """The chain as a function of the batch."""
+
+
+def fit(chain: Fittable, loss: Loss, params: Params, batches: Iterable[Batch]) -> tuple[State, ...]:
+    """The chain's state after all its passes; see ``Chain.fit``."""
+    state = chain.init(chain.started().spec(params))[0]
+    for after in passes(chain, loss, params, batches, state):
+        state = after
+    return state
+
+
+def together(stage: Transform, spec: Spec, rows: Iterable[Grads], world: World) -> State:
+    """Every process folds its rows into a state of its own; the states are added up, and finalized once for all."""
+    state = stage.init(spec)[0]
+    for grads in rows:
+        state = stage.observe(state, grads)
+    state = restore(state, world.sum(flatten(state)))
+    if world.size == 1:
+        return stage.finalize(state)
+    made = world.first(lambda: flatten(stage.finalize(state)))
+    shared = world.share(made)
+    assert shared is not None, "rank 0 has made it"
+    return restore(state, shared)
+
+
+def passes(
+    chain: Fittable,
+    loss: Loss,
+    params: Params,
+    batches: Iterable[Batch],
+    state: tuple[State, ...] | None = None,
+    done: int = 0,
+    world: World = ALONE,
+    pieces: Pieces = whole,
+    step: Lockstep = Lockstep(),
+    fold: Fold = together,
+) -> Iterator[tuple[State, ...]]:
+    """The chain's state after each pass that is still to be made.
+
+    Examples whose loss is NaN or infinite are passed over.
+
+    Args:
+        batches: anything that can be iterated once a pass.
+        state: the state after ``done`` passes, with which an interrupted fit goes on.
+        world: processes that each have some of the batches.
+        pieces: how a batch is read.
+        step: of processes that hold the parameters together.
+        fold: how a state is made of the rows of all processes.
+
+    Raises:
+        ChainError: no batches although a stage must be fitted; a one-shot iterator and several fitted stages.
+    """
+    source = chain.started()
+    state = chain.init(source.spec(params))[0] if state is None else state
+    to_fit = [at for at, stage in enumerate(chain.stages) if stage.fitted][done:]
+    if len(to_fit) > 1 and isinstance(batches, Iterator):
+        raise ChainError(
+            f"expected batches that can be iterated {len(to_fit)} times, found a one-shot iterator; pass a list"
+        )
+    for at in to_fit:
+        stage, before = chain.stages[at], chain.before(at)
+        read = step.of(_reading(partial(statistics, before, stage, loss, params, state[:at])))
+        rows = step.through(_gradients(read, batches, pieces))
+        arriving = before.init(source.spec(params))[1]
+        own_state = fold(stage, arriving, _some(stage, rows, world), world)
+        state = (*state[:at], own_state, *state[at + 1 :])
+        yield state
+
+
+def _gradients(read: Callable[[Batch], PerExample], batches: Iterable[Batch], pieces: Pieces) -> Iterator[Grads]:
+    """What is read of the batches, without examples whose loss is not finite; SIGTERM waits until it is folded."""
+    for batch in batches:
+        for part in pieces(read, batch):
+            counted = _finite(part)
+            if len(counted.losses):
+                with undisturbed():
+                    yield counted.grads
+
+
+def _some(stage: Transform, rows: Iterator[Grads], world: World) -> Iterator[Grads]:
+    """The rows, of which there must be some."""
+    seen = 0
+    for grads in rows:
+        seen += len(next(iter(grads.values())))
+        yield grads
+    if not sum(world.gather(seen)):
+        raise ChainError(f"expected examples with a finite loss to fit {stage.name} on, found none")
+
+
+def _reading(begin: Callable[[Batch], Callable[[Batch], PerExample]]) -> Callable[[Batch], PerExample]:
+    """What the first batch shows how to read, read of that batch and of all others."""
+    made: list[Callable[[Batch], PerExample]] = []
+
+    def read(batch: Batch) -> PerExample:
+        if not made:
+            made.append(begin(batch))
+        return made[0](batch)
+
+    return read
+
+
+def statistics(
+    before: Fittable, stage: Transform, loss: Loss, params: Params, state: tuple[State, ...], batch: Batch
+) -> Callable[[Batch], PerExample]:
+    """What ``stage.observe`` folds, as a function of the batch: gradients after ``before``, or their measure.
+
+    Where everything before the stage is linear and a weight is used once, its statistic is read inside the
+    backward pass; for the other weights the gradients are read and measured afterwards.
+    """
+    if stage.measure is None:
+        return before.bind(loss, params, state)
+    measure, (lowered, depth) = stage.measure, before.lowered(params, state)
+    if depth < len(before.stages):
+        bound = before.bind(loss, params, state)
+        return lambda batch: _each(measure, bound(batch))
+    leaves = [leaf for how in lowered.values() for leaf in how.leaves]
+    measured = {leaf: own(leaf, Measured(TwoSided(), partial(measure, leaf))) for leaf in leaves}
+    return reader(before.started(), loss, params, lowered, measured, batch)
+
+
+def _each(measure: Callable[[str, Tensor], Tensor], rows: PerExample) -> PerExample:
+    return rows._replace(grads={name: measure(name, grad) for name, grad in rows.grads.items()})
+
+
+def _finite(rows: PerExample) -> PerExample:
+    """The rows whose loss is finite."""
+    finite = rows.losses.isfinite()
+    if bool(finite.all()):
+        return rows
+    return PerExample({name: grad[finite] for name, grad in rows.grads.items()}, rows.losses[finite])

@@ -1,0 +1,1 @@
+"""What checkpoints and optimizers leave on the disk."""

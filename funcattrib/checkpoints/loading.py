@@ -1,0 +1,109 @@
+"""Checkpoints of a training run, one after the other: loading, comparing, and the learning rates between them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from funcattrib.errors import FuncattribError
+from funcattrib.models.loading import load_model
+from funcattrib.types import Params
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def load_checkpoint(
+    path: str | Path, tokenizer: str | PreTrainedTokenizerBase | None, options: Mapping[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A checkpoint's model, and the settings of ``collect_gradients`` that belong to it.
+
+    Args:
+        tokenizer: in the place of its own.
+        options: of ``load_model``.
+
+    Raises:
+        FuncattribError: no causal language model there.
+    """
+    named = tokenizer if isinstance(tokenizer, str) else None
+    loaded = load_model(str(path), tokenizer=named, **options)
+    words = loaded.tokenizer if named or tokenizer is None else tokenizer
+    return loaded.model, {"tokenizer": words, "model_name": loaded.name}
+
+
+def shapes_of(model: nn.Module | Params) -> Shapes:
+    """Parameter name → shape."""
+    named = model.named_parameters() if isinstance(model, nn.Module) else model.items()
+    return {name: tuple(tensor.shape) for name, tensor in named}
+
+
+def check_same(first: Shapes, other: Shapes, what: object) -> None:
+    """Refuse a checkpoint of another architecture, naming the first parameter that differs."""
+    if differing := [name for name in {**first, **other} if first.get(name) != other.get(name)]:
+        name = differing[0]
+        raise FuncattribError(
+            f"expected checkpoints of one architecture, found {what} with {name} of shape "
+            f"{other.get(name, 'none')}, where the first has {first.get(name, 'none')}"
+        )
+
+
+def learning_rates(checkpoints: Sequence[Path], given: Sequence[float] = ()) -> list[float]:
+    """Each checkpoint's weight: the mean learning rate that was logged since the one before it.
+
+    Where none was logged in between, the scheduler's at the checkpoint.
+
+    Args:
+        checkpoints: folders as transformers' Trainer leaves them. The one before is the latest earlier one among them
+            in the same folder, or the start of training.
+        given: the rates themselves, one a checkpoint.
+
+    Raises:
+        FuncattribError: another number of rates than checkpoints, a rate that is not positive, or none to be found.
+    """
+    if given:
+        if len(given) != len(checkpoints):
+            raise FuncattribError(
+                f"expected one learning rate for each of {len(checkpoints)} checkpoints, found {len(given)}"
+            )
+        if wrong := [rate for rate in given if not 0 < rate < float("inf")]:
+            raise FuncattribError(f"expected positive learning rates, found {wrong[0]}")
+        return [float(rate) for rate in given]
+    states = {path: _trainer_state(path) for path in checkpoints}
+    rates = []
+    for path, state in states.items():
+        step = state.get("global_step", 0)
+        before = [other.get("global_step", 0) for at, other in states.items() if at.parent == path.parent]
+        start = max((earlier for earlier in before if earlier < step), default=0)
+        logged = [
+            entry["learning_rate"]
+            for entry in state.get("log_history", [])
+            if start < entry.get("step", 0) <= step and "learning_rate" in entry
+        ]
+        rate = sum(logged) / len(logged) if logged else _scheduled(path)
+        if not rate > 0:
+            raise FuncattribError(
+                f"expected the learning rate of {path} in its trainer_state.json or scheduler.pt, found none above 0; "
+                "give one for each checkpoint with --learning-rate"
+            )
+        rates.append(rate)
+    return rates
+
+
+def _trainer_state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def _scheduled(path: Path) -> float:
+    """The scheduler's rate, the mean over groups of parameters; 0 where there is none."""
+    try:
+        last = torch.load(path / "scheduler.pt", map_location="cpu", weights_only=True)["_last_lr"]
+        return sum(map(float, last)) / len(last)
+    except Exception:  # no file, or whatever one written by others makes its reader raise
+        return 0.0

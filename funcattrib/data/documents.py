@@ -1,0 +1,131 @@
+"""From rows of a data set to padded batches of tokens, and to what a store tells of each example."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
+
+import datasets
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from funcattrib.data import (
+    IGNORED,
+    Columns,
+    Rows,
+    TokenizeReport,
+    advantages,
+    collate,
+    fingerprint,
+    number_columns,
+    some_rows,
+    tokenize,
+)
+from funcattrib.types import Batch
+
+Records: TypeAlias = datasets.Dataset | Sequence[Mapping[str, Any]]
+
+
+class Documents(NamedTuple):
+    """A tokenised data set: ``source`` to show, ``tokens`` as Arrow rows, and views on them.
+
+    ``numbers`` are given to the loss beside each document's tokens, (rows,) each; a document whose ``advantage`` is NaN
+    has no reward and counts with no token.
+    """
+
+    source: datasets.Dataset
+    tokens: datasets.Dataset
+    rows: Rows
+    lengths: np.ndarray
+    report: TokenizeReport
+    columns: Columns
+    pad_id: int
+    tokenizer: PreTrainedTokenizerBase | None
+    numbers: Mapping[str, np.ndarray] = MappingProxyType({})
+
+    def batch(self, indices: Sequence[int], device: torch.device | str = "cpu") -> Batch:
+        """The documents padded on the right to the longest of them."""
+        batch = collate([self._example(i) for i in indices], pad_id=self.pad_id)
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+
+    def shown(self, rows: range) -> dict[str, Any]:
+        """What a store keeps of each example to show it: its id and the columns that were read, or else its tokens."""
+        part = self.source.select(rows)
+        names = [name for name in _text_columns(self.columns) if name in part.column_names and name != "input_ids"]
+        shown = {name: part[name][:] for name in names}
+        if not shown and self.tokenizer is not None:
+            shown = {"text": [self.tokenizer.decode(self.rows[row]["input_ids"].tolist()) for row in rows]}
+        ids = part["id"][:] if "id" in part.column_names else list(rows)
+        if (advantage := self.numbers.get("advantage")) is not None:
+            shown["advantage"] = [None if np.isnan(a) else float(a) for a in advantage[rows.start : rows.stop]]
+        return {"id": [str(i) for i in ids], **shown}
+
+    def facts(self) -> dict[str, Any]:
+        """Columns, a fingerprint of the tokens, labels and numbers, and counts."""
+        return {
+            **asdict(self.columns),
+            "fingerprint": self._fingerprint(),
+            "documents": self.report.documents,
+            "tokens": self.report.tokens,
+        }
+
+    def notes(self) -> dict[str, Any]:
+        """What tokenising found, and the rows without a reward."""
+        return {"report": self.report._asdict(), "without_reward": len(self._without_reward())}
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        left_out = self._without_reward()
+        told = f"no reward in {some_rows(left_out)}; kept, with a zero gradient, and not in its prompt's mean"
+        return [*self.report.lines(), *([told] if len(left_out) else [])]
+
+    def _example(self, row: int) -> dict[str, Any]:
+        example: dict[str, Any] = {**self.rows[row], **{name: values[row] for name, values in self.numbers.items()}}
+        if np.isnan(example.get("advantage", 0.0)):
+            example |= {"advantage": np.float32(0), "labels": np.full_like(example["labels"], IGNORED)}
+        return example
+
+    def _without_reward(self) -> np.ndarray:
+        return np.flatnonzero(np.isnan(self.numbers.get("advantage", np.zeros(0))))
+
+    def _fingerprint(self) -> str:
+        tokens = fingerprint(self.tokens)
+        if not self.numbers:
+            return tokens
+        whole = hashlib.sha256(tokens.encode())
+        for name, values in self.numbers.items():
+            whole.update(f"{name}{values.dtype.str}".encode())
+            whole.update(np.ascontiguousarray(values).data)
+        return whole.hexdigest()
+
+
+def read_documents(
+    records: Records,
+    tokenizer: PreTrainedTokenizerBase | None,
+    columns: Columns,
+    *,
+    max_length: int,
+    truncation: bool,
+    vocab_size: int | None,
+    own_loss: bool = False,
+) -> Documents:
+    """Tokenise records and lay them out for batching; a loss of one's own is also given their columns of numbers."""
+    source = (
+        records if isinstance(records, datasets.Dataset) else datasets.Dataset.from_list([dict(r) for r in records])
+    )
+    tokens, report = tokenize(
+        source, tokenizer, columns, max_length=max_length, truncation=truncation, vocab_size=vocab_size
+    )
+    rows = Rows(tokens)
+    pad = getattr(tokenizer, "pad_token_id", None)
+    numbers = number_columns(source) if own_loss else {}
+    if (advantage := advantages(source, tokens, columns)) is not None:
+        numbers["advantage"] = advantage
+    return Documents(source, tokens, rows, rows.lengths, report, columns, pad or 0, tokenizer, numbers)
+
+
+def _text_columns(columns: Columns) -> list[str]:
+    names = [columns.prompt_column, columns.completion_column, columns.conversation_column]
+    return [name for name in names if name is not None]

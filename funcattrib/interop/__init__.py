@@ -1,1 +1,0 @@
-"""Gradients of other frameworks. Nothing here is imported unless it is asked for."""

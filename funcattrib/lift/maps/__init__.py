@@ -1,0 +1,1 @@
+"""Gradient maps, one family a file."""

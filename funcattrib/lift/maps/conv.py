@@ -1,0 +1,113 @@
+"""Kernels of convolutions as matrices: a weight (o, i/g, *kernel) is read as (o, i/g · kernel).
+
+A convolution is a linear layer on patches: y[:, n] = W patch_n + b, so that G = Σ_n g_n patch_nᵀ over positions n, and
+what serves a matrix serves a kernel. With g groups, group by group: rows of G that belong to a group see its channels.
+
+Shapes: B batch, c channels, E examples, N positions, O/I rows and columns of the flattened weight, P/Q coordinates.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from funcattrib.lift.factors import Factor
+from funcattrib.lift.maps.base import Reading
+from funcattrib.lift.maps.composed import Then
+from funcattrib.lift.maps.measured import Measured
+from funcattrib.lift.maps.two_sided import TwoSided
+
+
+class Kernel(NamedTuple):
+    """A two-sided map of a kernel of ``shape``, flattened: L G Rᵀ, (P, Q), or with ``keep`` in the kernel's own shape.
+
+    With ``keep`` the sides must be diagonals or absent: normalisation keeps the shape, projection does not.
+    """
+
+    sides: TwoSided
+    shape: tuple[int, ...]
+    keep: bool = False
+
+    def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of a kernel of ``shape``."""
+        return self.shape if self.keep else self.sides.coordinates_shape(self._flat())
+
+    def keep_rows(self, rows: Factor) -> Factor:
+        """Rows with the left side applied."""
+        return self.sides.keep_rows(rows)
+
+    def keep_cols(self, cols: Tensor) -> Tensor:
+        """Patches with the right side applied."""
+        return self.sides.keep_cols(cols)
+
+    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
+        """From kept factors."""
+        return self._shaped(self.sides.read(rows, cols))
+
+    def of_gradient(self, gradient: Tensor) -> Tensor:
+        """From formed gradients (E, *shape)."""
+        return self._shaped(self.sides.of_gradient(gradient.flatten(2)))
+
+    def adjoint(self, theta: Tensor) -> Tensor:
+        """Of θ without example axis."""
+        return self.sides.adjoint(theta.flatten(1)).reshape(self.shape)
+
+    def to(self, dtype: torch.dtype) -> "Kernel":
+        """Both sides in ``dtype``."""
+        return self._replace(sides=self.sides.to(dtype))
+
+    def after(self, first: Reading) -> Reading:
+        """One pair of sides where ``first`` keeps the kernel's shape; otherwise the two in turn."""
+        if first == TwoSided():
+            return self
+        if not isinstance(first, Kernel) or not first.keep:
+            return Then(first, self)
+        merged = self.sides.after(first.sides)
+        assert isinstance(merged, TwoSided)
+        return self._replace(sides=merged)
+
+    def _flat(self) -> tuple[int, int]:
+        return self.shape[0], torch.Size(self.shape[1:]).numel()
+
+    def _shaped(self, coordinates: Tensor) -> Tensor:
+        return coordinates.reshape(coordinates.shape[0], *self.shape) if self.keep else coordinates
+
+
+def reads_factors(reading: Reading) -> bool:
+    """Whether a reading takes the factors of a flattened kernel; any other must be given G in the kernel's shape."""
+    if isinstance(reading, Then):
+        return reads_factors(reading.first)
+    if isinstance(reading, Measured):
+        return reads_factors(reading.inner)
+    return isinstance(reading, Kernel)
+
+
+def patches(
+    x: Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    dilation: tuple[int, ...],
+) -> Tensor:
+    """What each position of a convolution sees: (B, c, *spatial) → (B, positions, c · kernel).
+
+    Args:
+        kernel, stride, dilation: one number a spatial axis.
+        padding: zeros before and after, one pair a spatial axis.
+
+    Example:
+        >>> patches(torch.arange(4.0).reshape(1, 1, 4), (2,), (1,), ((1, 0),), (1,))
+        tensor([[[0., 0.],
+                 [0., 1.],
+                 [1., 2.],
+                 [2., 3.]]])
+    """
+    x = F.pad(x, [n for pair in reversed(padding) for n in pair])
+    axes = len(kernel)
+    for axis in range(axes):
+        window = dilation[axis] * (kernel[axis] - 1) + 1
+        x = x.unfold(2 + axis, window, stride[axis])[..., :: dilation[axis]]
+    # (B, c, *positions, *kernel)
+    x = x.movedim(1, 1 + axes)
+    return x.flatten(1 + axes).flatten(1, axes)

@@ -1,0 +1,84 @@
+"""Factors of a weight's gradient as backward has them, kept to be read once the map is known.
+
+Outside vmap only: what is kept is put aside in backward, and the probe receives zeros.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcattrib.lift.factors import Factor, OneHot
+from funcattrib.lift.maps.base import Reading
+
+Part = tuple[Factor, Tensor | None] | tuple[Tensor]
+"""(rows, cols) of a use of the weight, or a formed gradient."""
+
+
+class Kept(NamedTuple):
+    """Puts aside what it is given, in ``parts``."""
+
+    parts: list[Part]
+
+    def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of what the probe receives: one zero an example."""
+        return (1,)
+
+    def keep_rows(self, rows: Factor) -> Factor:
+        """Whole rows."""
+        return rows
+
+    def keep_cols(self, cols: Tensor) -> Tensor:
+        """Whole columns."""
+        return cols
+
+    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
+        """Put aside as factors."""
+        self.parts.append((rows, cols))
+        like = rows if isinstance(rows, Tensor) else rows.weight if cols is None else cols
+        examples = (rows.ids if isinstance(rows, OneHot) else rows).shape[0]
+        return torch.zeros(examples, 1) if like is None else like.new_zeros(examples, 1)
+
+    def of_gradient(self, gradient: Tensor) -> Tensor:
+        """Put aside as it is."""
+        self.parts.append((gradient,))
+        return gradient.new_zeros(gradient.shape[0], 1)
+
+    def adjoint(self, theta: Tensor) -> Tensor:
+        """There is none."""
+        raise AssertionError("factors are put aside outside vmap, where W + C*(θ) is not formed")
+
+    def to(self, dtype: torch.dtype) -> "Kept":
+        """As it comes."""
+        return self
+
+    def after(self, first: Any) -> Reading:
+        """Never behind another map."""
+        raise AssertionError("factors are put aside as backward has them")
+
+
+def read_kept(reading: Reading, parts: list[Part], examples: int) -> Tensor | None:
+    """(E, …) coordinates of what was put aside, summed over uses, in float32 at least; None where nothing was.
+
+    Gradients formed one example at a time follow one another until they are ``examples``.
+    """
+    total: Tensor | None = None
+    waiting: list[Tensor] = []
+    for part in parts:
+        if len(part) == 2:
+            rows, cols = part
+            kept = None if cols is None else reading.keep_cols(_wide(cols))  # type: ignore[arg-type]
+            waiting.append(reading.read(reading.keep_rows(_wide(rows)), kept))
+        else:
+            waiting.append(reading.of_gradient(_wide(part[0])))  # type: ignore[arg-type]
+        if sum(len(each) for each in waiting) == examples:
+            whole = torch.cat(waiting)
+            total, waiting = whole if total is None else total + whole, []
+    assert not waiting, "every use hands over all examples"
+    return total
+
+
+def _wide(factor: Factor) -> Factor:
+    if isinstance(factor, Tensor):
+        return factor.to(torch.promote_types(factor.dtype, torch.float32))
+    return factor if factor.weight is None else factor._replace(weight=factor.weight.float())

@@ -1,0 +1,160 @@
+"""A stack of matrices, the experts of a mixture: W (X, O, I), read expert by expert.
+
+    C(G)_x = L diag(l_x) G_x diag(r_x) Rᵀ        (X, P, Q)
+
+The matrices L and R are shared by the experts, so that a token's factors are projected once, whichever expert is its;
+the diagonals are each expert's own. An expert that no token of an example went to has zeros.
+
+Shapes: X experts, E examples, S tokens with their expert, O/I rows and columns, P/Q coordinates.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcattrib.lift.factors import Factor, Side, dense_along, outer, product
+from funcattrib.lift.maps.base import Reading
+from funcattrib.lift.maps.composed import Then
+from funcattrib.lift.maps.heads import Each
+from funcattrib.lift.maps.measured import Measured
+from funcattrib.lift.maps.two_sided import TwoSided
+
+
+class Stack(NamedTuple):
+    """A map for every expert's gradient; see the module.
+
+    Attributes:
+        sides: the matrices L and R, shared.
+        left, right: diagonals, (X, O) and (X, I), an expert's own.
+    """
+
+    sides: TwoSided = TwoSided()
+    left: Side = None
+    right: Side = None
+
+    def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of a weight of ``shape``, experts first."""
+        return (shape[0], *self.sides.coordinates_shape(shape[1:]))
+
+    def keep_rows(self, rows: Factor) -> Factor:
+        """Not without the experts' numbers: see ``rows_of``."""
+        raise AssertionError("a stack is read from tokens with their experts, or from formed gradients")
+
+    def keep_cols(self, cols: Tensor) -> Tensor:
+        """Not without the experts' numbers: see ``cols_of``."""
+        raise AssertionError("a stack is read from tokens with their experts, or from formed gradients")
+
+    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
+        """Not without the experts' numbers."""
+        raise AssertionError("a stack is read from tokens with their experts, or from formed gradients")
+
+    def rows_of(self, rows: Tensor, expert: Tensor) -> Tensor:
+        """(E, S, O) → (E, S, P), each token with its expert's left side; ``expert`` (E, S)."""
+        return dense_along(self.sides.left, rows if self.left is None else rows * self.left.to(rows.dtype)[expert])
+
+    def cols_of(self, cols: Tensor, expert: Tensor) -> Tensor:
+        """(E, S, I) → (E, S, Q), each token with its expert's right side; ``expert`` (E, S)."""
+        return dense_along(self.sides.right, cols if self.right is None else cols * self.right.to(cols.dtype)[expert])
+
+    def of_gradient(self, gradient: Tensor) -> Tensor:
+        """From formed gradients (E, X, O, I)."""
+        scaled = _diagonals(self.left, self.right, gradient)
+        return self.sides.of_gradient(scaled.flatten(0, 1)).unflatten(0, gradient.shape[:2])
+
+    def adjoint(self, theta: Tensor) -> Tensor:
+        """Of θ (X, P, Q), without example axis."""
+        left, right = (side if side is None or side.ndim == 1 else side.T for side in self.sides)
+        return _diagonals(self.left, self.right, TwoSided(left, right).of_gradient(theta))
+
+    def to(self, dtype: torch.dtype) -> "Stack":
+        """Every side in ``dtype``."""
+        left, right = (side if side is None else side.to(dtype) for side in (self.left, self.right))
+        return Stack(self.sides.to(dtype), left, right)
+
+    def after(self, first: Reading) -> Reading:
+        """One map where the diagonals come first; otherwise the two in turn."""
+        if first == TwoSided():
+            return self
+        if isinstance(first, Stack) and self.left is None and self.right is None:
+            sides = self.sides.after(first.sides)
+            assert isinstance(sides, TwoSided)
+            return first._replace(sides=sides)
+        if isinstance(first, Stack) and first.sides == TwoSided():
+            return self._replace(left=product(self.left, first.left), right=product(self.right, first.right))
+        return Then(first, self)
+
+
+class Parts(NamedTuple):
+    """What is stacked taken apart: of (X, …), the entries ``kept``, all of them by default."""
+
+    size: int
+    kept: tuple[int, ...] | None = None
+
+    def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of a stack of ``shape``."""
+        return (self.size if self.kept is None else len(self.kept), *shape[1:])
+
+    def keep_rows(self, rows: Factor) -> Factor:
+        """Whole rows."""
+        return rows
+
+    def keep_cols(self, cols: Tensor) -> Tensor:
+        """Whole columns."""
+        return cols
+
+    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
+        """From kept factors."""
+        return self.of_gradient(outer(rows, cols))
+
+    def of_gradient(self, gradient: Tensor) -> Tensor:
+        """From formed gradients (E, X, …)."""
+        return gradient if self.kept is None else gradient[:, list(self.kept)]
+
+    def adjoint(self, theta: Tensor) -> Tensor:
+        """Of θ without example axis: zero for the entries that are not kept."""
+        if self.kept is None:
+            return theta
+        whole = theta.new_zeros(self.size, *theta.shape[1:])
+        return whole.index_copy(0, torch.tensor(self.kept, device=theta.device), theta)
+
+    def to(self, dtype: torch.dtype) -> "Parts":
+        """Nothing is held."""
+        return self
+
+    def after(self, first: Reading) -> Reading:
+        """Behind the map of the stack."""
+        return self if first == TwoSided() else Then(first, self)
+
+    def narrow(self, numbers: Sequence[int]) -> "Parts":
+        """Only the entries in these places."""
+        before = range(self.size) if self.kept is None else self.kept
+        return self._replace(kept=tuple(before[number] for number in numbers))
+
+    def absorb(self, maps: Sequence[Reading]) -> Reading:
+        """Each entry with a map of its own behind it; sides that all share come before the parts, on the stack."""
+        pairs = [one for one in maps if isinstance(one, TwoSided)]
+        if len(pairs) == len(maps) and len({(id(one.left), id(one.right)) for one in pairs}) == 1:
+            return self.after(Stack(pairs[0]))
+        return Then(self, Each(tuple(maps)))
+
+
+def of_tokens(reading: Reading) -> tuple[Stack, Reading | None]:
+    """The part of a reading that tokens' factors take, and what is left to do with the formed (E, X, P, Q)."""
+    if isinstance(reading, Stack):
+        return reading, None
+    if isinstance(reading, Then):
+        stack, rest = of_tokens(reading.first)
+        return stack, reading.second if rest is None else reading.second.after(rest)
+    if isinstance(reading, Measured):
+        stack, rest = of_tokens(reading.inner)
+        return stack, Measured(rest or TwoSided(), reading.measure)
+    return Stack(), None if reading == TwoSided() else reading
+
+
+def _diagonals(left: Side, right: Side, gradient: Tensor) -> Tensor:
+    """diag(l_x) G_x diag(r_x) of (…, X, O, I)."""
+    if left is not None:
+        gradient = gradient * left.to(gradient.dtype)[..., None]
+    return gradient if right is None else gradient * right.to(gradient.dtype)[:, None]

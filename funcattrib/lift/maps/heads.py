@@ -1,0 +1,251 @@
+"""A gradient taken apart by attention heads, each head with a linear map of its own.
+
+    C(G) = stack over heads h of   L_h G[rows of h] Rᵀ      or      L G[:, columns of h] R_hᵀ      (E, H, p, q)
+
+The side that heads do not divide is shared: x Rᵀ is computed once. The other one is one batched product over heads.
+Maps of any other kind behind the split are applied to the formed, stacked (E, H, …), head by head.
+
+Shapes: E examples, N tokens, H heads, S a head's rows or columns, P/Q coordinates.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcattrib.lift.factors import Factor, OneHot, Side, along, dense_along, length, outer, product
+from funcattrib.lift.maps.base import Reading
+from funcattrib.lift.maps.composed import Then
+from funcattrib.lift.maps.two_sided import TwoSided
+
+
+class Heads(NamedTuple):
+    """Which positions along an axis of a weight belong to which head.
+
+    Attributes:
+        axis: of the weight.
+        number: of heads.
+        size: positions of one head, over all blocks.
+        blocks: of the axis, one after the other, each (number, size / blocks): GPT-2's query, key and value.
+        kept: the heads that are read, all of them by default.
+    """
+
+    axis: int
+    number: int
+    size: int
+    blocks: int = 1
+    kept: tuple[int, ...] | None = None
+
+    @property
+    def read(self) -> int:
+        """How many heads are read."""
+        return self.number if self.kept is None else len(self.kept)
+
+    def take(self, x: Tensor) -> Tensor:
+        """(…, n) → (…, H, S)."""
+        if self.blocks == 1:
+            parts = x.unflatten(-1, (self.number, self.size))
+        else:
+            parts = x.unflatten(-1, (self.blocks, self.number, -1)).transpose(-3, -2).flatten(-2)
+        return parts if self.kept is None else parts[..., list(self.kept), :]
+
+    def scatter(self, parts: Tensor) -> Tensor:
+        """(…, H, S) → (…, n), zero where no head is read: the adjoint of ``take``."""
+        if self.kept is not None:
+            whole = parts.new_zeros(*parts.shape[:-2], self.number, self.size)
+            parts = whole.index_copy(-2, torch.tensor(self.kept, device=parts.device), parts)
+        if self.blocks == 1:
+            return parts.flatten(-2)
+        return parts.unflatten(-1, (self.blocks, -1)).transpose(-3, -2).flatten(-3)
+
+    def only(self, numbers: Sequence[int]) -> "Heads":
+        """Of the heads that are read, those in these places."""
+        if len(numbers) == self.read:
+            return self
+        before = range(self.number) if self.kept is None else self.kept
+        return self._replace(kept=tuple(before[number] for number in numbers))
+
+
+class Split(NamedTuple):
+    """The heads' gradients with two sides each; see the module.
+
+    Attributes:
+        heads: along which axis, and how.
+        own: each head's side along that axis: None (identity), (H, S) (diagonals) or (H, P, S).
+        other: the side along the other axis, shared by the heads.
+    """
+
+    heads: Heads
+    own: Tensor | None = None
+    other: Side = None
+
+    def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of a weight of ``shape``: heads first."""
+        own = self.heads.size if self.own is None else self.own.shape[1]
+        sides = tuple(own if axis == self.heads.axis else length(self.other, n) for axis, n in enumerate(shape))
+        return (self.heads.read, *sides)
+
+    def keep_rows(self, rows: Factor) -> Factor:
+        """Rows with their side applied, heads one after the other: (E, N, H·P)."""
+        if self.heads.axis == 1:
+            return along(self.other, rows)
+        return rows if isinstance(rows, OneHot) else self._each(rows).flatten(-2)
+
+    def keep_cols(self, cols: Tensor) -> Tensor:
+        """Columns with their side applied, heads one after the other: (E, N, H·Q)."""
+        return dense_along(self.other, cols) if self.heads.axis == 0 else self._each(cols).flatten(-2)
+
+    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
+        """From kept factors."""
+        formed = outer(rows, cols)
+        if isinstance(rows, OneHot) and self.heads.axis == 0:  # one-hot rows do not divide into heads: rows of G do
+            return self._replace(other=None).of_gradient(formed)
+        return formed.unflatten(1 + self.heads.axis, (self.heads.read, -1)).movedim(1 + self.heads.axis, 1)
+
+    def of_gradient(self, gradient: Tensor) -> Tensor:
+        """From formed gradients (E, *shape)."""
+        axis = 1 + self.heads.axis
+        shared = TwoSided(None, self.other) if self.heads.axis == 0 else TwoSided(self.other)
+        parts = self._each(shared.of_gradient(gradient).movedim(axis, -1))
+        return parts.movedim((-2, -1), (1, 1 + axis))
+
+    def adjoint(self, theta: Tensor) -> Tensor:
+        """Of θ (H, …), without example axis."""
+        axis = self.heads.axis
+        parts = theta.movedim((0, 1 + axis), (-2, -1))
+        whole = self.heads.scatter(_apply(_transpose(self.own), parts)).movedim(-1, axis)
+        shared = TwoSided(None, self.other) if axis == 0 else TwoSided(self.other)
+        return shared.adjoint(whole)
+
+    def to(self, dtype: torch.dtype) -> "Split":
+        """Every side in ``dtype``."""
+        own, other = (side if side is None else side.to(dtype) for side in (self.own, self.other))
+        return self._replace(own=own, other=other)
+
+    def after(self, first: Reading) -> Reading:
+        """A pair of sides before the split is taken into it, unless one mixes the heads."""
+        if not isinstance(first, TwoSided):
+            return Then(first, self)
+        sides = (first.left, first.right)
+        divided = sides[self.heads.axis]
+        if divided is not None and divided.ndim == 2:
+            return Then(first, self)
+        before = None if divided is None else self.heads.take(divided)
+        return self._replace(own=_product(self.own, before), other=product(self.other, sides[1 - self.heads.axis]))
+
+    def narrow(self, numbers: Sequence[int]) -> "Split":
+        """Only the heads in these places."""
+        own = self.own if self.own is None or len(numbers) == self.heads.read else self.own[list(numbers)]
+        return self._replace(heads=self.heads.only(numbers), own=own)
+
+    def absorb(self, maps: Sequence[Reading]) -> Reading:
+        """Each head's coordinates with a map of its own behind them, in one where all are alike pairs of sides."""
+        pairs = [one for one in maps if isinstance(one, TwoSided)]
+        own = [(pair.left, pair.right)[self.heads.axis] for pair in pairs]
+        other = [(pair.right, pair.left)[self.heads.axis] for pair in pairs]
+        alike = len({None if side is None else side.shape for side in own}) == 1
+        if len(pairs) < len(maps) or not alike or any(side is not other[0] for side in other):
+            return Then(self, Each(tuple(maps)))
+        stacked = None if own[0] is None else torch.stack([side for side in own if side is not None])
+        return self._replace(own=_product(stacked, self.own), other=product(other[0], self.other))
+
+    def _each(self, x: Tensor) -> Tensor:
+        """(…, n) → (…, H, P): every head's part with its own side."""
+        return _apply(self.own, self.heads.take(x))
+
+
+class Each(NamedTuple):
+    """Behind a split: a map of its own for each head of formed, stacked gradients (E, H, …).
+
+    Their coordinates are stacked again, except that one head alone is not: (E, …).
+    """
+
+    maps: tuple[Reading, ...]
+
+    def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of stacked gradients of ``shape``, heads first."""
+        of_one = self.maps[0].coordinates_shape(shape[1:])
+        return of_one if len(self.maps) == 1 else (len(self.maps), *of_one)
+
+    def keep_rows(self, rows: Factor) -> Factor:
+        """Whole rows."""
+        return rows
+
+    def keep_cols(self, cols: Tensor) -> Tensor:
+        """Whole columns."""
+        return cols
+
+    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
+        """From kept factors."""
+        return self.of_gradient(outer(rows, cols))
+
+    def of_gradient(self, gradient: Tensor) -> Tensor:
+        """From formed gradients (E, H, …)."""
+        parts = [one.of_gradient(part) for one, part in zip(self.maps, gradient.unbind(1), strict=True)]
+        return parts[0] if len(parts) == 1 else torch.stack(parts, 1)
+
+    def adjoint(self, theta: Tensor) -> Tensor:
+        """Of θ without example axis."""
+        parts = (theta,) if len(self.maps) == 1 else theta.unbind()
+        return torch.stack([one.adjoint(part) for one, part in zip(self.maps, parts, strict=True)])
+
+    def to(self, dtype: torch.dtype) -> "Each":
+        """Every map in ``dtype``."""
+        return Each(tuple(one.to(dtype) for one in self.maps))
+
+    def after(self, first: Reading) -> Reading:
+        """Behind the split."""
+        return Then(first, self)
+
+
+def each(reading: Reading, maps: Sequence[Reading | None]) -> Reading:
+    """``reading``, whose coordinates are stacked heads, with a map of its own behind each; None drops the head."""
+    numbers = [number for number, one in enumerate(maps) if one is not None]
+    kept = [one for one in maps if one is not None]
+    if len(kept) == 1:  # one head alone is not stacked
+        return Each((kept[0],)).after(_narrow(reading, numbers))
+    return _behind(_narrow(reading, numbers), kept)
+
+
+def _narrow(reading: Reading, numbers: Sequence[int]) -> Reading:
+    if hasattr(reading, "narrow"):
+        return reading.narrow(numbers)
+    assert isinstance(reading, Then), "heads are stacked by a split"
+    if isinstance(reading.second, Each):
+        return Then(_narrow(reading.first, numbers), Each(tuple(reading.second.maps[n] for n in numbers)))
+    return Then(reading.first, _narrow(reading.second, numbers))
+
+
+def _behind(reading: Reading, maps: Sequence[Reading]) -> Reading:
+    if hasattr(reading, "absorb"):
+        return reading.absorb(maps)
+    assert isinstance(reading, Then), "heads are stacked by a split"
+    if isinstance(reading.second, Each):
+        merged = (one.after(before) for one, before in zip(maps, reading.second.maps, strict=True))
+        return Then(reading.first, Each(tuple(merged)))
+    return _behind(reading.second, maps).after(reading.first)
+
+
+def _apply(own: Tensor | None, parts: Tensor) -> Tensor:
+    """Each head's side on its part: (…, H, S) → (…, H, P)."""
+    if own is None:
+        return parts
+    own = own.to(parts.dtype)
+    return parts * own if own.ndim == 2 else torch.einsum("...hs,hps->...hp", parts, own)
+
+
+def _transpose(own: Tensor | None) -> Tensor | None:
+    return own if own is None or own.ndim == 2 else own.transpose(1, 2)
+
+
+def _product(second: Tensor | None, first: Tensor | None) -> Tensor | None:
+    """Each head's ``first`` side, then its ``second``."""
+    if second is None or first is None:
+        return first if second is None else second
+    if second.ndim == 2:
+        return second * first if first.ndim == 2 else second[..., None] * first
+    if first.ndim == 2:
+        return second * first[:, None]
+    dtype = torch.promote_types(second.dtype, first.dtype)  # statistics are in float64, draws in float32
+    return second.to(dtype) @ first.to(dtype)

@@ -1,0 +1,126 @@
+"""Inner products of a gradient with K fixed queries, read in its place; optionally its squared norm beside them.
+
+    C(G) = (⟨Q_1, G⟩, …, ⟨Q_K, G⟩)[, ‖G‖²]        C*(θ) = Σ_k θ_k Q_k
+
+From the factors of G = Σ_n rows_n colsᵀ_n there are two ways, chosen by what they cost an example:
+
+    form       G, then one product with all queries        N·O·I + K·O·I multiplications, and O·I numbers held
+    contract   Σ_n rows_nᵀ Q_k cols_n, query by query      K·N·O·I, and no gradient at all
+
+and for the norm of what is not formed, ‖G‖² = Σ_nm ⟨rows_n, rows_m⟩⟨cols_n, cols_m⟩, N²·(O + I): where that is more
+than 2·N·O·I, G is formed.
+
+Shapes: E examples, N tokens, O/I weight rows/columns, K queries.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcattrib.lift.factors import Factor, OneHot, dense_along, outer
+from funcattrib.lift.maps.base import Reading
+from funcattrib.lift.maps.composed import Then
+from funcattrib.lift.maps.two_sided import TwoSided
+
+_FORMING = 16
+"""What writing and reading a formed gradient costs beside its multiplications, in tokens: small matrices are bound by
+memory, not arithmetic."""
+
+
+class Against(NamedTuple):
+    """Products with ``queries`` (K, *shape), (K,); with ``norm`` the squared norm of G follows them, (K + 1,).
+
+    With the norm the reading is a statistic: its weight must be used once (``lift.single_use``).
+    """
+
+    queries: Tensor
+    norm: bool = False
+
+    @property
+    def wide(self) -> bool:
+        """What is read has at least float32."""
+        return True
+
+    def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The same for every weight, so that they can share a probe."""
+        return (self.queries.shape[0] + self.norm,)
+
+    def keep_rows(self, rows: Factor) -> Factor:
+        """Whole rows."""
+        return rows
+
+    def keep_cols(self, cols: Tensor) -> Tensor:
+        """Whole columns."""
+        return cols
+
+    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
+        """From kept factors."""
+        if cols is None or self.queries.ndim != 3 or not self.contracts(cols.shape[1]):
+            return self.of_gradient(outer(rows, cols))
+        products = _contract(self.queries, rows, cols)
+        return torch.cat([products, _squared_norm(rows, cols)], 1) if self.norm else products
+
+    def contracts(self, tokens: int) -> bool:
+        """Whether an example of ``tokens`` tokens is scored without forming its gradient.
+
+        Example:
+            >>> Against(torch.zeros(1, 64, 64)).contracts(512), Against(torch.zeros(8, 64, 64)).contracts(512)
+            (True, False)
+        """
+        count, height, width = self.queries.shape
+        if self.norm and tokens * (height + width) > 2 * height * width:
+            return False  # the norm needs it formed
+        return count * tokens <= tokens + count + _FORMING
+
+    def of_gradient(self, gradient: Tensor) -> Tensor:
+        """From formed gradients."""
+        flat = _wide(gradient.flatten(1))
+        products = flat @ self.queries.flatten(1).to(flat).T
+        if not self.norm:
+            return products
+        return torch.cat([products, torch.linalg.vector_norm(flat, dim=1, keepdim=True).square()], 1)
+
+    def adjoint(self, theta: Tensor) -> Tensor:
+        """Σ_k θ_k Q_k; with the norm there is none."""
+        assert not self.norm, "a norm has no adjoint; single_use must have excluded this weight"
+        return torch.tensordot(theta, self.queries.to(theta.dtype), 1)
+
+    def to(self, dtype: torch.dtype) -> "Against":
+        """The queries in ``dtype``, or in float32 where that is wider."""
+        return self._replace(queries=self.queries.to(torch.promote_types(dtype, torch.float32)))
+
+    def after(self, first: Reading) -> Reading:
+        """Of what ``first`` reads."""
+        return self if first == TwoSided() else Then(first, self)
+
+
+def _contract(queries: Tensor, rows: Factor, cols: Tensor) -> Tensor:
+    """(E, K): Σ_n rows_nᵀ Q_k cols_n."""
+    if not len(queries):
+        return cols.new_zeros(cols.shape[0], 0)
+    cols = _wide(cols)
+    if isinstance(rows, OneHot):
+        scaled = cols if rows.weight is None else cols * rows.weight[..., None]
+        return torch.stack([(query[rows.ids] * scaled).flatten(1).sum(1) for query in queries], 1)
+    return torch.stack([(dense_along(query, cols) * rows).flatten(1).sum(1) for query in queries], 1)
+
+
+def _squared_norm(rows: Factor, cols: Tensor) -> Tensor:
+    """(E, 1): of Σ_n rows_n colsᵀ_n, from the tokens' inner products."""
+    cols = _wide(cols)
+    if isinstance(rows, OneHot):
+        of_rows = (rows.ids[..., :, None] == rows.ids[..., None, :]).to(cols.dtype)
+        if rows.weight is not None:
+            of_rows = of_rows * rows.weight[..., :, None] * rows.weight[..., None, :]
+    else:
+        of_rows = _wide(rows) @ _wide(rows).mT
+    return (of_rows * (cols @ cols.mT)).flatten(1).sum(1, keepdim=True).clamp(min=0)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: scores are sums over many small products."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+__all__ = ["Against"]

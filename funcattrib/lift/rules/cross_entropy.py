@@ -1,0 +1,117 @@
+"""Rule for the fused head: G_W = Σ_n (∂ℓ/∂z)_n hᵀ_n, with the logit gradients projected chunk by chunk.
+
+Where the left side is a matrix, (∂ℓ/∂z) Lᵀ comes out of the same pass that makes the loss. Otherwise (identity, a
+diagonal, a statistic) one example's (V, d) gradient at a time is formed and read; token by token, ∂ℓ/∂z is kept whole;
+for a function of the gradient's entries, which must know its scale, every example's (V, d).
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcattrib.kernels.cross_entropy import head_loss, head_loss_forming, linear_cross_entropy
+from funcattrib.kernels.head_gradient import bias_gradients
+from funcattrib.kernels.head_tokens import Operands
+from funcattrib.kernels.logit_loss import Head
+from funcattrib.lift.factors import Side
+from funcattrib.lift.lifted import Lifted, Rule, plain
+from funcattrib.lift.maps.base import Reading
+from funcattrib.lift.maps.composed import Then
+from funcattrib.lift.maps.elementwise import is_entrywise
+from funcattrib.lift.maps.inner_products import Against
+from funcattrib.lift.maps.measured import Measured
+from funcattrib.lift.maps.per_token import PerToken
+from funcattrib.lift.maps.two_sided import TwoSided
+from funcattrib.lift.rules.linear import by_example
+from funcattrib.lift.tap import tap
+from funcattrib.weights.stored import dense
+
+
+def _head(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    hidden, weight, target, bias, token_weights, head, reference = args
+    x = Operands(hidden, dense(plain(weight)), target, dense(plain(bias)), token_weights, *(reference or ()))
+    loss = _tap_weight(x, weight, head) if isinstance(weight, Lifted) else head_loss(x, None, head)[0]
+    return _tap_bias(loss, x, bias, head) if isinstance(bias, Lifted) else loss
+
+
+def _tap_weight(x: Operands, weight: Lifted, head: Head) -> Tensor:
+    reading = weight.reading
+    left = _left(reading)
+    if isinstance(reading, PerToken) and (left is None or left.ndim == 1):
+        loss, rows = head_loss(x, _whole(x), head)
+        kept_whole: Any = reading.keep_cols(by_example(x.hidden, weight))
+        return tap(loss, weight.theta, partial(_read_whole, reading, weight.theta.shape[0]), rows, kept_whole)
+    if left is not None and left.ndim == 2:
+        loss, rows = head_loss(x, left, head)
+        kept: Any = reading.keep_cols(by_example(x.hidden, weight))
+        return tap(loss, weight.theta, partial(_read, reading, weight.theta.shape[0]), rows, kept)
+    if is_entrywise(reading):
+        loss, whole = head_loss_forming(x, head, _as_it_is)
+        return tap(loss, weight.theta, partial(_read_scaled, reading), whole)
+    loss, formed = head_loss_forming(x, head, reading.of_gradient)
+    return tap(loss, weight.theta, partial(_read_formed, reading), formed)
+
+
+def _tap_bias(loss: Tensor, x: Operands, bias: Lifted, head: Head) -> Tensor:
+    """G_b = Σ_n (∂ℓ/∂z)_n."""
+    if isinstance(bias.reading, PerToken):
+        rows = head_loss(x, _whole(x), head)[1]
+        return tap(loss, bias.theta, partial(_read_whole, bias.reading, bias.theta.shape[0]), rows, None)
+    return tap(loss, bias.theta, partial(_read_bias, bias.reading, head), *x)
+
+
+def _whole(x: Operands) -> Tensor:
+    """A left side that keeps the gradients of the logits as they are."""
+    return torch.eye(x.weight.shape[0], dtype=x.weight.dtype, device=x.weight.device)
+
+
+def _left(reading: Reading) -> Side:
+    """The left side that rows are given first."""
+    if isinstance(reading, PerToken):
+        return _left(reading.inner)
+    if isinstance(reading, Then):
+        return _left(reading.first)
+    return reading.left if isinstance(reading, TwoSided) else None
+
+
+def _read_whole(reading: Reading, examples: int, g: Tensor, rows: Tensor, cols: Tensor | None) -> Tensor:
+    scaled: Any = reading.keep_rows((rows * g[:, None, None].to(rows.dtype)).reshape(examples, -1, rows.shape[-1]))
+    return reading.read(scaled, cols)
+
+
+def _read(reading: Reading, examples: int, g: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    scaled = rows * g[:, None, None].to(rows.dtype)
+    return reading.read(scaled.reshape(examples, -1, rows.shape[-1]), cols)
+
+
+def _as_it_is(gradient: Tensor) -> Tensor:
+    return gradient
+
+
+def _read_scaled(reading: Reading, g: Tensor, whole: Tensor) -> Tensor:
+    return reading.of_gradient(whole * g[:, None, None].to(whole.dtype))
+
+
+def _read_formed(reading: Reading, g: Tensor, formed: Tensor) -> Tensor:
+    return rescaled(reading, formed, g)
+
+
+def rescaled(reading: Reading, value: Tensor, scale: Tensor) -> Tensor:
+    """What is read of scale · G, scale (E,), from what was read of G, (E, …)."""
+    if isinstance(reading, Then):
+        return rescaled(reading.second, value, scale)
+    factor = scale.reshape(-1, *[1] * (value.ndim - 1)).to(value.dtype)
+    if isinstance(reading, Measured):
+        return value * factor**2
+    if isinstance(reading, Against) and reading.norm:
+        return torch.cat([value[:, :-1] * factor, value[:, -1:] * factor**2], 1)
+    return value * factor
+
+
+def _read_bias(reading: Reading, head: Head, g: Tensor, *operands: Any) -> Tensor:
+    return reading.of_gradient(bias_gradients(g, Operands(*operands), head))
+
+
+RULES: dict[Any, Rule] = {linear_cross_entropy: _head}

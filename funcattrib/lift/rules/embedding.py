@@ -1,0 +1,43 @@
+"""Rule for ``F.embedding``: G_W = Σ_n e_{id_n} gᵀ_n. The (V, d) gradient is not formed: a one-hot factor is its ids."""
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from funcattrib.lift.factors import OneHot
+from funcattrib.lift.lifted import Rule
+from funcattrib.lift.maps.base import Reading
+from funcattrib.lift.tap import tap
+
+
+def _embedding(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    options = dict(
+        zip(("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq"), args, strict=False)
+    )
+    options |= kwargs
+    ids, leaf = options.pop("input"), options.pop("weight")
+    if options.get("max_norm") is not None or options.get("scale_grad_by_freq"):
+        return NotImplemented
+    y = F.embedding(ids, leaf.weight, options.get("padding_idx"))
+    examples, size = leaf.theta.shape[0], leaf.weight.shape[0]
+    index = ids.reshape(examples, -1)
+    counted = None
+    if (padding := options.get("padding_idx")) is not None:  # torch gives the padding row no gradient
+        counted = (index != padding % size).to(leaf.weight.dtype)
+    rows = leaf.reading.keep_rows(OneHot(index, size, counted))
+    if isinstance(rows, Tensor):
+        return tap(y, leaf.theta, partial(_read, leaf.reading, examples), rows)
+    return tap(y, leaf.theta, partial(_read_onehot, leaf.reading, examples, size), rows.ids, rows.weight)
+
+
+def _read(reading: Reading, examples: int, g: Tensor, rows: Tensor) -> Tensor:
+    return reading.read(rows, reading.keep_cols(g.reshape(examples, -1, g.shape[-1])))
+
+
+def _read_onehot(reading: Reading, examples: int, size: int, g: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
+    return reading.read(OneHot(index, size, weight), reading.keep_cols(g.reshape(examples, -1, g.shape[-1])))
+
+
+RULES: dict[Any, Rule] = {F.embedding: _embedding}

@@ -1,0 +1,111 @@
+"""Rules for matrix products: ``F.linear``, W (out, in), and ``torch.addmm``, W (in, out), which HF ``Conv1D`` uses.
+
+y = x Wᵀ + b        G_W = Σ_n g_n xᵀ_n        G_b = Σ_n g_n
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from funcattrib.errors import ChainError
+from funcattrib.lift.lifted import Lifted, Rule, plain
+from funcattrib.lift.maps.base import Reading
+from funcattrib.lift.maps.per_token import summed
+from funcattrib.lift.rules.frozen_linear import frozen_linear
+from funcattrib.lift.tap import tap
+
+
+def _linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, weight, bias = _bind(("input", "weight", "bias"), args, kwargs)
+    if isinstance(x, Lifted):
+        return NotImplemented
+    if _frozen(weight):
+        by_example(x, weight)
+        y = frozen_linear(x, weight.weight, plain(bias), weight.theta, weight.reading, False)
+        return tap_bias(y, bias)
+    y = F.linear(x, plain(weight), plain(bias))
+    if isinstance(weight, Lifted):
+        kept: Any = weight.reading.keep_cols(by_example(x.detach(), weight))  # no graph of what only the probe reads
+        y = tap(y, weight.theta, partial(_read_rows, weight.reading, weight.theta.shape[0]), kept)
+    return tap_bias(y, bias)
+
+
+def _addmm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    bias, x, weight = _bind(("input", "mat1", "mat2"), args, kwargs)
+    if isinstance(x, Lifted) or kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1:
+        return NotImplemented
+    if _frozen(weight):
+        by_example(x, weight)
+        y = frozen_linear(x, weight.weight, plain(bias), weight.theta, weight.reading, True)
+        return tap_bias(y, bias)
+    y = torch.addmm(plain(bias), x, plain(weight))
+    if isinstance(weight, Lifted):
+        flat = by_example(x.detach(), weight)  # HF Conv1D flattens examples in their order
+        kept: Any = weight.reading.keep_rows(flat)
+        y = tap(y, weight.theta, partial(_read_cols, weight.reading, weight.theta.shape[0]), kept)
+    return tap_bias(y, bias)
+
+
+def _frozen(weight: Any) -> bool:
+    """Lifted and not trained: its own gradient is wanted by nobody."""
+    return isinstance(weight, Lifted) and not weight.weight.requires_grad
+
+
+def tap_bias(y: Tensor, bias: Any) -> Tensor:
+    """Taps ``y`` for a bias that was added along its last axis."""
+    if not isinstance(bias, Lifted):
+        return y
+    return tap(y, bias.theta, partial(_read_bias, bias.reading, bias.theta.shape[0]))
+
+
+def by_example(x: Tensor, leaf: Lifted) -> Tensor:
+    """(…, i) → (E, N, i).
+
+    Raises:
+        ChainError: one probe an example, and no axis of ``x`` that counts examples (gathered tokens).
+    """
+    examples = leaf.theta.shape[0]
+    flattened = x.ndim == 2 and leaf.tokens is not None and x.shape[0] == examples * leaf.tokens
+    if examples > 1 and x.shape[0] != examples and not flattened:
+        raise ChainError(
+            f"expected an input of {examples} examples for an attributed parameter, found shape {tuple(x.shape)}: the "
+            "model gathers tokens across examples; leave this parameter out, or collect with per_example_grad"
+        )
+    return x.reshape(examples, -1, x.shape[-1])
+
+
+def _matmul(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """W @ x with x (…, in, tokens), as Mamba writes it."""
+    weight, x = args[:2]
+    if not isinstance(weight, Lifted) or not isinstance(x, Tensor) or isinstance(x, Lifted) or x.ndim < 3:
+        return NotImplemented
+    return _linear((x.mT, weight), {}).mT if weight.ndim == 2 else NotImplemented
+
+
+def _read_rows(reading: Reading, examples: int, g: Tensor, cols: Tensor) -> Tensor:
+    return reading.read(reading.keep_rows(g.reshape(examples, -1, g.shape[-1])), cols)
+
+
+def _read_cols(reading: Reading, examples: int, g: Tensor, rows: Tensor) -> Tensor:
+    return reading.read(rows, reading.keep_cols(g.reshape(examples, -1, g.shape[-1])))
+
+
+def _read_bias(reading: Reading, examples: int, g: Tensor) -> Tensor:
+    return reading.read(reading.keep_rows(summed(reading, g.reshape(examples, -1, g.shape[-1]))), None)
+
+
+def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Positional and keyword arguments in order, None where absent."""
+    return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
+
+
+RULES: dict[Any, Rule] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    torch.matmul: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+}

@@ -1,0 +1,178 @@
+"""Losses: ``loss(params, example) -> scalar``, the one signature used everywhere.
+
+Causal language models: with hidden states h_t and targets y_t = labels_{t+1},
+
+    sum   A Σ_t a_t ℓ(h_t, y_t)            mean   A Σ_t a_t ℓ(h_t, y_t) / #labelled tokens
+
+over the labelled tokens, a_t an optional weight of token t + 1 and A an optional advantage of the example; ℓ is
+cross-entropy, negative log-odds, or the divergence from a reference model, in nats (``kernels/logit_loss.py``).
+An example without a labelled token has loss 0 and gradient 0.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from funcattrib.errors import FuncattribError
+from funcattrib.kernels.cross_entropy import Reference, linear_cross_entropy
+from funcattrib.kernels.head_tokens import IGNORED
+from funcattrib.kernels.logit_loss import Head, Kind
+from funcattrib.losses.fused_head import LanguageModel, describe, hidden_states, own_logits, without_adapter
+from funcattrib.models.functional import Functional, functionalize
+from funcattrib.types import Example, Loss, Params
+from funcattrib.weights.stored import dense
+
+Reduction = Literal["sum", "mean"]
+
+
+class _Settings(NamedTuple):
+    """Of the loss: what is taken of the logits, how tokens are added up, and the model that ``kl`` compares with."""
+
+    head: Head
+    reduction: Reduction
+    reference: LanguageModel | None
+
+
+def causal_lm_loss(
+    model: nn.Module,
+    *,
+    reduction: Reduction = "sum",
+    kind: Kind = "ce",
+    label_smoothing: float = 0.0,
+    reference: nn.Module | None = None,
+    modules: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
+) -> tuple[Loss, dict[str, Tensor]]:
+    """The loss of a Hugging Face causal language model, and the parameters to attribute.
+
+    The head and the loss are fused (no logits in memory) where that reproduces the model's own logits, which
+    is checked here on a few tokens; otherwise the model's logits are used.
+
+    Args:
+        reduction: ``sum`` or ``mean`` over an example's labelled tokens.
+        kind: ``ce`` (cross-entropy), ``log_odds`` (TRAK's margin per token) or ``kl`` (KL(model ‖ reference) of the
+            distributions that predict each labelled token).
+        label_smoothing: ε of smoothed cross-entropy.
+        reference: for ``kl``, a causal language model of the same vocabulary, taken as constant; by default ``model``
+            with its adapter off.
+        modules, exclude: which parameters to attribute, as in ``functionalize``.
+
+    Returns:
+        ``loss(params, example) -> scalar`` with ``example`` holding ``input_ids`` (T,) and ``labels`` (T,), optionally
+        ``attention_mask``, ``token_weights`` (T,) and ``advantage`` (); and the parameters, name → tensor.
+
+    Raises:
+        FuncattribError: an unknown reduction or kind; no parameter chosen; ``kl`` without a reference, or with one of
+            another vocabulary.
+
+    Reference: TRAK's margin, arXiv 2303.14186.
+
+    Example:
+        >>> from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+        >>> size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        >>> model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=10, max_position_embeddings=8, **size))
+        >>> loss, params = causal_lm_loss(model)
+        >>> ids = torch.tensor([1, 2, 3])
+        >>> loss(params, {"input_ids": ids, "labels": ids}).shape, len(params)
+        (torch.Size([]), 4)
+    """
+    for value, allowed in ((reduction, get_args(Reduction)), (kind, get_args(Kind))):
+        if value not in allowed:
+            raise FuncattribError(f"expected one of {allowed}, found {value!r}")
+    if label_smoothing and kind != "ce":
+        raise FuncattribError(
+            f"expected label_smoothing 0 with kind={kind!r}, found {label_smoothing}; smooth cross-entropy only"
+        )
+    if reference is not None and kind != "kl":
+        raise FuncattribError(f"expected no reference model with kind={kind!r}, found one; use kind='kl'")
+    parts = functionalize(model, modules, exclude)
+    described = describe(parts)
+    head = Head(kind, label_smoothing, described.scale, described.softcap)
+    against = None
+    if kind == "kl":
+        against = _reference(parts, reference)
+        head = head._replace(reference=(against.scale, against.softcap))
+    return partial(_causal_loss, described, _Settings(head, reduction, against)), parts.params
+
+
+def _causal_loss(model: LanguageModel, settings: _Settings, params: Params, example: Example) -> Tensor:
+    weights = {**model.parts.frozen, **params}
+    target = torch.nn.functional.pad(example["labels"][1:], (0, 1), value=IGNORED)
+    token_weights = example.get("token_weights")
+    if token_weights is not None:
+        token_weights = torch.nn.functional.pad(token_weights[1:], (0, 1))[None]
+    inputs = {name: example[name][None] for name in ("input_ids", "attention_mask") if name in example}
+    head, reference = settings.head, settings.reference
+    if model.prefix is None or (reference is not None and reference.prefix is None):
+        logits = own_logits(model, weights, inputs)
+        others = None if reference is None else _constant(own_logits, reference, inputs)
+        loss = _logits_loss(logits, target[None], token_weights, head, others)[0]
+    else:
+        hidden = hidden_states(model, weights, inputs)
+        bias = None if model.bias is None else weights[model.bias]
+        against = None if reference is None else _compared(reference, inputs)
+        operands = (hidden, weights[model.weight], target[None], bias, token_weights, head, against)
+        loss = linear_cross_entropy(*operands)[0]
+    if settings.reduction == "mean":
+        loss = loss / (target != IGNORED).sum().clamp(min=1)
+    return loss * example["advantage"] if "advantage" in example else loss
+
+
+def _reference(parts: Functional, reference: nn.Module | None) -> LanguageModel:
+    """The model that ``kl`` compares with."""
+    if reference is None:
+        described = without_adapter(parts)
+        if described is None:
+            raise FuncattribError(
+                "expected a reference model for the loss kl, found none, and no adapter on the model to switch off\n"
+                "give one with --reference-model (reference=)"
+            )
+        return described
+    own, other = (_vocabulary(model) for model in (parts.skeleton, reference))
+    if own != other:
+        raise FuncattribError(
+            f"expected a reference model with the model's vocabulary of {own}, found one of {other}\n"
+            "give one that shares the model's tokenizer"
+        )
+    return describe(functionalize(reference, "all"))
+
+
+def _compared(reference: LanguageModel, inputs: Mapping[str, Tensor]) -> Reference:
+    weights = {**reference.parts.frozen, **reference.parts.params}
+    bias = None if reference.bias is None else weights[reference.bias]
+    return Reference(_constant(hidden_states, reference, inputs), dense(weights[reference.weight]), dense(bias))
+
+
+@torch.no_grad()
+def _constant(compute: Callable[..., Tensor], model: LanguageModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    return compute(model, {**model.parts.frozen, **model.parts.params}, inputs)
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """The width of the logits, where the model says."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    return None if output is None else int(output.weight.shape[0])
+
+
+def _logits_loss(
+    logits: Tensor, target: Tensor, token_weights: Tensor | None, head: Head, reference: Tensor | None
+) -> Tensor:
+    """The plain form of the fused head: the same formulas on logits (E, N, V)."""
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    counted = target != IGNORED
+    y = target.clamp(min=0)[..., None]
+    z_y = z.gather(-1, y)[..., 0]
+    if reference is not None:
+        log_p, log_q = torch.log_softmax(z, -1), torch.log_softmax(reference.to(z.dtype), -1)
+        per_token = (log_p.exp() * (log_p - log_q)).sum(-1)
+    elif head.kind == "log_odds":
+        others = torch.logsumexp(z.scatter(-1, y, float("-inf")), -1)
+        per_token = others - z_y
+    else:
+        smoothing = head.smoothing
+        per_token = torch.logsumexp(z, -1) - (1 - smoothing) * z_y - (smoothing * z.mean(-1) if smoothing else 0.0)
+    factor = counted.to(z.dtype) if token_weights is None else counted * token_weights.to(z.dtype)
+    return torch.where(counted, per_token * factor, 0.0).sum(-1)

@@ -1,0 +1,122 @@
+"""A causal language model as its base and its head: hidden states, and what the head makes of them.
+
+    logits = cap(scale · (W h + b)),        h the base model's last hidden states
+
+The head and the loss can then be fused, so that no logits are ever in memory. Whether the two parts give the model's
+own logits is tried on a few tokens; where they do not, ``prefix`` is None and the model's logits are used.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from funcattrib.models.functional import Functional
+
+Inputs = Mapping[str, Tensor]
+
+
+class LanguageModel(NamedTuple):
+    """A model taken apart.
+
+    Attributes:
+        parts: skeleton and parameters.
+        prefix: the name of the base; None where base and head do not give the model's logits.
+        weight, bias: names of the head's parameters.
+        scale, softcap: what the head does to its products.
+        held: kept alive as long as the model is.
+    """
+
+    parts: Functional
+    prefix: str | None = None
+    weight: str = ""
+    bias: str | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    held: Any = None
+
+
+def describe(parts: Functional) -> LanguageModel:
+    """Find the base model and the head, and compare with the model's own logits."""
+    unfused = LanguageModel(parts)
+    found = _with_head(parts.skeleton)
+    if found is None:
+        return unfused
+    base, module, output = found
+    names = {id(tensor): name for name, tensor in reversed(list(parts.skeleton.named_parameters()))}
+    weight, bias = names.get(id(output.weight)), None if output.bias is None else names.get(id(output.bias))
+    if weight is None:
+        return unfused
+    described = LanguageModel(
+        parts,
+        base,
+        weight,
+        bias,
+        **_logit_transform(getattr(module, "config", None)),
+    )
+    return described if _reproduces_logits(described) else unfused
+
+
+def hidden_states(model: LanguageModel, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+    """The base model's last hidden states (1, T, d)."""
+    prefix = f"{model.prefix}."
+    inside = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    base = model.parts.skeleton.get_submodule(model.prefix or "")
+    return torch.func.functional_call(base, inside, (), dict(inputs), strict=True)[0]
+
+
+def own_logits(model: LanguageModel, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+    """The model's own logits (1, T, V)."""
+    return torch.func.functional_call(model.parts.skeleton, dict(weights), (), dict(inputs), strict=True).logits
+
+
+def without_adapter(parts: Functional) -> LanguageModel | None:
+    """The model as it computes with its adapter off (peft's ``disable_adapter``); None where it has no such switch."""
+    if not callable(getattr(parts.skeleton, "disable_adapter", None)):
+        return None
+    # The switch is thrown once and held, as peft's sets requires_grad, which no torch.func transform allows; and on
+    # parameters of the twin's own (of the same storage), so that the user's keep theirs.
+    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in parts.skeleton.parameters()}
+    twin = copy.deepcopy(parts.skeleton, shared | {id(b): b for b in parts.skeleton.buffers()})
+    held = twin.disable_adapter()  # type: ignore[operator]
+    held.__enter__()
+    return describe(parts._replace(skeleton=twin))._replace(held=held)
+
+
+def _with_head(skeleton: nn.Module) -> tuple[str, nn.Module, nn.Linear] | None:
+    """Name of the base, the model around it, and its head; a wrapper, such as an adapter's, has the model inside."""
+    for path, module in skeleton.named_modules():
+        if isinstance(module, PreTrainedModel) and isinstance(output := module.get_output_embeddings(), nn.Linear):
+            return f"{path}.{module.base_model_prefix}".lstrip("."), module, output
+    return None
+
+
+def _logit_transform(config: Any) -> dict[str, Any]:
+    """What the configuration says the head does to its products: logit_scale, logits_scaling, soft-capping."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    scale = getattr(text, "logit_scale", None)
+    divisor = getattr(text, "logits_scaling", None)
+    scale = scale if scale is not None else 1.0 / divisor if divisor else 1.0
+    return {"scale": float(scale), "softcap": getattr(text, "final_logit_softcapping", None)}
+
+
+@torch.no_grad()
+def _reproduces_logits(model: LanguageModel) -> bool:
+    weights = {**model.parts.frozen, **model.parts.params}
+    device = weights[model.weight].device
+    ids = (torch.arange(8, device=device) * 31 % weights[model.weight].shape[0])[None]
+    theirs = own_logits(model, weights, {"input_ids": ids})
+    try:
+        hidden = hidden_states(model, weights, {"input_ids": ids})
+    except (RuntimeError, KeyError, AttributeError):  # parameters outside base and head: not a plain head
+        return False
+    bias = None if model.bias is None else weights[model.bias]
+    ours = torch.nn.functional.linear(hidden, weights[model.weight], bias) * model.scale
+    if model.softcap is not None:
+        ours = torch.tanh(ours / model.softcap) * model.softcap
+    tolerance = 1e-4 if theirs.dtype in (torch.float32, torch.float64) else 2e-2
+    spread = float(theirs.float().std()) + 1e-12
+    return ours.shape == theirs.shape and float((ours - theirs).abs().max()) <= tolerance * max(spread, 1e-3)

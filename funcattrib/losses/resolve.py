@@ -1,0 +1,209 @@
+"""The loss of a run: a kind of ``causal_lm_loss`` by its name, or a function of the user's own.
+
+A user's function is told by its required arguments:
+
+    loss(params, example) -> scalar          two: the loss itself
+    factory(model) -> loss                   one: makes it from the model
+    factory(model) -> (loss, params)         one, and brings parameters of its own
+
+``params`` are all of the model's (or the factory's) parameters, name → tensor, of which the run attributes those that
+it chooses. The example is what tokenising gives, ``input_ids`` and ``labels``, and every column of the data with one
+number a row.
+"""
+
+import fnmatch
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, get_args
+
+from torch import Tensor, nn
+
+from funcattrib.errors import FuncattribError
+from funcattrib.kernels.logit_loss import Kind
+from funcattrib.losses.causal_lm import Reduction, causal_lm_loss
+from funcattrib.models.functional import parameters_of
+from funcattrib.models.selection import choose
+from funcattrib.types import Example, Loss, Params
+
+KINDS = get_args(Kind)
+Own = Callable[..., Any]
+
+
+def loss_of(
+    model: nn.Module,
+    loss: str | Own,
+    *,
+    reduction: Reduction = "sum",
+    label_smoothing: float = 0.0,
+    reference: nn.Module | None = None,
+    modules: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
+) -> tuple[Loss, dict[str, Tensor]]:
+    """The loss that ``loss`` names, and the parameters to attribute.
+
+    Args:
+        loss: ``ce``, ``kl``, ``log_odds``, or a function of the user's own: itself, or as ``package.module:function``.
+        reduction, label_smoothing, reference, modules, exclude: as in ``causal_lm_loss``; the first three are refused
+            where they mean nothing to the loss.
+
+    Raises:
+        FuncattribError: no such loss, or one that takes neither a model nor parameters and an example.
+    """
+    if loss in KINDS:
+        return causal_lm_loss(
+            model,
+            kind=loss,  # type: ignore[arg-type]
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            reference=reference,
+            modules=modules,
+            exclude=exclude,
+        )
+    for flag, given in (
+        ("--loss-reduction mean", reduction != "sum"),
+        ("--label-smoothing", bool(label_smoothing)),
+        ("--reference-model", reference is not None),
+    ):
+        if given:
+            raise FuncattribError(
+                f"expected no {flag} with a loss of one's own ({name_of(loss)}), found it; write it into the loss"
+            )
+    function = find_loss(loss) if isinstance(loss, str) else loss
+    return _own_loss(model, function, name_of(loss), modules, exclude)
+
+
+def name_of(loss: str | Own) -> str:
+    """What the manifest calls a loss: ``package.module:function``."""
+    if isinstance(loss, str):
+        return loss
+    of = loss.func if isinstance(loss, partial) else loss
+    return f"{getattr(of, '__module__', '')}:{getattr(of, '__qualname__', type(of).__name__)}"
+
+
+def find_loss(name: str) -> Own:
+    """Import ``package.module:function``, from the current directory or the path as ``python -m`` does.
+
+    Raises:
+        FuncattribError: no such module or function; the module fails when it is imported.
+
+    Example:
+        >>> find_loss("torch.nn.functional:mse_loss").__name__
+        'mse_loss'
+    """
+    module_name, colon, attribute = name.partition(":")
+    if not (module_name and colon and attribute):
+        raise FuncattribError(f"expected a loss of {', '.join(KINDS)} or package.module:function, found {name!r}")
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise _fails(module_name, error) from error
+        raise FuncattribError(
+            f"expected a module {module_name} for the loss {name}, found none in {os.getcwd()} or on the path\n"
+            "run the command where the module is, or install it"
+        ) from error
+    except Exception as error:  # whatever the user's module raises
+        raise _fails(module_name, error) from error
+    found: Any = module
+    for part in attribute.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        raise FuncattribError(f"expected a function {attribute} in {module.__file__ or module_name}, found none")
+    own: Own = found
+    return own
+
+
+def _own_loss(
+    model: nn.Module, function: Own, name: str, modules: Iterable[str] | None, exclude: Iterable[str]
+) -> tuple[Loss, dict[str, Tensor]]:
+    modules = None if modules is None else [modules] if isinstance(modules, str) else list(modules)
+    loss: Any = function
+    params: Any = None
+    if _required(function, name) == 1:
+        made = function(model)
+        loss, params = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not callable(loss):
+        raise FuncattribError(f"expected {name}(model) to return a loss or (loss, params), found {type(loss).__name__}")
+    loss = partial(_checked, name, loss)
+    if params is None:
+        everything = parameters_of(model)
+        names = choose(model, modules, exclude)
+        chosen = {name: tensor for name, tensor in everything.items() if name in names}
+        rest = {name: tensor for name, tensor in everything.items() if name not in chosen}
+        return partial(_with_rest, loss, rest), chosen
+    if not isinstance(params, dict) or not all(isinstance(tensor, Tensor) for tensor in params.values()):
+        raise FuncattribError(f"expected {name}(model) to return its parameters as a dict of tensors, found others")
+    return _chosen(loss, params, modules, list(exclude), name)
+
+
+def _required(function: Own, name: str) -> int:
+    """Arguments that must be given: 1 of a factory, 2 of a loss."""
+    try:
+        arguments = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        arguments = {}.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [a.name for a in arguments if a.kind in positional and a.default is inspect.Parameter.empty]
+    if len(required) not in (1, 2):
+        raise FuncattribError(
+            f"expected {name} to take (params, example), or a model, found ({', '.join(required)})\n"
+            "write a loss of two arguments, or a factory of one"
+        )
+    return len(required)
+
+
+def _chosen(
+    loss: Loss, params: dict[str, Tensor], modules: list[str] | None, exclude: list[str], name: str
+) -> tuple[Loss, dict[str, Tensor]]:
+    """Those of a factory's parameters that the globs select; the others stay as they are."""
+    include = ["*"] if modules is None or modules == ["all"] else modules
+
+    def wanted(parameter: str) -> bool:
+        taken = any(fnmatch.fnmatchcase(parameter, glob) for glob in include)
+        return taken and not any(fnmatch.fnmatchcase(parameter, glob) for glob in exclude)
+
+    params = {parameter: tensor.detach() for parameter, tensor in params.items()}
+    chosen = {parameter: tensor for parameter, tensor in params.items() if wanted(parameter)}
+    if not chosen:
+        raise FuncattribError(
+            f"expected --modules to select some of the {len(params)} parameters of {name}, found none"
+        )
+    rest = {parameter: tensor for parameter, tensor in params.items() if parameter not in chosen}
+    return (partial(_with_rest, loss, rest) if rest else loss), chosen
+
+
+def _with_rest(loss: Loss, rest: Params, params: Params, example: Example) -> Tensor:
+    return loss({**rest, **params}, example)
+
+
+def _checked(name: str, loss: Loss, params: Params, example: Example) -> Tensor:
+    """The user's loss; what it returns must be a scalar."""
+    try:
+        value: Any = loss(params, example)
+    except KeyError as error:
+        key = error.args[0] if error.args else None
+        if key in example or key in params:
+            raise
+        raise FuncattribError(
+            f"expected {key!r} for the loss {name}, found an example with {', '.join(example)}\n"
+            "give data with such a column of numbers (a text alone, as in a query, has none)"
+        ) from error
+    if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
+        found = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise FuncattribError(
+            f"expected {name} to return a scalar tensor of floating point for one example, found {found}\n"
+            "add up or average over the example's tokens"
+        )
+    return value
+
+
+def _fails(module_name: str, error: Exception) -> FuncattribError:
+    return FuncattribError(
+        f"expected to import {module_name} for the loss, found: {type(error).__name__}: {error}\nmend the module"
+    )

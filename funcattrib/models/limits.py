@@ -1,0 +1,39 @@
+"""What a model can be given: its vocabulary and its longest document."""
+
+from torch import nn
+from transformers import (
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from funcattrib.errors import FuncattribError
+
+
+def vocabulary(model: nn.Module) -> int | None:
+    """The number of tokens the model knows, where it says."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    return embedding.weight.shape[0] if embedding is not None else None
+
+
+def context_length(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, *, asked: int | None = None
+) -> int:
+    """The longest document in tokens: what is asked for, else the model's context, the tokenizer's, or 2048.
+
+    Raises:
+        FuncattribError: more is asked for than the model's configuration allows.
+    """
+    own = own_context(getattr(model, "config", None))
+    if asked is not None:
+        if own is not None and asked > own:
+            raise FuncattribError(f"expected a longest document within the model's context of {own}, found {asked}")
+        return asked
+    limit = getattr(tokenizer, "model_max_length", None)
+    return own or (limit if isinstance(limit, int) and 0 < limit < 10**9 else 2048)
+
+
+def own_context(config: PretrainedConfig | None) -> int | None:
+    """The longest document that a model's configuration allows, where it says."""
+    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+    return next((value for name in names if isinstance(value := getattr(text, name, None), int) and value > 0), None)

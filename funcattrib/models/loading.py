@@ -1,0 +1,193 @@
+"""Loading models and tokenizers from the hub or a folder, and telling checkpoints apart by content."""
+
+import importlib.util
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from funcattrib.errors import FuncattribError
+from funcattrib.models.adapter import adapter_on, base_of
+from funcattrib.models.functional import functionalize
+from funcattrib.models.limits import vocabulary
+from funcattrib.models.locate import locate, quietly, readable
+from funcattrib.models.sharded_loading import Shards, load_sharded
+from funcattrib.models.skeleton import is_quantised
+from funcattrib.runtime.devices import pick_device
+from funcattrib.runtime.hub import why
+
+log = logging.getLogger(__name__)
+
+_DTYPES: dict[str, Any] = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_CODES: dict[str, dict[str, Any]] = {
+    "int8": {"load_in_8bit": True},
+    "int4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+}
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "int8", "int4": "int4"}
+"""The name of a dtype in a manifest, and the precision that loads a model in it."""
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "spiece*", "tekken*")
+
+
+class Loaded(NamedTuple):
+    """A model, its tokenizer (None where the folder has none) and what it is called: a hub id, or a folder's path.
+
+    ``reference`` is a model to compare it with, where one was asked for.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase | None
+    name: str
+    revision: str | None
+    reference: nn.Module | None = None
+
+
+def load_model(
+    name: str,
+    *,
+    tokenizer: str | None = None,
+    revision: str | None = None,
+    precision: str = "fp32",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    shards: Shards | None = None,
+) -> Loaded:
+    """Load a causal language model in eval mode, from safetensors, and its tokenizer.
+
+    Args:
+        name: a hub id or a folder; of a PEFT adapter, its base is loaded too.
+        precision: ``auto`` (the checkpoint's own), ``fp32``, ``bf16``, ``fp16``; ``int8`` or ``int4`` (nf4) quantise
+            the blocks' linear layers with bitsandbytes, and leave the rest in the checkpoint's own.
+        shards: the ranks that hold the model together: each reads its own rows.
+
+    Raises:
+        FuncattribError: no such model, an unreachable hub, a checkpoint that is no causal language model or lacks
+            weights, an unknown device.
+    """
+    if precision not in {**_DTYPES, **_CODES}:
+        raise FuncattribError(f"expected a precision of {', '.join([*_DTYPES, *_CODES])}, found {precision!r}")
+    target = pick_device(device)
+    source = locate(name)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with readable(name, source):
+        base = base_of(source, revision)
+        if base is None:
+            AutoConfig.from_pretrained(source, **options)
+            if shards is not None:
+                model = load_sharded(source, _DTYPES.get(precision, "auto"), shards, options, _codes(precision))
+            else:
+                model = _whole(name, source, precision, target, options)
+    if base is not None:
+        own = {"precision": precision, "device": device, "trust_remote_code": trust_remote_code, "shards": shards}
+        loaded = load_model(base.name, revision=base.revision, **own)  # type: ignore[arg-type]
+        with readable(name, source):
+            model = adapter_on(loaded.model, source, revision)
+        words = _own_tokenizer(name, tokenizer, options) or loaded.tokenizer
+        return Loaded(model.eval(), words, _called(name, source), revision)
+    causal = is_causal(model)
+    if shards is not None:
+        shards.gathers.settle()
+    if not causal:
+        raise FuncattribError(
+            f"expected a causal language model at {name}, found that {type(model).__name__} looks at later tokens\n"
+            "give a decoder (in its config.json, is_decoder: true)"
+        )
+    return Loaded(model, _own_tokenizer(name, tokenizer, options), _called(name, source), revision)
+
+
+def _whole(
+    name: str, source: Path | str, precision: str, target: torch.device, options: Mapping[str, Any]
+) -> nn.Module:
+    """The model on one device."""
+    settings: dict[str, Any] = {"dtype": _DTYPES.get(precision, "auto"), **options}
+    if (quantisation := _codes(precision)) is not None:
+        settings |= {"quantization_config": quantisation, "device_map": {"": target}}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source, use_safetensors=True, output_loading_info=True, **settings
+    )
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise FuncattribError(
+            f"expected every weight of {type(model).__name__} in {name}, found {len(missing)} missing, among them "
+            f"{missing[0]}\ngive a checkpoint saved with its language-model head"
+        )
+    codes = any(map(is_quantised, model.modules()))  # bitsandbytes has put them where they belong
+    own: nn.Module = model.eval() if codes else model.to(target).eval()
+    return own
+
+
+def _codes(precision: str) -> BitsAndBytesConfig | None:
+    """What quantises a model in this precision; None where nothing does."""
+    if precision not in _CODES:
+        return None
+    for package in ("bitsandbytes", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise FuncattribError(
+                f"expected the package {package} for --precision {precision}, found none\n"
+                "install it, e.g. with pip install 'funcattrib[gpu]', or use bf16"
+            )
+    return BitsAndBytesConfig(**_CODES[precision])
+
+
+def _called(name: str, source: Path | str) -> str:
+    return name if isinstance(source, str) else str(source.resolve())
+
+
+def _own_tokenizer(name: str, tokenizer: str | None, options: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
+    return load_tokenizer(tokenizer, {**options, "revision": None}) if tokenizer else load_tokenizer(name, options)
+
+
+def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """A model's configuration alone; its weights need not be there.
+
+    Raises:
+        FuncattribError: no configuration that can be read.
+    """
+    source = locate(name)
+    with readable(name, source, "config.json (of an adapter, its base's)"):
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(name: str, options: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model; None where a local folder has none (data that is tokenised already needs none)."""
+    source = locate(name)
+    # Where there are no files, transformers makes a tokenizer that knows no words.
+    if isinstance(source, Path) and not any(found for glob in _TOKENIZER_FILES for found in source.glob(glob)):
+        return None
+    try:
+        with quietly(source):
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:
+        raise FuncattribError(
+            f"expected a tokenizer at {name!r}, found none that loads: {why(error)}\ngive one with --tokenizer"
+        ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise FuncattribError(f"expected a tokenizer with words at {name!r}, found none\ngive one with --tokenizer")
+    return tokenizer
+
+
+@torch.no_grad()
+def is_causal(model: nn.Module) -> bool:
+    """Whether the logits of earlier tokens are independent of later ones, tried on eight tokens."""
+    ids = torch.arange(2, 10, device=next(model.parameters()).device)[None] % (vocabulary(model) or 10)
+    changed = ids.clone()
+    changed[0, -1] = ids[0, 0]
+    call: Callable[..., Any] = model
+    if any(map(is_quantised, model.modules())):  # bitsandbytes' own forward looks at all tokens for outliers
+        parts = functionalize(model, "all")
+        call = partial(parts.call, parts.params)
+    logits = [call(input_ids=x).logits[0, :-1] for x in (ids, changed)]
+    tolerance = 1e-5 if logits[0].dtype in (torch.float32, torch.float64) else 2e-2
+    first, second = (x.float() for x in logits)
+    return not bool((first - second).abs().max() > tolerance * first.abs().max())

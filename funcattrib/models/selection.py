@@ -1,0 +1,80 @@
+"""Choosing the parameters to attribute: globs over names, and the default."""
+
+import difflib
+import fnmatch
+from collections.abc import Iterable
+
+from torch import nn
+
+from funcattrib.errors import FuncattribError
+from funcattrib.models.adapter import adapter_names
+
+
+def choose(model: nn.Module, modules: Iterable[str] | None = None, exclude: Iterable[str] = ()) -> set[str]:
+    """Names of the parameters that the globs select; a tied parameter answers to each of its names."""
+    include, exclude = [modules] if isinstance(modules, str) else modules, list(exclude)
+    include = ["*"] if include is not None and list(include) == ["all"] else include
+    aliases = [(name, tensor) for name, tensor in model.named_parameters(remove_duplicate=False)]
+    first: dict[int, str] = {}
+    for name, tensor in aliases:
+        first.setdefault(id(tensor), name)
+    for glob in [*(include or ()), *exclude]:
+        if not any(fnmatch.fnmatchcase(name, glob) for name, _ in aliases):
+            raise FuncattribError(_no_match(glob, [name for name, _ in aliases]))
+    default = set() if include is not None else _block_matrices(model)
+    chosen: set[str] = set()
+    for name, tensor in aliases:
+        wanted = name in default if include is None else any(fnmatch.fnmatchcase(name, glob) for glob in include)
+        if wanted and not any(fnmatch.fnmatchcase(name, glob) for glob in exclude):
+            chosen.add(first[id(tensor)])
+    if not chosen:
+        what = "weight matrices in the model's blocks" if include is None else f"parameters matching {list(include)}"
+        raise FuncattribError(
+            f"expected {what}{f' and not {exclude}' if exclude else ''}, found none; "
+            f"name some with --modules, e.g. {aliases[0][0]!r}, or take --modules all"
+        )
+    return chosen
+
+
+def _no_match(glob: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(glob.strip("*."), names, n=1, cutoff=0.3) or names[:1]
+    return f"expected a parameter whose name matches {glob!r}, found none; did you mean {near[0]!r}?"
+
+
+def _block_matrices(model: nn.Module) -> set[str]:
+    """Matrices of linear layers and mixtures in repeated blocks (``nn.ModuleList``), or all where nothing repeats.
+
+    Of a model with an adapter, the adapter's.
+    """
+    if adapter := adapter_names(model):
+        return set(adapter)
+    blocks = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    matrices = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if _is_linear(module) and module is not head and not _shares_embedding(model, module)
+    }
+    matrices |= {name for prefix, module in model.named_modules() for name in _mixture(prefix, module)}
+    inside = {name for name in matrices if any(name.startswith(block) for block in blocks)}
+    return inside or matrices
+
+
+def _mixture(prefix: str, module: nn.Module) -> list[str]:
+    """A mixture's stacks of experts (x, o, i), and its router's matrix, a parameter of no linear layer."""
+    own = {
+        f"{child}.{name}": tensor.ndim
+        for child, each in module.named_children()
+        for name, tensor in each.named_parameters(recurse=False)
+    }
+    stacks = [name for name, axes in own.items() if "experts" in name and axes == 3]
+    routers = [name for name, axes in own.items() if stacks and name.endswith(".weight") and axes == 2]
+    return [f"{prefix}.{name}" if prefix else name for name in (*stacks, *routers)]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or any(own.__name__ == "Conv1D" for own in type(module).__mro__)
+
+
+def _shares_embedding(model: nn.Module, module: nn.Module) -> bool:
+    return any(isinstance(m, nn.Embedding) and m.weight is module.weight for m in model.modules())

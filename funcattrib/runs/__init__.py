@@ -1,0 +1,1 @@
+"""What every command that visits a corpus is made of."""

@@ -1,0 +1,120 @@
+"""Whether a model's rows depend on the batch they are computed in, and what to do about it."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from funcattrib.chain.chain import compose
+from funcattrib.chain.per_example import per_example_grad
+from funcattrib.errors import FuncattribError
+from funcattrib.losses.causal_lm import causal_lm_loss
+from funcattrib.models.functional import device_of
+from funcattrib.models.limits import context_length, vocabulary
+from funcattrib.runs.error_hints import is_random
+from funcattrib.transforms import project
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+class Verdict(NamedTuple):
+    """Largest relative differences ‖row − row′‖ / ‖row‖ between ways to compute the same batch."""
+
+    again: float
+    permuted: float
+    alone: float
+    tolerance: float
+    dtype: torch.dtype
+    finite: bool
+
+    @property
+    def passed(self) -> bool:
+        """Rows agree within rounding."""
+        return self.finite and max(self.again, self.permuted, self.alone) <= self.tolerance
+
+    def lines(self) -> list[str]:
+        """The verdict for people."""
+        lines = [
+            f"computed again:  {self.again:.1e}",
+            f"permuted:        {self.permuted:.1e}",
+            f"one by one:      {self.alone:.1e}      (relative differences; rounding in {self.dtype} allows "
+            f"{self.tolerance:.0e})",
+        ]
+        return [*lines, self._advice()]
+
+    def _advice(self) -> str:
+        if not self.finite:
+            return "Gradients are NaN or infinite: load the model with --precision fp32."
+        if self.passed:
+            return "Rows do not depend on their batch."
+        if self.again > self.tolerance:
+            return (
+                "The same batch gives two results: something in the model is random or keeps state (dropout, noise, "
+                "a router with jitter); make it deterministic in eval mode."
+            )
+        if self.dtype in (torch.bfloat16, torch.float16):
+            return "Rows depend on their batch more than rounding allows: load the model with --precision fp32."
+        return (
+            "Rows depend on their batch: the model mixes examples or sees its padding (batch statistics, experts with "
+            "a capacity, attention to the right); use --token-batch-size 1, so that every document is its own batch."
+        )
+
+
+def check_model(
+    model: nn.Module,
+    lengths: Sequence[int] = (48, 17, 64, 5),
+    projection_dim: int = 16,
+    modules: Sequence[str] | None = None,
+) -> Verdict:
+    """Compute one batch of random tokens twice, permuted, and one by one, and compare the rows.
+
+    Raises:
+        FuncattribError: fewer than two documents, one below two tokens, or one longer than the model's context.
+    """
+    longest = context_length(model)
+    if len(lengths) < 2 or min(lengths) < 2 or max(lengths) > longest:
+        raise FuncattribError(
+            f"expected two or more lengths of 2 to {longest} tokens, the model's context; found "
+            f"{', '.join(map(str, lengths))}\ngive some with --lengths"
+        )
+    loss, params = causal_lm_loss(model, modules=modules)
+    chain = compose(per_example_grad, project(projection_dim)) if projection_dim else compose(per_example_grad)
+    compute = chain.bind(loss, params)
+    device = device_of(params)
+    batch = _random_batch(lengths, vocabulary(model) or 100)
+
+    def rows(chosen: list[int], longest: int) -> Tensor:
+        part = {name: tensor[chosen, :longest].to(device) for name, tensor in batch.items()}
+        return torch.cat([grad.flatten(1).double().cpu() for grad in compute(part).grads.values()], 1)
+
+    order = list(range(len(lengths)))
+    dtype = next(iter(params.values())).dtype
+    tolerance = TOLERANCE.get(dtype, 1e-5)
+    try:
+        whole = rows(order, max(lengths))
+    except RuntimeError as error:
+        if not is_random(error):
+            raise
+        return Verdict(math.inf, math.inf, math.inf, tolerance, dtype, finite=True)
+    norm = whole.norm(dim=1).clamp(min=1e-30)
+
+    def difference(other: Tensor) -> float:
+        return float(((other - whole).norm(dim=1) / norm).max())
+
+    return Verdict(
+        again=difference(rows(order, max(lengths))),
+        permuted=difference(rows(order[::-1], max(lengths)).flip(0)),
+        alone=difference(torch.cat([rows([i], length) for i, length in enumerate(lengths)])),
+        tolerance=tolerance,
+        dtype=dtype,
+        finite=bool(whole.isfinite().all()),
+    )
+
+
+def _random_batch(lengths: Sequence[int], vocabulary: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (len(lengths), max(lengths)), generator=generator)
+    inside = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+    return {"input_ids": torch.where(inside, ids, 0), "labels": torch.where(inside, ids, -100)}

@@ -1,0 +1,156 @@
+"""Collecting per-example gradients of a data set into a store: what ``funcattrib build`` and ``funcattrib fit`` do.
+
+documents → batches by length → chain (one backward pass a batch) → rows in the data set's order → shards
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from funcattrib.chain.chain import Chain
+from funcattrib.data import some_rows
+from funcattrib.data.documents import Records
+from funcattrib.losses.resolve import name_of
+from funcattrib.runs.config import GradientConfig
+from funcattrib.runs.error_hints import explained
+from funcattrib.runs.prepare import Model, Source, prepare, settings_of, shard_rows, state_of
+from funcattrib.runs.token_budget import with_budget
+from funcattrib.runs.token_rows import MOST_ROWS, as_tokens, by_token, fill_tokens
+from funcattrib.runs.workload import fill, fit_state
+from funcattrib.store import GradientStore, Manifest, open_store, share_store
+
+log = logging.getLogger(__name__)
+
+
+def collect_gradients(
+    model: Model,
+    data: Records | str,
+    *,
+    path: str | Path,
+    chain: Chain | None = None,
+    state: str | Path | None = None,
+    granularity: Literal["example", "token"] = "example",
+    overwrite: bool = False,
+    config: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> GradientStore:
+    """Compute the gradient of every document and store it; continues a run that was interrupted.
+
+    Args:
+        model: a causal language model, its hub id or folder, or ``(loss, params)``: any ``loss(params, example) ->
+            scalar`` with the parameters to attribute. For the latter, ``data`` holds its examples as numbers.
+        data: a data set, a list of records, or whatever ``--dataset`` takes.
+        path: the folder of the store.
+        chain: transforms of your own in place of normalizer and projection.
+        state: a folder with a fitted state (``fit_gradients``, or an earlier store); fitted here when not given.
+        granularity: ``token`` makes a row of every token; a document's rows add up to its gradient.
+        overwrite: begin anew where the folder holds another run.
+        config: saved as ``config.yaml``.
+        settings: fields of ``prepare.Source`` (tokenizer, columns, split, truncation, max_length, quiet, …) and of
+            ``GradientConfig`` (projection_dim, normalizer, loss, modules, token_batch_size, dtype, …). ``loss`` may be
+            a function, ``reference_model`` a model or its name.
+
+    Returns:
+        The open store: one row a document, in the data set's order.
+
+    Raises:
+        FuncattribError: bad input of any kind; what is finished is kept.
+
+    Example:
+        >>> import tempfile, torch
+        >>> loss = lambda params, example: (params["w"] * example["x"]).sum() ** 2
+        >>> with tempfile.TemporaryDirectory() as run:
+        ...     store = collect_gradients((loss, {"w": torch.ones(3)}), [{"x": [1.0, 2.0, 3.0]}], path=run, quiet=True)
+        ...     store.gradients("w")
+        tensor([[12., 24., 36.]])
+    """
+    source, gradients = split_settings(data, settings)
+    prepared = prepare(model, source, gradients, chain, state)
+    tried, filled = prepared.work, fill
+    if granularity == "token":
+        rows = gradients.rows_per_shard or shard_rows(prepared.manifest.width, MOST_ROWS)
+        prepared = prepared._replace(manifest=by_token(prepared.manifest, prepared.work, rows))
+        tried, filled = as_tokens(prepared.work), fill_tokens
+    prepared = with_budget(prepared, path, overwrite=overwrite, tried=tried)
+    with share_store(path, prepared.manifest, prepared.work.world, overwrite=overwrite) as writer:
+        if config is not None:
+            writer.save_config(config)
+        if writer.pending:
+            with explained():
+                filled(prepared.work, writer, state_of(prepared, writer, gradients.fit_documents))
+        finished = writer.finish()
+    store = open_store(path)
+    if not source.quiet and prepared.work.world.leads:
+        _warn(finished, store)
+    return store
+
+
+def fit_gradients(
+    model: Model,
+    data: Records | str,
+    *,
+    path: str | Path,
+    chain: Chain | None = None,
+    overwrite: bool = False,
+    config: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> GradientStore:
+    """Fit a chain's state on a data set and keep it at ``path``: a store with a state and no rows.
+
+    The state is kept after every pass over the data; the same call goes on with the pass that was interrupted.
+
+    Arguments and errors are those of ``collect_gradients``, whose ``state`` takes the folder.
+
+    Returns:
+        The open store; its ``state()`` is the chain's.
+
+    Raises:
+        FuncattribError: bad input of any kind; what is finished is kept.
+
+    Example:
+        >>> import tempfile, torch
+        >>> loss = lambda params, example: (params["w"] @ example["x"]).sum() ** 2
+        >>> model, data = (loss, {"w": torch.ones(2, 3)}), [{"x": [1.0, 2.0, 3.0]}]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     fitted = fit_gradients(model, data, path=f"{folder}/fit", normalizer="adafactor", quiet=True)
+        ...     built = collect_gradients(
+        ...         model, data, path=f"{folder}/run", normalizer="adafactor", state=fitted.path, quiet=True
+        ...     )
+        ...     len(fitted), len(built)
+        (0, 1)
+    """
+    source, gradients = split_settings(data, settings)
+    prepared = with_budget(prepare(model, source, gradients, chain, None), path, overwrite=overwrite)
+    with share_store(path, replace(prepared.manifest, rows=0), prepared.work.world, overwrite=overwrite) as writer:
+        if config is not None:
+            writer.save_config(config)
+        if not writer.manifest.complete:
+            with explained():
+                fit_state(prepared.work, gradients.fit_documents, writer)
+        writer.finish()
+    return open_store(path)
+
+
+def split_settings(data: Records | str, settings: Mapping[str, Any]) -> tuple[Source, GradientConfig]:
+    """Keyword settings as what says which documents, and what is computed of them."""
+    if callable(own := settings.get("loss")):
+        settings = {**settings, "loss": name_of(own), "own_loss": own}
+    of_source = {field.name for field in fields(Source)} - {"data"}
+    source = Source(data, **{name: value for name, value in settings.items() if name in of_source})
+    return source, settings_of({name: value for name, value in settings.items() if name not in of_source})
+
+
+def _warn(finished: Manifest, store: GradientStore) -> None:
+    lost = np.flatnonzero(np.isnan(np.asarray(store.examples["loss"][:], dtype=float)))
+    if len(lost):
+        log.warning(
+            "the loss is NaN or infinite in %s; kept, as rows of NaN, which come last in a search", some_rows(lost)
+        )
+    if finished.clipped:
+        log.warning("%d entries were beyond %s and were clipped", finished.clipped, finished.dtype)
+    if finished.nonfinite > len(lost) * store.width:
+        log.warning("%d entries are NaN or infinite; their rows come last in a search", finished.nonfinite)

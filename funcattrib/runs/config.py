@@ -1,0 +1,147 @@
+"""The settings that commands share. Importing this file imports no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from funcattrib.errors import FuncattribError
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """What is computed of each example's gradient whatever the method, and how it is kept."""
+
+    projection_dim: int = 16
+    """Coordinates a side of each projected matrix; 0 keeps whole gradients."""
+    projection_type: Literal["rademacher", "normal"] = "rademacher"
+    """Distribution of the projections' entries."""
+    loss: str = "ce"
+    """ce (cross-entropy), log_odds (negative log-odds of each token), kl (divergence from --reference-model), or a loss
+    of your own: package.module:function."""
+    loss_reduction: Literal["sum", "mean"] = "sum"
+    """Sum or mean over an example's labelled tokens."""
+    label_smoothing: float = 0.0
+    """Smoothing of the cross-entropy."""
+    modules: tuple[str, ...] = ()
+    """Globs of parameter names to attribute; all takes everything. By default the matrices of the model's blocks."""
+    exclude: tuple[str, ...] = ()
+    """Globs of parameter names to leave out."""
+    token_batch_size: int | Literal["auto"] = 4096
+    """Tokens in a batch, padding included; not tied to the model's context. auto finds the fastest that fits, by trial,
+    once for a model, chain, longest document and device."""
+    dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16"
+    """How rows are stored; int8 with one scale a row."""
+    rows_per_shard: int | None = None
+    """Examples in a shard, the unit of work that is kept; by default at most 1024, and at most 256 MiB in float32."""
+    seed: int = 0
+    """Seed of the projections."""
+
+    def __post_init__(self) -> None:
+        """Check what a type cannot say."""
+        at_least(self, projection_dim=0, rows_per_shard=1)
+        if self.token_batch_size != "auto":
+            if not isinstance(self.token_batch_size, int):
+                raise FuncattribError(
+                    f"expected --token-batch-size of a number or auto, found {self.token_batch_size!r}"
+                )
+            at_least(self, token_batch_size=1)
+        if not 0 <= self.label_smoothing < 1:
+            raise FuncattribError(f"expected --label-smoothing in [0, 1), found {self.label_smoothing}")
+        if self.loss not in ("ce", "kl", "log_odds") and ":" not in self.loss:
+            raise FuncattribError(
+                f"expected --loss of ce, kl, log_odds or package.module:function, found {self.loss!r}"
+            )
+
+
+@dataclass(frozen=True)
+class FittedConfig(RowConfig):
+    """The same where statistics are fitted too."""
+
+    fit_documents: int = 1024
+    """Documents on which statistics are fitted, spread evenly over the data set; 0 takes all."""
+
+    def __post_init__(self) -> None:
+        """Check what a type cannot say."""
+        super().__post_init__()
+        at_least(self, fit_documents=0)
+
+
+@dataclass(frozen=True)
+class GradientConfig(FittedConfig):
+    """What is computed of each example's gradient, step by step, and how it is kept."""
+
+    normalizer: Literal["adafactor", "adam", "none"] = "none"
+    """Divide by the root of second moments before projecting; they are fitted in a pass of their own."""
+    optimizer_state: Path | None = None
+    """An optimizer's saved state, or a Trainer's checkpoint: its second moments take the place of that pass."""
+    precondition: Literal["none", "parameter", "all"] = "none"
+    """Multiply what was projected by H^-1/2, H fitted for each parameter or for all together: cosines whitened."""
+    damping: float = 0.1
+    """Of the preconditioner, in units of the mean eigenvalue."""
+    sketch_dim: int | None = None
+    """One sketch of this length of the whole gradient, in place of a projection of each matrix."""
+    split_heads: bool = False
+    """Take attention weights apart by head, as the model's configuration says that they lie."""
+    split_attention_modules: tuple[str, ...] = ()
+    """Globs of modules to take apart by head, described by --num-heads, --head-size and --head-dim."""
+    num_heads: int | None = None
+    """Heads of --split-attention-modules."""
+    head_size: int | None = None
+    """Rows or columns of one head."""
+    head_dim: int | None = None
+    """Axis of the heads: 0 rows (also 2, the last axis of the output), 1 columns. By default 0."""
+    split_experts: bool = False
+    """Take stacks of experts apart, a leaf an expert."""
+
+    def __post_init__(self) -> None:
+        """Check what a type cannot say."""
+        super().__post_init__()
+        at_least(self, damping=0, sketch_dim=1, num_heads=1, head_size=1)
+        split = self.split_heads or self.split_attention_modules or self.split_experts
+        by_hand = {"num_heads": self.num_heads, "head_size": self.head_size}
+        for wrong, message in (
+            (
+                self.optimizer_state is not None and self.normalizer == "none",
+                "expected --normalizer adafactor or adam with --optimizer-state, found none",
+            ),
+            (
+                self.sketch_dim is not None and self.projection_dim not in (0, RowConfig.projection_dim),
+                "expected --projection-dim or --sketch-dim, found both; a sketch takes the projection's place",
+            ),
+            (
+                self.sketch_dim is not None and split,
+                "expected leaves of their own for heads or experts, found --sketch-dim, which adds all leaves up",
+            ),
+            (
+                self.split_heads and self.split_attention_modules,
+                "expected --split-heads (from the model's configuration) or --split-attention-modules, found both",
+            ),
+            *(
+                (
+                    self.split_attention_modules and value is None,
+                    f"expected --{name.replace('_', '-')} with --split-attention-modules, found none",
+                )
+                for name, value in by_hand.items()
+            ),
+            *(
+                (
+                    not self.split_attention_modules and value is not None,
+                    f"expected --split-attention-modules with --{name.replace('_', '-')}, found none",
+                )
+                for name, value in {**by_hand, "head_dim": self.head_dim}.items()
+            ),
+        ):
+            if wrong:
+                raise FuncattribError(message)
+
+
+def at_least(config: object, **least: float) -> None:
+    """Check fields that have a smallest value; those that are None pass.
+
+    Raises:
+        FuncattribError: naming the flag.
+    """
+    for name, smallest in least.items():
+        value = getattr(config, name)
+        if value is not None and not value >= smallest:
+            raise FuncattribError(f"expected --{name.replace('_', '-')} of at least {smallest}, found {value}")

@@ -1,0 +1,73 @@
+"""A pass that ends in one small result: parts of the documents are folded into it, by one process or several.
+
+    result = merge of (start, take(·, part) for every part)
+
+Each process folds the parts that it claims and saves what it has; a run that is continued, by however many processes,
+starts from what all of them had.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from funcattrib.runs.workload import Work, progress
+from funcattrib.runtime.progress import Progress
+from funcattrib.store import StoreWriter
+from funcattrib.store.progress_files import load_parts, replace_parts, save_parts
+
+_SAVE_EVERY = 30.0  # seconds of work that a kill may cost
+
+Result = Mapping[str, Tensor]
+
+
+class Fold(NamedTuple):
+    """How parts become a result.
+
+    Attributes:
+        start: of no part.
+        take: a result, a span of documents and what counts them → the result with it.
+        merge: several results, of other parts each, in one.
+    """
+
+    start: Result
+    take: Callable[[Result, range, Progress], Result]
+    merge: Callable[[Sequence[Result]], Result]
+
+
+def fold_parts(work: Work, writer: StoreWriter, step: int, fold: Fold, label: str) -> Result:
+    """The result over all documents, ``step`` of them a part, the same on every process."""
+    world, lengths = work.world, work.corpus.lengths
+    spans = [range(start, min(start + step, len(lengths))) for start in range(0, len(lengths), step)]
+    saved = load_parts(writer.path) if world.leads else []
+    own, done = fold.start, [part for _, parts in saved for part in parts]
+    if saved:
+        own = fold.merge([tensors for tensors, _ in saved])
+        replace_parts(writer.path, own, done)
+    todo = sorted(set(range(len(spans))) - set(world.tell(done)))
+    mine, last = list(done), time.monotonic()
+    tokens = sum(int(lengths[spans[part]].sum()) for part in todo)
+    total = int(lengths.sum())
+    kept = len(mine)
+    with progress(work, label, total, total - tokens) as bar:
+        try:
+            for number in work.step.through(world.claims(len(todo))):
+                own = fold.take(own, spans[todo[number]], bar)
+                mine.append(todo[number])
+                if time.monotonic() - last > _SAVE_EVERY:
+                    save_parts(writer.path, world.rank, own, mine)
+                    last, kept = time.monotonic(), len(mine)
+        finally:
+            if len(mine) > kept:
+                save_parts(writer.path, world.rank, own, mine)
+    return _together(own, fold, work)
+
+
+def _together(own: Result, fold: Fold, work: Work) -> Result:
+    """One result of all processes, in the order of their ranks."""
+    world = work.world
+    if world.size == 1:
+        return own
+    parts = {name: world.collect(tensor) for name, tensor in own.items()}
+    return fold.merge([{name: tensors[rank] for name, tensors in parts.items()} for rank in range(world.size)])

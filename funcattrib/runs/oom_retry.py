@@ -1,0 +1,94 @@
+"""A batch that memory does not hold is computed in halves, and the run goes on with smaller ones.
+
+What a batch yields does not depend on what else is in it, so the pieces in their order are what the whole would have
+been, to rounding.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from funcattrib.errors import FuncattribError
+from funcattrib.runtime.memory import is_short, release
+from funcattrib.types import Batch
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+class Pieces:
+    """Computes batches in as many pieces as memory asks for; one for a run, which remembers what did not fit.
+
+    Args:
+        describe: a document's number → what it is called in an error, and its length.
+
+    Attributes:
+        most: tokens that a piece may have, padding included; None until memory was short.
+    """
+
+    def __init__(self, describe: Callable[[int], str]) -> None:
+        self._describe = describe
+        self.most: int | None = None
+
+    def __call__(
+        self, compute: Callable[[Batch], Result], batch: Batch, documents: Sequence[int], device: torch.device
+    ) -> Iterator[Result]:
+        """What ``compute`` makes of consecutive parts of a batch; mostly of one, the whole.
+
+        Args:
+            documents: the numbers of the batch's documents, to name one that cannot fit.
+
+        Raises:
+            FuncattribError: memory is short for a single document.
+        """
+        longest = _longest(batch)
+        waiting = [range(len(documents))]  # the next part last
+        while waiting:
+            part = waiting.pop()
+            if len(part) == 1 or self.most is None or len(part) * longest <= self.most:
+                if (found := _tried(compute, _rows(batch, part))) is not None:
+                    yield found[0]
+                    continue
+                release(device)
+                self._refuse_one(part, documents)
+                self._halve(len(part), longest)
+            middle = part.start + (len(part) + 1) // 2
+            waiting += [range(middle, part.stop), range(part.start, middle)]
+
+    def _refuse_one(self, part: range, documents: Sequence[int]) -> None:
+        if len(part) == 1:
+            raise FuncattribError(
+                f"expected memory for one document, found too little for {self._describe(documents[part[0]])}\ncut it "
+                "with --truncation --max-length N, or use a lower --precision or --projection-dim; what is finished is "
+                "kept"
+            )
+
+    def _halve(self, examples: int, longest: int) -> None:
+        told, self.most = self.most is not None, (examples + 1) // 2 * longest
+        if not told:
+            log.warning(
+                "memory was short for a batch of %d documents of up to %d tokens: it is computed in halves, and from "
+                "here on batches have at most %d tokens; --token-batch-size auto finds what fits",
+                *(examples, longest, self.most),
+            )
+
+
+def _tried(compute: Callable[[Batch], Result], batch: Batch) -> tuple[Result] | None:
+    """What is computed, or None where memory was short; outside of the handler, so that nothing is held any more."""
+    try:
+        return (compute(batch),)
+    except (RuntimeError, MemoryError) as error:
+        if not is_short(error):
+            raise
+        return None
+
+
+def _rows(batch: Batch, part: range) -> Batch:
+    return {name: tensor[part.start : part.stop] for name, tensor in batch.items()}
+
+
+def _longest(batch: Batch) -> int:
+    return max((tensor.shape[1] for tensor in batch.values() if tensor.ndim == 2), default=1)

@@ -1,0 +1,277 @@
+"""From what a user names (a model, data, settings) to what is computed, and the manifest that says so."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from funcattrib.chain import per_example, state_tree
+from funcattrib.chain.chain import Chain
+from funcattrib.chain.per_example import per_example_grad
+from funcattrib.chain.transform import State
+from funcattrib.data import Columns, load
+from funcattrib.data.corpus import Corpus
+from funcattrib.data.documents import Records, read_documents
+from funcattrib.data.numeric_examples import Examples
+from funcattrib.errors import FuncattribError
+from funcattrib.losses.resolve import KINDS, Own, loss_of
+from funcattrib.models.functional import device_of, parameters_of, sharing
+from funcattrib.models.identity import fingerprint, model_identity
+from funcattrib.models.limits import context_length, vocabulary
+from funcattrib.models.loading import PRECISIONS, load_model
+from funcattrib.runs.config import GradientConfig
+from funcattrib.runs.default_chain import chain_of
+from funcattrib.runs.oom_retry import Pieces
+from funcattrib.runs.workload import Work, fit_state, template
+from funcattrib.runtime.world import world
+from funcattrib.store import GradientStore, Manifest, StoreWriter, lay_out, open_store
+from funcattrib.store.compatibility import check_given
+from funcattrib.types import Batch, Loss, Params
+from funcattrib.weights.lockstep import Lockstep
+
+log = logging.getLogger(__name__)
+
+Model: TypeAlias = nn.Module | str | tuple[Loss, Params]
+"""A causal language model, its hub id or folder, or a loss of one's own with the parameters to attribute.
+
+Parameters are name → tensor, or what the chain's source takes (a JAX pytree)."""
+
+_SHARD_ROWS = 1024
+_SHARD_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which documents, and what belongs to them.
+
+    Attributes:
+        data: a data set, a list of records, or whatever ``--dataset`` takes.
+        tokenizer: the model's own where the model is a name.
+        columns: which columns to read; ``text`` by default.
+        split, subset: of ``data``, where that is a name.
+        truncation: cut documents longer than ``max_length``.
+        max_length: by default the model's context.
+        model_name, revision: what the manifest calls the model.
+        reference_model: what the loss ``kl`` compares with: a model, or its name.
+        own_loss: a function in the place of the loss that the settings name.
+        quiet: no report, no progress.
+    """
+
+    data: Records | str
+    tokenizer: PreTrainedTokenizerBase | None = None
+    columns: Columns | None = None
+    split: str | None = None
+    subset: str | None = None
+    truncation: bool = False
+    max_length: int | None = None
+    model_name: str | None = None
+    revision: str | None = None
+    reference_model: nn.Module | str | None = None
+    own_loss: Own | None = None
+    quiet: bool = False
+
+
+class Prepared(NamedTuple):
+    """What is computed, the manifest of what comes out, and the store whose state was given.
+
+    With ``token_batch_size="auto"`` the budget is 0 until ``budget.with_budget`` has found it.
+    """
+
+    work: Work
+    manifest: Manifest
+    given: GradientStore | None
+
+
+def prepare(
+    model: Model, source: Source, gradients: GradientConfig, chain: Chain | None, state: str | Path | None
+) -> Prepared:
+    """Load, tokenise and check everything; nothing is computed or written yet.
+
+    Raises:
+        FuncattribError: bad input of any kind.
+    """
+    reference = _reference(model, source)
+    loss, params, module, identity, corpus = (
+        _own_loss(model, source, per_example_grad if chain is None else chain.started())
+        if isinstance(model, tuple)
+        else _language_model(model, source, gradients, reference)
+    )
+    chain = chain or chain_of(gradients, module)
+    first, spec = chain.init(chain.started().spec(params))
+    leaves = lay_out({name: leaf.shape for name, leaf in spec.items()})
+    rows_per_shard = gradients.rows_per_shard or shard_rows(leaves[-1].stop)
+    budget = 0 if gradients.token_batch_size == "auto" else gradients.token_batch_size
+    manifest = Manifest(
+        model=identity,
+        data={
+            "id": source.data if isinstance(source.data, str) else "in memory",
+            "split": source.split,
+            "subset": source.subset,
+            **corpus.facts(),
+        },
+        loss={
+            "kind": "own" if isinstance(model, tuple) else gradients.loss,
+            "reduction": gradients.loss_reduction,
+            "label_smoothing": gradients.label_smoothing,
+            "reference": None if reference is None else model_identity(reference),
+            "modules": list(gradients.modules),
+            "exclude": list(gradients.exclude),
+        },
+        computed_with={"token_batch_size": budget, **_fitted_on(chain, first, gradients)},
+        chain=chain.describe(),
+        seed=gradients.seed,
+        leaves=leaves,
+        dtype=gradients.dtype,
+        rows=len(corpus.lengths),
+        rows_per_shard=rows_per_shard,
+        extra=corpus.notes(),
+    )
+    pieces = Pieces(partial(_described, corpus))
+    step = Lockstep(sharing(*map(_parameters, (module, reference))), partial(_shortest, corpus, params))
+    work = Work(loss, params, chain, corpus, budget, source.quiet, pieces, world(), step)
+    prepared = Prepared(work, manifest, None)
+    return prepared if state is None else with_state(prepared, open_store(state))
+
+
+def _parameters(model: nn.Module | Params | None) -> Params:
+    if isinstance(model, nn.Module):
+        return parameters_of(model)
+    return model if isinstance(model, Mapping) else {}
+
+
+def _shortest(corpus: Corpus, params: Params) -> Batch:
+    """What a process without work of its own computes, so that the others have their weights."""
+    return corpus.batch([int(corpus.lengths.argmin())], device_of(params))
+
+
+def with_state(prepared: Prepared, given: GradientStore) -> Prepared:
+    """The same work with the state that another run fitted.
+
+    Raises:
+        ChainError: it was fitted for another model, chain, or set of parameters; the message names which.
+    """
+    check_given(prepared.manifest, given)
+    made_with = {
+        "token_batch_size": prepared.work.budget,
+        "state": None if given.manifest.state is None else given.manifest.state.sha256,
+    }
+    return prepared._replace(given=given, manifest=replace(prepared.manifest, computed_with=made_with))
+
+
+def shard_rows(width: int, most: int = _SHARD_ROWS) -> int:
+    """Rows of a shard where nobody says how many."""
+    return max(1, min(most, _SHARD_BYTES // (4 * width)))
+
+
+def state_of(prepared: Prepared, writer: StoreWriter, fit_documents: int) -> State:
+    """The chain's state: what an earlier run saved, or the one given, or fitted now; saved with the rows."""
+    if prepared.given is None:
+        return fit_state(prepared.work, fit_documents, writer)
+    saved = prepared.given.state()
+    state = state_tree.restore(template(prepared.work), saved)
+    writer.save_state(saved)
+    return state
+
+
+def settings_of(values: Mapping[str, Any]) -> GradientConfig:
+    """Keyword settings as a ``GradientConfig``.
+
+    Raises:
+        FuncattribError: an unknown setting, or a value out of range.
+    """
+    known = GradientConfig.__dataclass_fields__
+    if unknown := sorted(values.keys() - known.keys()):
+        raise FuncattribError(f"expected settings among {', '.join(known)}; found {unknown[0]!r}")
+    globs = {
+        name: (value,) if isinstance(value, str) else tuple(value or ())
+        for name, value in values.items()
+        if name in ("modules", "exclude", "split_attention_modules")
+    }
+    return GradientConfig(**{**values, **globs})
+
+
+_Parts = tuple[Loss, Mapping[str, Tensor], nn.Module | Params, dict[str, Any], Corpus]
+
+
+def _language_model(
+    model: nn.Module | str, source: Source, gradients: GradientConfig, reference: nn.Module | None
+) -> _Parts:
+    tokenizer, name = source.tokenizer, source.model_name
+    if isinstance(model, str):
+        name = model
+        loaded = load_model(model)
+        model, tokenizer = loaded.model, tokenizer or loaded.tokenizer
+    loss, params = loss_of(
+        model,
+        source.own_loss or gradients.loss,
+        reduction=gradients.loss_reduction,
+        label_smoothing=gradients.label_smoothing,
+        reference=reference,
+        modules=gradients.modules or None,
+        exclude=gradients.exclude,
+    )
+    documents = read_documents(
+        load(source.data, source.split, subset=source.subset) if isinstance(source.data, str) else source.data,
+        tokenizer,
+        source.columns or Columns(),
+        max_length=context_length(model, tokenizer, asked=source.max_length),
+        truncation=source.truncation,
+        vocab_size=vocabulary(model),
+        own_loss=source.own_loss is not None or gradients.loss not in KINDS,
+    )
+    if not source.quiet:
+        for line in documents.lines():
+            log.info(line)
+    return loss, params, model, model_identity(model, name, source.revision), documents
+
+
+def _described(corpus: Corpus, row: int) -> str:
+    """A document for an error: number, id and length."""
+    name = corpus.shown(range(row, row + 1))["id"][0]
+    return f"row {row}{'' if name == str(row) else f' (id {name})'} of {int(corpus.lengths[row]):,} tokens"
+
+
+def _reference(model: Model, source: Source) -> nn.Module | None:
+    """The reference model, loaded where the model is and in its precision."""
+    if not isinstance(source.reference_model, str):
+        return source.reference_model
+    if not isinstance(model, nn.Module):
+        return load_model(source.reference_model).model
+    weight = next(model.parameters())
+    precision = PRECISIONS[str(weight.dtype).removeprefix("torch.")]
+    return load_model(source.reference_model, device=str(weight.device), precision=precision).model
+
+
+def _own_loss(model: tuple[Loss, Params], source: Source, gradients: per_example.Source) -> _Parts:
+    loss, params = model
+    if source.own_loss is not None or source.reference_model is not None:
+        raise FuncattribError(
+            "expected a model for a loss or a reference of one's own, found (loss, params); give either"
+        )
+    if not callable(loss):
+        raise FuncattribError(f"expected a loss function and its parameters, found {type(loss).__name__} for the loss")
+    tensors = gradients.named(params)
+    records = load(source.data, source.split, subset=source.subset) if isinstance(source.data, str) else source.data
+    name = source.model_name or getattr(loss, "__qualname__", type(loss).__name__)
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    identity = {"id": name, "revision": None, "architecture": "own loss", "dtype": dtype}
+    return loss, params, params, {**identity, "fingerprint": fingerprint(tensors)}, Examples(records)
+
+
+def _fitted_on(chain: Chain, first: State, gradients: GradientConfig) -> dict[str, Any]:
+    """What a state comes from that is fitted here: documents, and the numbers a stage was given.
+
+    Stores made with different moments or Gram matrices are told apart by it.
+    """
+    numbers = {
+        f"{at}/{name}": tensor
+        for at, (stage, own) in enumerate(zip(chain.stages, first, strict=True))
+        if not stage.fitted
+        for name, tensor in state_tree.flatten(own).items()
+    }
+    return {"fit_documents": gradients.fit_documents, **({"given": fingerprint(numbers)} if numbers else {})}

@@ -1,0 +1,43 @@
+"""The rows of query stores, as one matrix."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcattrib.errors import FuncattribError
+from funcattrib.kernels.safe_norm import divisors
+from funcattrib.store import GradientStore
+
+log = logging.getLogger(__name__)
+
+
+def as_leaves(rows: Tensor, store: GradientStore, device: torch.device) -> dict[str, Tensor]:
+    """Rows (K, D) as ``against`` takes them: leaf → (K, *shape)."""
+    return {
+        name: rows[:, leaf.start : leaf.stop].unflatten(1, leaf.shape).to(device) for name, leaf in store.leaves.items()
+    }
+
+
+def query_rows(stores: Sequence[GradientStore], unit_norm: bool) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Every query, (K, D) float32, and what is told of each.
+
+    Raises:
+        FuncattribError: a query that is not finite.
+    """
+    rows, told = [], []
+    for store in stores:
+        matrix = store.matrix().tensor(0, len(store)).float()
+        if bad := (~matrix.isfinite().all(1)).nonzero().flatten().tolist():
+            raise FuncattribError(
+                f"expected finite queries, found NaN or infinity in rows {bad[:5]} of {store.path}; "
+                "check those queries' loss"
+            )
+        norms = torch.linalg.vector_norm(matrix, dim=1, keepdim=True)
+        if zero := (norms[:, 0] == 0).nonzero().flatten().tolist():
+            log.warning("queries %s of %s have a gradient of zeros: their scores are 0", zero[:5], store.path)
+        rows.append(matrix / divisors(norms) if unit_norm else matrix)
+        told += [dict(entry) for entry in store.examples]
+    return torch.cat(rows), told

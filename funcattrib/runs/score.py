@@ -1,0 +1,260 @@
+"""Scoring a data set against query gradients in one pass: what ``funcattrib score`` does. No gradient is stored.
+
+documents → batches by length → chain → ⟨·, queries⟩, read in the backward pass → scores in the data set's order
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from funcattrib.chain.chain import Chain, compose
+from funcattrib.chain.transform import State, Transform
+from funcattrib.data import Columns
+from funcattrib.data.documents import Records
+from funcattrib.errors import FuncattribError
+from funcattrib.models.loading import load_model
+from funcattrib.runs.collect import collect_gradients, fit_gradients, split_settings
+from funcattrib.runs.default_chain import chain_of
+from funcattrib.runs.error_hints import explained
+from funcattrib.runs.fold import Fold, Result, fold_parts
+from funcattrib.runs.prepare import Model, Prepared, prepare, shard_rows, state_of, with_state
+from funcattrib.runs.query_rows import as_leaves, query_rows
+from funcattrib.runs.token_budget import with_budget
+from funcattrib.runs.token_rows import MOST_ROWS, as_tokens, by_token, fill_tokens
+from funcattrib.runs.workload import Work, fill, rows_of
+from funcattrib.runtime.progress import Progress
+from funcattrib.runtime.world import world
+from funcattrib.scores import Scores, check_gradients, open_scores, scores_manifest
+from funcattrib.scores.top_k import Best, best_of, fold, nothing, save_best
+from funcattrib.store import GradientStore, StoreWriter, open_store, require_shared, share_store
+from funcattrib.store.create import PARTS
+from funcattrib.transforms import against, nearest, self_influence
+from funcattrib.types import Batch, PerExample
+
+log = logging.getLogger(__name__)
+
+How = Literal["individual", "mean", "nearest", "self"]
+Granularity = Literal["example", "module", "token"]
+
+
+def score_gradients(
+    model: Model,
+    data: Records | str,
+    *,
+    path: str | Path,
+    queries: Sequence[str | Path] | str | Path = (),
+    query_data: Records | str | None = None,
+    query_columns: Columns | None = None,
+    query_split: str | None = None,
+    score: How = "individual",
+    unit_norm: bool = False,
+    granularity: Granularity = "example",
+    top_k: int | None = None,
+    chain: Chain | None = None,
+    state: str | Path | None = None,
+    overwrite: bool = False,
+    config: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Scores:
+    """Score every document against query gradients; continues a run that was interrupted.
+
+    Args:
+        model, data, chain, settings: as in ``collect_gradients``; they must be those that made the queries.
+        path: the folder of the scores.
+        queries: stores of query gradients, whose rows are the queries one after the other.
+        query_data: or the queries' data set, whose gradients are computed first, into a sub-folder of ``path``;
+            ``query_columns`` and ``query_split`` are its own.
+        score: a column for every query, or one for their mean, or for the nearest of them (the largest score); ``self``
+            takes no queries: ⟨g, g⟩, each document's influence on itself.
+        unit_norm: cosines: documents and queries are scaled to unit length, all leaves together. For ``self`` refused.
+        granularity: ``module`` keeps the part of every parameter (or head), ``token`` has a row for every token: their
+            sum is the score.
+        top_k: keep the best rows of each query alone, and nothing else.
+        state: a folder with a fitted state; by default that of the queries, or one fitted on ``data``.
+
+    Raises:
+        FuncattribError: bad input of any kind; queries of another model, chain or state, or that are not finite.
+
+    Example:
+        >>> import tempfile
+        >>> loss = lambda params, example: (params["w"] * example["x"]).sum() ** 2
+        >>> model, data = (loss, {"w": torch.ones(2)}), [{"x": [1.0, 0.0]}, {"x": [1.0, 2.0]}]
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     score_gradients(model, data, path=out, score="self", quiet=True)[:, 0]
+        array([  4., 180.], dtype=float32)
+    """
+    path = Path(path)
+    if isinstance(model, str):  # once, for the documents and for the queries
+        loaded = load_model(model)
+        settings = {"tokenizer": loaded.tokenizer, "model_name": model, **settings}
+        model = loaded.model
+    paths = [queries] if isinstance(queries, str | Path) else list(queries)
+    _check_asked(score, paths, query_data, unit_norm, granularity, top_k)
+    source, gradients = split_settings(data, settings)
+    common: dict[str, Any] = {"chain": chain, "overwrite": overwrite, **settings}
+    if query_data is not None:
+        require_shared(path, world())
+        stages = (chain or chain_of(gradients, model[1] if isinstance(model, tuple) else model)).stages
+        if state is None and any(stage.fitted for stage in stages):
+            state = fit_gradients(model, data, path=path / PARTS / "state", **common).path
+        columns = query_columns or settings.get("columns")
+        own = {**common, "columns": columns, "split": query_split, "subset": None}
+        paths = [collect_gradients(model, query_data, path=path / PARTS / "query", state=state, **own).path]
+    stores = [_gradients_at(each) for each in paths]
+    prepared = prepare(model, source, gradients, chain, state)
+    for store in stores:
+        check_gradients(prepared.manifest, store.manifest)
+        _say_other_loss(prepared, store)
+    if state is None and stores and stores[0].manifest.state is not None:
+        prepared = with_state(prepared, stores[0])
+    last, told = _against(stores, score, unit_norm, granularity, prepared)
+    leaves = list(_spec(prepared, last)) if granularity == "module" else []
+    manifest = scores_manifest(
+        prepared.manifest,
+        of=[store.manifest for store in stores],
+        method={"name": "score", "score": score, "unit_norm": unit_norm},
+        queries=told,
+        modules=leaves,
+    )
+    width = manifest.leaves[-1].stop
+    manifest = replace(manifest, rows_per_shard=gradients.rows_per_shard or shard_rows(width))
+    if granularity == "token":
+        manifest = by_token(manifest, prepared.work, gradients.rows_per_shard or shard_rows(width, MOST_ROWS))
+    tried = prepared.work._replace(chain=compose(prepared.work.chain, *last))
+    tried = as_tokens(tried) if granularity == "token" else tried
+    prepared = with_budget(prepared._replace(manifest=manifest), path, overwrite=overwrite, tried=tried)
+    manifest = prepared.manifest
+    if top_k is not None:
+        kept = {"top_k": top_k, "shard": manifest.rows_per_shard, "scored": manifest.rows}
+        manifest = replace(manifest, rows=0, computed_with={**manifest.computed_with, **kept})
+    with share_store(path, manifest, prepared.work.world, overwrite=overwrite) as writer:
+        if config is not None:
+            writer.save_config(config)
+        if not writer.manifest.complete:
+            with explained():
+                _compute(prepared, last, writer, gradients.fit_documents, top_k, granularity)
+        finished = writer.finish()
+    if finished.nonfinite and not source.quiet and prepared.work.world.leads:
+        log.warning("%d scores are NaN or infinite; their rows are left out of top-k", finished.nonfinite)
+    return open_scores(path)
+
+
+def _compute(
+    prepared: Prepared,
+    last: Sequence[Transform],
+    writer: StoreWriter,
+    fit_documents: int,
+    top_k: int | None,
+    granularity: str,
+) -> None:
+    work, state = ending_in(prepared.work, state_of(prepared, writer, fit_documents), last)
+    if top_k is None:
+        (fill_tokens if granularity == "token" else fill)(work, writer, state, "score")
+    else:
+        _fill_best(work, writer, state, top_k)
+
+
+def ending_in(work: Work, fitted: State, last: Sequence[Transform]) -> tuple[Work, State]:
+    """The work with stages behind its chain that score what comes out of it, and the longer chain's state."""
+    arriving = work.chain.init(work.chain.started().spec(work.params))[1]
+    return work._replace(chain=compose(work.chain, *last)), (*fitted, *compose(*last).init(arriving)[0])
+
+
+def _fill_best(work: Work, writer: StoreWriter, state: Any, top_k: int) -> None:
+    """One pass that keeps the best alone; what it has so far is saved now and then."""
+    compute = work.bind(state)
+    start = {**nothing(len(writer.manifest.extra["queries"]))._asdict(), "lost": torch.zeros(1, dtype=torch.int64)}
+    folded = Fold(start, partial(_take_best, work, compute, top_k), partial(_merge_best, top_k))
+    found = fold_parts(work, writer, int(writer.manifest.computed_with["shard"]), folded, "score")
+    if int(found["lost"]) and not work.quiet and work.world.leads:
+        log.warning("%d rows have scores that are NaN or infinite and are left out", int(found["lost"]))
+
+    def shown(row: int) -> dict[str, Any]:
+        return {name: values[0] for name, values in work.corpus.shown(range(row, row + 1)).items()}
+
+    if writer.place.leads:
+        save_best(writer.path, Best(found["values"], found["rows"]), shown)
+
+
+def _take_best(
+    work: Work, compute: Callable[[Batch], PerExample], count: int, best: Result, part: range, bar: Progress
+) -> Result:
+    matrix, _ = rows_of(work, compute, part, bar.update)
+    kept = fold(Best(best["values"], best["rows"]), matrix, part.start, count)
+    return {**kept._asdict(), "lost": best["lost"] + (~matrix.isfinite()).any(1).sum()}
+
+
+def _merge_best(count: int, parts: Sequence[Result]) -> Result:
+    kept = best_of([Best(part["values"], part["rows"]) for part in parts], count)
+    return {**kept._asdict(), "lost": torch.stack([part["lost"] for part in parts]).sum(0)}
+
+
+def _against(
+    stores: Sequence[GradientStore], score: How, unit_norm: bool, granularity: Granularity, prepared: Prepared
+) -> tuple[list[Transform], list[dict[str, Any]]]:
+    """The last stages of the chain, and what is told of each column."""
+    if score == "self":
+        return [self_influence()], [{"id": "self"}]
+    rows, told = query_rows(stores, unit_norm)
+    if score == "mean":
+        rows, told = rows.mean(0, keepdim=True), [{"id": f"mean of {len(told)} queries"}]
+    leaves = as_leaves(rows, stores[0], prepared.work.device)
+    by: Literal["example", "leaf"] = "leaf" if granularity == "module" else "example"
+    last = [against(leaves, unit_norm=unit_norm, by=by)]
+    if score == "nearest":
+        return [*last, nearest()], [{"id": f"nearest of {len(told)} queries"}]
+    return last, told
+
+
+def _spec(prepared: Prepared, last: Sequence[Transform]) -> Mapping[str, Any]:
+    arriving = prepared.work.chain.init(prepared.work.chain.started().spec(prepared.work.params))[1]
+    return compose(*last).init(arriving)[1]
+
+
+def _gradients_at(path: str | Path) -> GradientStore:
+    store = open_store(path)
+    if "queries" in store.manifest.extra:
+        raise FuncattribError(f"expected query gradients at {path}, found scores; give what build or reduce left")
+    return store
+
+
+def _say_other_loss(prepared: Prepared, store: GradientStore) -> None:
+    """Two losses may be meant (a task's own for the queries), or a flag that was forgotten."""
+    for name in ("kind", "reduction", "label_smoothing"):
+        ours, theirs = prepared.manifest.loss.get(name), store.manifest.loss.get(name)
+        if ours != theirs:
+            log.warning("the queries of %s have the loss %s %s, the documents %s", store.path, name, theirs, ours)
+
+
+def _check_asked(
+    score: str, paths: Sequence[Any], query_data: Any, unit_norm: bool, granularity: str, top_k: int | None
+) -> None:
+    given = bool(paths) + (query_data is not None)
+    for wrong, message in (
+        (score == "self" and given, "expected no queries with score 'self', found some"),
+        (score == "self" and unit_norm, "expected no unit norm with score 'self': every gradient would score 1"),
+        (score == "self" and granularity != "example", f"expected score 'self' of examples, found {granularity}"),
+        (score != "self" and not given, "expected queries (--query-path or --query-dataset), found none"),
+        (given == 2, "expected --query-path or --query-dataset, found both"),
+        (top_k is not None and top_k < 1, f"expected --top-k of at least 1, found {top_k}"),
+        (
+            top_k is not None and granularity != "example",
+            f"expected --top-k or --granularity {granularity}, found both",
+        ),
+        (
+            score == "nearest" and granularity != "example",
+            f"expected score 'individual' or 'mean' with granularity {granularity}, found 'nearest': its parts do not "
+            "add up",
+        ),
+        (
+            unit_norm and granularity == "token",
+            "expected inner products with granularity token, found unit norm: a token's part has no norm of its own",
+        ),
+    ):
+        if wrong:
+            raise FuncattribError(message)

@@ -1,0 +1,103 @@
+"""Rows (document, token) in place of a row a document: the terms that a document's gradient is the sum of.
+
+The tokens of all documents stand one after the other, so a shard may begin and end inside a document. Statistics are
+those of whole documents: only so do the parts add up to what a store or a score of documents holds.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from funcattrib.chain.per_example import per_example_grad
+from funcattrib.chain.per_token import per_token_grad
+from funcattrib.chain.transform import State
+from funcattrib.data import plan
+from funcattrib.data.documents import Documents
+from funcattrib.errors import FuncattribError
+from funcattrib.runs.workload import Work, flat, progress
+from funcattrib.runtime.memory import trim
+from funcattrib.store import Manifest, StoreWriter
+from funcattrib.types import Batch, PerExample
+
+MOST_ROWS = 1 << 16
+"""Of a shard, where nobody says how many."""
+
+
+def by_token(manifest: Manifest, work: Work, rows_per_shard: int) -> Manifest:
+    """The manifest of a run with a row a token.
+
+    Raises:
+        FuncattribError: a chain with stages that are not linear, whose parts would not add up, or gradients that are
+            not torch's.
+    """
+    if (source := work.chain.started()) not in (per_example_grad, per_token_grad):
+        raise FuncattribError(f"expected torch's gradients with granularity token, found those of {source.name}")
+    if any(stage.lower is None and stage.name not in ("precondition", "nearest") for stage in work.chain.stages):
+        name = next(stage.name for stage in work.chain.stages if stage.lower is None)
+        raise FuncattribError(f"expected stages whose parts add up with granularity token, found {name}; leave it out")
+    return replace(
+        manifest,
+        rows=int(work.corpus.lengths.sum()),
+        rows_per_shard=rows_per_shard,
+        computed_with={**manifest.computed_with, "granularity": "token"},
+    )
+
+
+def as_tokens(work: Work) -> Work:
+    """The work with a row a token in place of a row a document."""
+    return work._replace(chain=work.chain._replace(source=per_token_grad))
+
+
+def fill_tokens(work: Work, writer: StoreWriter, state: State, label: str = "build") -> None:
+    """Compute and hand over every pending shard of rows (document, token)."""
+    compute, ends = as_tokens(work).bind(state), np.cumsum(work.corpus.lengths)
+    before = int(ends[-1]) - sum(len(writer.shard_range(i)) for i in writer.pending)
+    with progress(work, label, int(ends[-1]), before) as bar:
+        for shard in work.step.through(writer.claims()):
+            span = writer.shard_range(shard)
+            first, last = (int(at) for at in np.searchsorted(ends, [span.start, span.stop - 1], side="right"))
+            documents = range(first, last + 1)
+            matrix, losses = _rows_of(work, compute, documents)
+            told = _told(work, documents, losses)
+            skipped = span.start - int(ends[first] - work.corpus.lengths[first])
+            inside = slice(skipped, skipped + len(span))
+            writer.put(shard, matrix[inside].clone(), {name: values[inside] for name, values in told.items()})
+            bar.update(len(span), len(documents))
+
+
+def _rows_of(work: Work, compute: Callable[[Batch], PerExample], documents: range) -> tuple[Tensor, np.ndarray]:
+    """(rows (tokens, D) float32 on the CPU, the documents' losses), in order."""
+    lengths = work.corpus.lengths[list(documents)]
+    parts: list[Tensor] = [torch.empty(0)] * len(documents)
+    losses = np.zeros(len(documents), dtype=np.float32)
+    for chosen in plan(lengths, work.budget):
+        trim()
+        rows_of_batch = [documents[i] for i in chosen]
+        batch = work.corpus.batch(rows_of_batch, work.device)
+        pieces = [*work.pieces(lambda part: flat(compute(part)), batch, rows_of_batch, work.device)]
+        by_document, of_losses = (torch.cat(each).unflatten(0, (len(chosen), -1)) for each in zip(*pieces, strict=True))
+        for i, rows, loss in zip(chosen, by_document, of_losses, strict=True):
+            parts[i] = rows[: lengths[i]] if bool(loss[0].isfinite()) else rows[: lengths[i]] * torch.nan
+            losses[i] = float(loss[0])
+    return torch.cat(parts), losses
+
+
+def _told(work: Work, documents: range, losses: np.ndarray) -> dict[str, Any]:
+    """Of every token: its document's id, number and loss, its position, and its text."""
+    lengths = work.corpus.lengths[list(documents)]
+    ids = work.corpus.shown(documents)["id"]
+    positions = [at for length in lengths for at in range(length)]
+    told: dict[str, Any] = {
+        "id": [f"{name}:{at}" for name, length in zip(ids, lengths, strict=True) for at in range(length)],
+        "document": np.repeat(np.asarray(documents), lengths),
+        "position": np.asarray(positions),
+        "loss": np.repeat(losses, lengths),
+    }
+    if isinstance(work.corpus, Documents) and (tokenizer := work.corpus.tokenizer) is not None:
+        rows = work.corpus.rows
+        told["text"] = [tokenizer.decode([int(token)]) for i in documents for token in rows[i]["input_ids"]]
+    return told

@@ -1,0 +1,28 @@
+"""Choosing the device of a process."""
+
+import torch
+
+from funcattrib.errors import FuncattribError
+from funcattrib.runtime.hub import why
+from funcattrib.runtime.launcher import launched, local_rank
+
+
+def pick_device(device: str) -> torch.device:
+    """``auto`` is a GPU where there is one; of several processes on a machine, each has its own.
+
+    Raises:
+        FuncattribError: a device that torch does not know or that is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and launched():
+        device = f"cuda:{local_rank() % max(1, torch.cuda.device_count())}"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise FuncattribError(f"expected a device such as cpu or cuda, found {device!r}") from error
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise FuncattribError(f"expected a device that is here, found {device!r}: {why(error)}") from error
+    return chosen

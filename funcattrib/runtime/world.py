@@ -1,0 +1,281 @@
+"""The processes of one run, under torchrun or srun: which one this is, who takes what, sums over all of them.
+
+Work is taken, not dealt: a counter that all processes share gives each number to one of them, so that none waits for a
+slower one, and no collective operation stands inside a loop over data. Sums are made between loops, when all have met.
+A process that waits looks up at short intervals, so that signals and the failure of another are heard.
+
+``ALONE`` is a run of one process: everything is its own, and torch.distributed is not asked.
+"""
+
+import itertools
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import cache, partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from funcattrib.errors import FuncattribError
+from funcattrib.runtime.key_value_store import FAILED, Board
+from funcattrib.runtime.launcher import launched, local_rank, set_up_from_slurm
+from funcattrib.runtime.signals import undisturbed
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(days=7)  # of a sum: processes may come to it hours apart
+_FAREWELL = 5.0  # seconds
+_LEFT = "left"
+
+
+class World(NamedTuple):
+    """One process among those of a run.
+
+    Attributes:
+        rank: its number, from 0.
+        size: how many there are.
+        local_rank: its number on its machine.
+        board: what they all read and write; None where there is one process.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    board: Board | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def claims(self, count: int) -> Iterator[int]:
+        """Numbers below ``count``, in order, each given to one process: whoever asks next.
+
+        SIGTERM waits until what was given is done, and the next one is asked for.
+
+        Example:
+            >>> list(ALONE.claims(3))
+            [0, 1, 2]
+        """
+        for number in self._numbers():
+            if number >= count:
+                return
+            with undisturbed():
+                yield number
+
+    def _numbers(self) -> Iterator[int]:
+        if self.board is None:
+            yield from itertools.count()
+            return
+        key = self.board.name("claim")
+        while True:
+            yield self.board.add(key, 1) - 1
+
+    def counter(self) -> Callable[[int, int], tuple[int, int]]:
+        """A function that adds to two counts and gives the sums over all processes."""
+        if self.board is None:
+            total = [0, 0]
+
+            def add(first: int, second: int) -> tuple[int, int]:
+                total[0] += first
+                total[1] += second
+                return total[0], total[1]
+
+            return add
+        board, keys = self.board, (self.board.name("first"), self.board.name("second"))
+        return lambda first, second: (board.add(keys[0], first), board.add(keys[1], second))
+
+    def meet(self, waiting: Callable[[], object] = lambda: None) -> None:
+        """Go on when all processes are here; ``waiting`` is called now and then.
+
+        Raises:
+            FuncattribError: another process failed.
+        """
+        if self.board is not None:
+            key = self.board.name("meet")
+            self.board.add(key, 1)
+            self.board.until(lambda board: board.add(key, 0) >= self.size, waiting)
+
+    def tell(self, value: Any = None, source: int = 0) -> Any:
+        """One process's value, a JSON one, on every process; what the others give is not looked at."""
+        if self.board is None:
+            return value
+        key = self.board.name("tell")
+        if self.rank == source:
+            self.board.set(key, json.dumps(value))
+            return value
+        self.board.until(lambda board: board.has(key))
+        return json.loads(self.board.get(key))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, JSON ones, by rank."""
+        if self.board is None:
+            return [value]
+        key = self.board.name("gather")
+        self.board.set(f"{key}/{self.rank}", json.dumps(value))
+        keys = [f"{key}/{rank}" for rank in range(self.size)]
+        self.board.until(lambda board: all(map(board.has, keys)))
+        return [json.loads(self.board.get(each)) for each in keys]
+
+    def first(self, function: Callable[[], T]) -> T | None:
+        """What ``function`` gives on rank 0; the others wait for it and have None.
+
+        Raises:
+            FuncattribError: that of rank 0, on every process.
+        """
+        if not self.leads:
+            if (error := self.tell()) is not None:
+                raise FuncattribError(error)
+            return None
+        try:
+            result = function()
+        except FuncattribError as error:
+            self.tell(str(error))
+            raise
+        self.tell(None)
+        return result
+
+    def sum(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over all processes, name → tensor of the same shape, equal to the bit on each of them."""
+        return self._added(tensors, dist.all_reduce)
+
+    def sum_at(self, owner: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """Sums over all processes, on one of them alone; the others have None."""
+        sums = self._added(tensors, partial(dist.reduce, dst=owner))
+        return sums if self.rank == owner else None
+
+    def _added(self, tensors: Mapping[str, Tensor], add: Callable[[Tensor], object]) -> dict[str, Tensor]:
+        """What ``add`` makes of each tensor in its place, on copies."""
+        if self.board is None:
+            return dict(tensors)
+        self.meet()
+        sums = {}
+        for name, tensor in tensors.items():
+            total = tensor.detach().to("cpu", copy=True).contiguous()
+            with self.board.connected():
+                add(total)
+            sums[name] = total.to(tensor.device)
+        return sums
+
+    def share(self, tensors: Mapping[str, Tensor] | None, source: int = 0) -> dict[str, Tensor] | None:
+        """One process's tensors, or its None, on every process; on the CPU where they are another's."""
+        if self.board is None:
+            return None if tensors is None else dict(tensors)
+        own = tensors if self.rank == source else None
+        told = None
+        if own is not None:
+            told = [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in own.items()]
+        told = self.tell(told, source)
+        if told is None:
+            return None
+        self.meet()
+        shared = {}
+        for name, shape, dtype in told:
+            shared[name] = torch.empty(shape, dtype=getattr(torch, dtype)) if own is None else own[name]
+            with self.board.connected():
+                dist.broadcast(shared[name].detach().cpu().contiguous(), source)
+        return shared
+
+    def collect(self, tensor: Tensor) -> list[Tensor]:
+        """Every process's tensor, by rank; their last axes may differ in length."""
+        if self.board is None:
+            return [tensor]
+        lengths = self.gather(tensor.shape[-1])
+        padded = tensor.new_zeros(*tensor.shape[:-1], max(lengths), device="cpu")
+        padded[..., : tensor.shape[-1]] = tensor.cpu()
+        self.meet()
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        with self.board.connected():
+            dist.all_gather(parts, padded)
+        return [part[..., :length].to(tensor.device) for part, length in zip(parts, lengths, strict=True)]
+
+    def fail(self, message: str) -> bool:
+        """Let the others know that this process stops; whether it is the first to say so."""
+        if self.board is None:
+            return True
+        with suppress(FuncattribError):  # the connection is lost: nobody hears it
+            if self.board.add(f"{FAILED}/count", 1) > 1:
+                return False
+            self.board.set(FAILED, f"rank {self.rank}: {message}")
+        return True
+
+
+ALONE = World()
+"""A run of one process."""
+
+
+def world() -> World:
+    """This process's place in torch.distributed's default group; ``ALONE`` where none was set up."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return ALONE
+    return World(dist.get_rank(), dist.get_world_size(), local_rank(), _board(dist.group.WORLD))
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """Join the processes that torchrun or srun started, if one did, and part from them at the end.
+
+    A group that the caller has set up is taken as it is.
+    """
+    if not launched() or dist.is_initialized():
+        yield world()
+        return
+    set_up_from_slurm()
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store, rank, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"funcattrib/{agreed(store, rank, size)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+    here = world()
+    try:
+        yield here
+    finally:
+        _part(here)
+        dist.destroy_process_group()
+
+
+def agreed(store: Any, rank: int, size: int) -> str:
+    """A name for this attempt, the same on all processes.
+
+    torchrun starts a killed run again on the store of the attempt before, with all that was written there: rank 0
+    makes a name, and the others take it when what they wrote under it comes back.
+    """
+    mine = secrets.token_hex(8)
+    if rank == 0:
+        store.set("attempt", mine)
+        for other in range(1, size):
+            store.set(f"{mine}/back/{other}", store.get(f"{mine}/{other}"))  # get waits for it
+        return mine
+    while True:
+        name = store.get("attempt").decode()
+        store.set(f"{name}/{rank}", mine)
+        for _ in range(50):
+            if store.check([f"{name}/back/{rank}"]):
+                if store.get(f"{name}/back/{rank}").decode() == mine:
+                    return str(name)
+                break  # another attempt's
+            time.sleep(0.01)
+
+
+def _part(here: World) -> None:
+    """Rank 0 goes last, as it may be the one that keeps the board; it does not wait long for one that was killed."""
+    with suppress(FuncattribError):
+        assert here.board is not None, "a group of one process is not set up"
+        if not here.leads:
+            here.board.add(_LEFT, 1)
+            return
+        until = time.monotonic() + _FAREWELL
+        while here.board.add(_LEFT, 0) < here.size - 1 and time.monotonic() < until:
+            time.sleep(0.01)
+
+
+@cache
+def _board(group: Any) -> Board:
+    """One board a process group: its store outlives a process, but not an attempt under ``--max-restarts``."""
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+    return Board(PrefixStore("funcattrib", _get_default_store()))

@@ -1,0 +1,202 @@
+"""Scores on disk: one row a training example, in the data set's order, one float32 column a query.
+
+They are kept as a store is (shards, manifest, resume, lock; ``docs/store.md``): one leaf ``scores`` with the queries as
+its columns, or by module one leaf a parameter, whose sum over leaves is the score. Where only the best rows of each
+query were kept, they are the store's state and ``best.parquet``. Positive means proponent: a step that unlearns the
+training example raises the query's loss.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+from torch import Tensor
+
+from funcattrib.errors import FuncattribError, StoreError
+from funcattrib.query.topk import TopK
+from funcattrib.scores import top_k as kept_best
+from funcattrib.scores.top_k import fold, nothing
+from funcattrib.store import GradientStore, Manifest, lay_out, open_store
+from funcattrib.store.compatibility import check_gradients, refuse, state_hash
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_BLOCK = 8192
+
+
+class Scores:
+    """Scores that are open for reading; ``open_scores`` makes it. Slices like an array (rows, queries).
+
+    Attributes:
+        path: the folder.
+        manifest: how they were made.
+        queries: what is told of each query, one dict a column.
+        kept: how many rows of each query were kept, best first; None where all were.
+        modules: leaf names, where each one's part was kept; else none.
+    """
+
+    def __init__(self, store: GradientStore) -> None:
+        self._store = store
+        self.path, self.manifest = store.path, store.manifest
+        self.queries: list[dict[str, Any]] = list(store.manifest.extra["queries"])
+        self.kept: int | None = store.manifest.computed_with.get("top_k")
+        self.modules = [] if list(store.leaves) == ["scores"] else list(store.leaves)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, queries)."""
+        rows = len(self._store) if self.kept is None else int(self.manifest.computed_with["scored"])
+        return rows, len(self.queries)
+
+    @property
+    def examples(self) -> "Dataset":
+        """What is told of each row's example, memory-mapped."""
+        self._whole()
+        return self._store.examples
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        self._whole()
+        if not self.modules:
+            return self._store.matrix()[key]
+        rows, *columns = key if isinstance(key, tuple) else (key,)
+        summed = sum(self._store[name][rows] for name in self.modules)
+        return np.asarray(summed)[(..., *columns)] if columns else np.asarray(summed)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:], dtype)
+
+    def part(self, module: str) -> Any:
+        """One parameter's (or head's) part of the scores, (rows, queries), which slices like an array."""
+        if module not in self.modules:
+            has = f"{', '.join(self.modules[:3])}, …" if self.modules else "none: score with --granularity module"
+            raise FuncattribError(f"expected a module of the scores, found {module!r}; there are {has}")
+        return self._store[module]
+
+    def example(self, row: int) -> dict[str, Any]:
+        """What is told of one row's example."""
+        if self.kept is None:
+            return dict(self._store.examples[row])
+        return kept_best.load_example(self.path, row)
+
+    def topk(self, k: int = 10, *, reverse: bool = False) -> TopK:
+        """The k highest (``reverse``: lowest) scoring rows of each query, values and rows (queries, k).
+
+        Rows whose score is NaN or infinite are left out; a place that is left empty has NaN and row -1.
+        """
+        if k < 1:
+            raise FuncattribError(f"expected k of at least 1, found {k}")
+        if self.kept is not None:
+            if reverse or k > self.kept:
+                raise FuncattribError(
+                    f"expected at most the best {self.kept} of each query, which alone were kept, found "
+                    f"{'the lowest' if reverse else k}; score again with a larger --top-k, or without"
+                )
+            return kept_best.load_best(self.path, len(self.queries)).found(k)
+        best, start, sign = nothing(len(self.queries)), 0, -1.0 if reverse else 1.0
+        for block in self.blocks():
+            best = fold(best, sign * block, start, k)
+            start += len(block)
+        return best.found(k, sign)
+
+    def blocks(self, rows: int = _BLOCK) -> Iterator[Tensor]:
+        """The scores in blocks of rows (n, queries), float32."""
+        self._whole()
+        count = len(self.queries)
+        for block in self._store.matrix().blocks(rows):
+            yield block.unflatten(1, (-1, count)).sum(1) if self.modules else block
+
+    def to_parquet(self, path: str | Path) -> None:
+        """Write the examples with a column ``score_K`` for every query K."""
+        columns = {name: self.examples[name][:] for name in self.examples.column_names}
+        matrix = np.asarray(self)
+        columns |= {f"score_{number}": matrix[:, number] for number in range(matrix.shape[1])}
+        try:
+            pyarrow.parquet.write_table(pa.table(columns), path)
+        except OSError as error:
+            raise FuncattribError(f"expected to write {path}: {error}; choose another file") from error
+
+    def _whole(self) -> None:
+        if self.kept is not None:
+            raise FuncattribError(
+                f"expected every row's scores in {self.path}, found the best {self.kept} of each query alone; "
+                f"use topk, or read {kept_best.FILE}"
+            )
+
+
+def open_scores(path: str | Path) -> Scores:
+    """Open the scores in folder ``path``.
+
+    Raises:
+        StoreError: no scores there, or files that are missing or cut short.
+
+    Returns:
+        The scores, (rows, queries) float32, memory-mapped; positive is a proponent.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from funcattrib.runs.score import score_gradients
+        >>> loss = lambda params, example: (params["w"] * example["x"]).sum() ** 2
+        >>> model, data = (loss, {"w": torch.ones(2)}), [{"x": [1.0, 0.0]}, {"x": [1.0, 2.0]}]
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     _ = score_gradients(model, data, path=out, query_data=data[:1], quiet=True)
+        ...     scores = open_scores(out)
+        ...     scores.shape, scores[:, 0]
+        ((2, 1), array([ 4., 12.], dtype=float32))
+    """
+    store = open_store(path)
+    if "queries" not in store.manifest.extra:
+        raise StoreError(f"expected scores at {path}, found a store of gradients; open it with open_store")
+    if not store.manifest.complete:
+        raise StoreError(f"expected finished scores at {path}, found an interrupted run; the same command continues it")
+    return Scores(store)
+
+
+def scores_manifest(
+    train: Manifest,
+    *,
+    method: Mapping[str, Any],
+    queries: Sequence[Mapping[str, Any]],
+    of: Sequence[Manifest] = (),
+    modules: Sequence[str] = (),
+) -> Manifest:
+    """The manifest of the scores of ``train``'s rows against ``queries``, which came from the stores ``of``.
+
+    Args:
+        method: how the scores were made, for people and for a resume to compare.
+        modules: leaf names, where each one's part is kept.
+
+    Raises:
+        FuncattribError: the gradients were made by different models, chains or states; the message names which.
+    """
+    for query in of:
+        check_gradients(train, query)
+        refuse("fitted state", state_hash(train), state_hash(query))
+    leaves = lay_out(dict.fromkeys(modules or ["scores"], (len(queries),)))
+    convention = train.score_convention
+    if method.get("unit_norm"):
+        convention = convention.replace("inner product", "cosine", 1)
+    return replace(
+        train,
+        leaves=leaves,
+        dtype="float32",
+        score_convention=convention,
+        computed_with={
+            **train.computed_with,
+            "method": {**method, "columns": len(queries)},
+            "query_data": [query.data["fingerprint"] for query in of],
+        },
+        extra={"queries": [dict(entry) for entry in queries]},
+        shards=[],
+        complete=False,
+        clipped=0,
+        nonfinite=0,
+        state=None,
+    )

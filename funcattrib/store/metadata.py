@@ -1,0 +1,79 @@
+"""What is told about each row's example (its id, loss, token count, columns to show), as Arrow beside the rows.
+
+One Arrow IPC stream a shard, row for row as the shard; read memory-mapped, as one `datasets.Dataset`.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor
+
+from funcattrib.errors import StoreError
+from funcattrib.store.layout import FileFacts
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Column = Sequence[Any] | np.ndarray | Tensor
+
+
+def to_table(columns: Mapping[str, Column], rows: int) -> pa.Table:
+    """Columns of equal length as an Arrow table.
+
+    Raises:
+        StoreError: A column is of another length, or of values that Arrow has no type for.
+    """
+    arrays = {}
+    for name, column in columns.items():
+        if len(column) != rows:
+            raise StoreError(f"expected {rows} entries in the examples' column {name!r}, found {len(column)}")
+        values = column.detach().cpu().numpy() if isinstance(column, Tensor) else column
+        try:
+            arrays[name] = pa.array(list(values) if isinstance(values, np.ndarray) and values.ndim > 1 else values)
+        except pa.ArrowException as error:
+            raise StoreError(f"expected values of one type in the examples' column {name!r}, found: {error}") from error
+    # Without columns a table has no rows either; the running number within the shard then stands for them.
+    return pa.table(arrays if arrays else {"row": np.arange(rows)})
+
+
+def to_bytes(table: pa.Table) -> pa.Buffer:
+    """The table as an Arrow IPC stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return sink.getvalue()
+
+
+def read_table(path: Path) -> pa.Table:
+    """A shard's table, memory-mapped.
+
+    Raises:
+        StoreError: It cannot be read as Arrow.
+    """
+    try:
+        with pa.memory_map(str(path)) as file:  # closed at once: the mapping lives on in the buffers, the file need not
+            return pa.ipc.open_stream(file).read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise StoreError(f"expected an Arrow stream in {path}, found: {error}") from error
+
+
+def read_examples(path: Path, files: Sequence[FileFacts]) -> "Dataset":
+    """All shards' tables as one data set, in their order, memory-mapped.
+
+    A column that holds nothing but None in one shard, or whole numbers where another has fractions, takes the type
+    of the others.
+    """
+    from datasets import Dataset
+    from datasets.fingerprint import Hasher
+    from datasets.table import InMemoryTable
+
+    tables = [read_table(path / facts.file) for facts in files]
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
+    except pa.ArrowException as error:
+        raise StoreError(f"expected examples of equal columns in all shards of {path}, found: {error}") from error
+    # The fingerprint is given, as to compute one would read every column.
+    return Dataset(InMemoryTable(table), fingerprint=Hasher.hash([facts.sha256 for facts in files]))

@@ -1,0 +1,46 @@
+"""What a store of a training tells of its data set, and of each example beside its row."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import datasets
+
+from funcattrib.training.row_ids import Numbered
+
+
+def data_identity(examples: Any) -> dict[str, Any]:
+    """Which data set, as the manifest keeps it."""
+    fingerprint = getattr(examples, "_fingerprint", None)
+    return {"id": "in memory", "split": None, "fingerprint": fingerprint, "documents": len(examples)}
+
+
+def shown(examples: Any, tokenizer: Any) -> Callable[[range], Mapping[str, Any]]:
+    """Columns to show of some rows: the data set's ids and texts, or its tokens as text."""
+    if isinstance(examples, datasets.Dataset):
+        plain = examples.with_format(None)
+        texts = [name for name, feature in plain.features.items() if getattr(feature, "dtype", "") == "string"]
+
+        def of_dataset(rows: range) -> dict[str, Any]:
+            some = plain[rows.start : rows.stop]
+            columns = {name: some[name] for name in texts if name != "id"}
+            if not columns and "input_ids" in some:
+                columns = _decoded(some["input_ids"], tokenizer)
+            return {"id": [str(i) for i in some.get("id", rows)], **columns}
+
+        return of_dataset
+
+    of_each = examples.examples if isinstance(examples, Numbered) else examples
+
+    def of_sequence(rows: range) -> dict[str, Any]:
+        some = [of_each[row] for row in rows]
+        ids = [str(each.get("id", row)) for row, each in zip(rows, some, strict=True)]
+        if not all("input_ids" in each for each in some):
+            return {"id": ids}
+        return {"id": ids, **_decoded([each["input_ids"] for each in some], tokenizer)}
+
+    return of_sequence
+
+
+def _decoded(ids: Any, tokenizer: Any) -> dict[str, Any]:
+    decode = getattr(tokenizer, "decode", None)
+    return {} if decode is None else {"text": [decode(each, skip_special_tokens=True) for each in ids]}

@@ -1,0 +1,85 @@
+"""Rows as an optimizer's step weighs them: its second moments and learning rates as they stand at that step.
+
+    Adam        row = lr · C(g ⊙ (√v̂_t + ε)⁻¹),  v̂_t = v_t / (1 − β₂ᵗ) with this step's gradient in v_t
+    Adafactor   row = lr · C(diag(r_t)^-½ g diag(c_t)^-½ · √mean(r_t))
+
+v_t is known after the step, so that the factors of each gradient are put aside in backward (``lift/kept.py``) and read
+then. For a batch of one, without clipping and with β₁ = 0, the step is −row (times the loss's scale).
+
+References: Adam, arXiv 1412.6980; Adafactor, arXiv 1804.04235.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from funcattrib.checkpoints.optimizer_state import moment_of
+from funcattrib.errors import FuncattribError
+from funcattrib.lift import Lowered, Lowering, Reading, Scale, TwoSided, unpack
+from funcattrib.lift.maps.deferred import Kept, Part, read_kept
+from funcattrib.transforms.adam import adam_norm
+from funcattrib.transforms.moments import Moments
+from funcattrib.transforms.normalize import adafactor_norm
+from funcattrib.types import Grads, Spec
+
+Put = Mapping[str, list[Part]]
+"""Parameter → what was put aside of its gradient in one forward and backward pass."""
+
+
+def put_aside(lowered: Lowered) -> tuple[Lowered, dict[str, list[Part]]]:
+    """Maps that put every parameter's factors aside, and where."""
+    parts: dict[str, list[Part]] = {name: [] for name in lowered}
+    return {name: Lowering(Kept(parts[name]), name, (name,)) for name in lowered}, parts
+
+
+def read_put(lowered: Lowered, parts: Put, examples: int) -> Grads:
+    """Coordinates by leaf of what was put aside, (E, …)."""
+    probes: dict[str, Tensor] = {}
+    for name, (reading, probe, _) in lowered.items():
+        read = read_kept(reading, parts[name], examples)
+        if read is not None:
+            probes[probe] = probes[probe] + read if probe in probes else read
+    if missing := next((how.probe for how in lowered.values() if how.probe not in probes), None):
+        raise FuncattribError(f"expected a gradient of {missing} at every step, found none; leave it out (exclude)")
+    return unpack(lowered, probes)
+
+
+def weighed(lowered: Lowered, spec: Spec, optimizer: Any, model: nn.Module, *, moments: bool, rates: bool) -> Lowered:
+    """``lowered`` with the optimizer's normalisation and learning rates before it, as they stand now."""
+    names = {id(parameter): name for name, parameter in model.named_parameters() if name in lowered}
+    groups = {names[id(p)]: (p, group) for group in optimizer.param_groups for p in group["params"] if id(p) in names}
+    if missing := next((name for name in lowered if name not in groups), None):
+        raise FuncattribError(f"expected {missing} among the optimizer's parameters, found it missing; leave it out")
+    norms = _norms(spec, optimizer, groups) if moments else {}
+    before = {
+        name: _times(norms[name].reading if moments else TwoSided(), spec[name].shape, group["lr"] if rates else 1.0)
+        for name, (_, group) in groups.items()
+    }
+    return {
+        name: how._replace(reading=how.reading.after(before[name].to(spec[name].dtype)))
+        for name, how in lowered.items()
+    }
+
+
+def _norms(spec: Spec, optimizer: Any, groups: Mapping[str, tuple[Tensor, Mapping[str, Any]]]) -> Lowered:
+    moments: Moments = {name: moment_of(optimizer.state[p], group, name) for name, (p, group) in groups.items()}
+    ordered = {name: leaf for name, leaf in spec.items() if name in groups}
+    if any(not isinstance(moment, Tensor) for moment in moments.values()):
+        stage = adafactor_norm(moments)
+    else:
+        found = {group["eps"] if isinstance(group["eps"], float) else 0.0 for _, group in groups.values()}
+        if len(found) > 1:
+            raise FuncattribError(f"expected one eps for all of the optimizer's parameters, found {sorted(found)}")
+        stage = adam_norm(moments, eps=found.pop())
+    state, _ = stage.init(ordered)
+    assert stage.lower is not None
+    return stage.lower(state, ordered)
+
+
+def _times(reading: Reading, shape: tuple[int, ...], factor: float) -> Reading:
+    if factor == 1.0:
+        return reading
+    one = TwoSided(torch.full((shape[0],), factor)) if len(shape) < 3 else Scale(torch.tensor(factor))
+    return reading.after(one)

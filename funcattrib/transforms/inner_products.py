@@ -1,0 +1,150 @@
+"""Scores against fixed queries, as the last step of a chain: what a corpus is scored with as it streams by.
+
+    against         g ↦ (⟨Q_1, g⟩, …, ⟨Q_K, g⟩)                  over all leaves together, or leaf by leaf
+    … unit_norm     g ↦ (⟨Q_1, g⟩, …, ⟨Q_K, g⟩) / ‖g‖            ‖g‖ over all leaves; 0 for a zero gradient
+    self_influence  g ↦ ⟨g, g⟩
+    nearest         s ↦ max_k s_k                                of each leaf's scores
+
+The first is linear, and the others add up over leaves but for one division at the end, so each is read leaf by leaf in
+the backward pass: no example's gradients are ever held together.
+
+Reference: influence by inner products of gradients, arXiv 2002.08484; in one streaming pass, LoGra, arXiv 2405.13954.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from funcattrib.chain.transform import State, Transform
+from funcattrib.errors import ChainError
+from funcattrib.lift import Against, Lowered, Lowering, own
+from funcattrib.types import Grads, Leaf, Spec
+
+SCORES = "scores"
+"""The leaf of scores that are over all leaves together."""
+
+
+def against(
+    queries: Mapping[str, Tensor], unit_norm: bool = False, by: Literal["example", "leaf"] = "example"
+) -> Transform:
+    """Inner products with K query gradients.
+
+    Args:
+        queries: name → (K, *shape), the leaves that arrive here. They are part of the state, not of the settings.
+        unit_norm: divide by the norm of the incoming gradient, all leaves together. Queries are taken as they are.
+        by: ``example`` gives one leaf ``scores`` (K,), float32; ``leaf`` each leaf's part (K,), which add up to it.
+
+    Raises:
+        ChainError: leaves that are missing, too many, or of another shape.
+
+    Example:
+        >>> stage = against({"w": torch.tensor([[1.0, 0.0], [1.0, 1.0]])})
+        >>> state, _ = stage.init({"w": Leaf((2,), torch.float32)})
+        >>> stage.apply(state, {"w": torch.tensor([[3.0, 4.0]])})["scores"]
+        tensor([[3., 7.]])
+    """
+    if by not in ("example", "leaf"):
+        raise ChainError(f"expected scores by example or leaf, found {by!r}")
+    start = partial(_init, dict(queries), by=by, unit_norm=unit_norm)
+    if unit_norm:
+        return Transform("against", init=start, condense=_with_norm, apply=partial(_divide, by=by))
+    return Transform("against", init=start, lower=partial(_lower, by=by), apply=partial(_products, by=by))
+
+
+def self_influence() -> Transform:
+    """The squared norm of each example's gradient, all leaves together: its influence on itself.
+
+    Example:
+        >>> stage = self_influence()
+        >>> stage.apply(None, {"a": torch.tensor([[9.0]]), "b": torch.tensor([[16.0]])})["scores"]
+        tensor([[25.]])
+    """
+    return Transform("self_influence", init=_init_self, condense=_squares, apply=_sum_squares)
+
+
+def nearest() -> Transform:
+    """The largest of each leaf's scores: the score against the nearest query.
+
+    Example:
+        >>> nearest().apply(None, {"scores": torch.tensor([[3.0, 7.0]])})["scores"]
+        tensor([[7.]])
+    """
+    return Transform("nearest", init=_init_nearest, apply=_largest)
+
+
+def _init(queries: Mapping[str, Tensor], spec: Spec, by: str, unit_norm: bool) -> tuple[State, Spec]:
+    if missing := [name for name in spec if name not in queries]:
+        raise ChainError(f"needs a query gradient for each of {len(spec)} leaves; found none for {missing[0]}")
+    if extra := [name for name in queries if name not in spec]:
+        raise ChainError(f"needs queries of the {len(spec)} leaves that arrive; found {extra[0]} beside them")
+    for name, leaf in spec.items():
+        if tuple(queries[name].shape[1:]) != leaf.shape:
+            raise ChainError(f"needs queries of {name} of shape {leaf.shape}, found {tuple(queries[name].shape[1:])}")
+    counts = {len(query) for query in queries.values()}
+    if len(counts) != 1:
+        raise ChainError(f"needs as many queries for every leaf, found {sorted(counts)}")
+    leaf = Leaf((counts.pop(),), _dtype(spec))
+    return {"queries": {name: queries[name] for name in spec}}, {SCORES: leaf} if by == "example" else dict.fromkeys(
+        spec, leaf
+    )
+
+
+def _lower(state: State, spec: Spec, by: str) -> Lowered:
+    readings = {name: Against(state["queries"][name]) for name in spec}
+    if by == "leaf":
+        return {name: own(name, reading) for name, reading in readings.items()}
+    return {name: Lowering(reading, SCORES, (SCORES,)) for name, reading in readings.items()}
+
+
+def _products(state: State, grads: Grads, by: str) -> Grads:
+    parts = {name: _wide(Against(state["queries"][name]).of_gradient(grad)) for name, grad in grads.items()}
+    return parts if by == "leaf" else {SCORES: torch.stack(list(parts.values())).sum(0)}
+
+
+def _with_norm(state: State, spec: Spec) -> Lowered:
+    return {name: own(name, Against(state["queries"][name], norm=True)) for name in spec}
+
+
+def _divide(state: State, condensed: Grads, by: str) -> Grads:
+    wide = {name: _wide(part) for name, part in condensed.items()}
+    norm = torch.stack([part[:, -1] for part in wide.values()]).sum(0).sqrt()[:, None]
+    inverse = torch.where(norm > 0, 1 / norm, torch.where(norm.isnan(), norm, 0.0))
+    parts = {name: part[:, :-1] * inverse for name, part in wide.items()}
+    return parts if by == "leaf" else {SCORES: torch.stack(list(parts.values())).sum(0)}
+
+
+def _init_self(spec: Spec) -> tuple[State, Spec]:
+    return None, {SCORES: Leaf((1,), _dtype(spec))}
+
+
+def _squares(state: State, spec: Spec) -> Lowered:
+    return {name: own(name, Against(torch.zeros(0, *leaf.shape), norm=True)) for name, leaf in spec.items()}
+
+
+def _sum_squares(state: State, condensed: Grads) -> Grads:
+    return {SCORES: torch.stack([_wide(part) for part in condensed.values()]).sum(0)}
+
+
+def _init_nearest(spec: Spec) -> tuple[State, Spec]:
+    if wrong := [name for name, leaf in spec.items() if len(leaf.shape) != 1]:
+        raise ChainError(f"needs scores (queries,), as `against` gives them; {wrong[0]} is none")
+    return None, {name: leaf._replace(shape=(1,)) for name, leaf in spec.items()}
+
+
+def _largest(state: State, scores: Grads) -> Grads:
+    return {name: score.amax(1, keepdim=True) for name, score in scores.items()}
+
+
+def _dtype(spec: Spec) -> torch.dtype:
+    """Scores are at least float32: the sum is over all leaves."""
+    dtype = torch.float32
+    for leaf in spec.values():
+        dtype = torch.promote_types(dtype, leaf.dtype)
+    return dtype
+
+
+def _wide(scores: Tensor) -> Tensor:
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -1,0 +1,54 @@
+"""From a manifest's description of a chain back to the chain."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from funcattrib.chain.chain import Chain, compose
+from funcattrib.chain.per_example import Source
+from funcattrib.chain.transform import Transform
+from funcattrib.errors import ChainError
+from funcattrib.transforms.adam import adam_norm
+from funcattrib.transforms.cast import cast
+from funcattrib.transforms.clip import clip
+from funcattrib.transforms.experts import split_experts
+from funcattrib.transforms.heads import split_heads
+from funcattrib.transforms.normalize import adafactor_norm, unit_norm
+from funcattrib.transforms.precondition import precondition
+from funcattrib.transforms.project import project
+from funcattrib.transforms.select import select
+from funcattrib.transforms.sketch import sketch
+
+FACTORIES: dict[str, Callable[..., Transform]] = {
+    "adafactor_norm": adafactor_norm,
+    "adam_norm": adam_norm,
+    "cast": cast,
+    "clip": clip,
+    "precondition": precondition,
+    "project": project,
+    "select": select,
+    "sketch": sketch,
+    "split_experts": split_experts,
+    "split_heads": split_heads,
+    "unit_norm": unit_norm,
+}
+
+
+def rebuild(source: Source, description: Sequence[Mapping[str, Any]]) -> Chain:
+    """The chain that ``Chain.describe`` described, behind ``source``.
+
+    Raises:
+        ChainError: a transform of the user's own, which only its author can make again.
+
+    Example:
+        >>> from funcattrib.chain.per_example import per_example_grad
+        >>> chain = compose(per_example_grad, project(4, seed=2), unit_norm)
+        >>> rebuild(per_example_grad, chain.describe()).describe() == chain.describe()
+        True
+    """
+    stages = []
+    for entry in description:
+        settings = {key: value for key, value in entry.items() if key != "name"}
+        if entry["name"] not in FACTORIES:
+            raise ChainError(f"expected one of {', '.join(FACTORIES)}, found {entry['name']!r}; pass the chain itself")
+        stages.append(FACTORIES[entry["name"]](**settings))
+    return compose(source, *stages)

@@ -1,0 +1,1 @@
+"""Where a weight lives: dense, in shards, or quantised."""

@@ -1,0 +1,217 @@
+"""Ranks that hold one model together compute batch by batch together, each on batches of its own.
+
+A gather needs all ranks of a group, and they may have different numbers of batches. So they go in rounds. Before each
+they tell each other whether somebody has work (one number added up); in it every rank makes the same gathers, in the
+order that all learn from a small batch before the first:
+
+    work              the gathers are those of computing a batch
+    none left         they are gone through, and what comes is dropped
+    memory short      what is left of them is gone through; the batch is then computed in parts, a round each
+
+So no rank waits for another that is not there.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from funcattrib.errors import FuncattribError
+from funcattrib.runtime.key_value_store import Board
+from funcattrib.runtime.memory import is_short, release
+from funcattrib.runtime.signals import Terminated, undisturbed
+from funcattrib.runtime.world import world
+from funcattrib.types import Batch
+from funcattrib.weights.sharded import Gathers, Sharded
+
+T = TypeVar("T")
+W = TypeVar("W")
+
+_LOOK_UP = 1.0  # seconds of waiting for the others, after which one asks whether they are still there
+
+
+class Lockstep:
+    """Passes over work in which ranks compute together: at the end of one, each goes on while another has work.
+
+    Args:
+        gathers: of the group that holds the model; None where each process has all of it, and nothing is to be done.
+        small: makes a batch that shows the order of the gathers.
+
+    Example:
+        >>> step = Lockstep()
+        >>> compute = step.of(lambda batch: batch["x"] + 1)
+        >>> [compute(batch) for batch in step.through([{"x": torch.tensor(1)}])]
+        [tensor(2)]
+    """
+
+    def __init__(self, gathers: Gathers | None = None, small: Callable[[], Batch] | None = None) -> None:
+        self._rounds = None if gathers is None or gathers.size == 1 else _Rounds(gathers, small)
+        self._function: _Function | None = None
+        self._passing = False  # inside ``through``
+
+    @property
+    def shared(self) -> bool:
+        """Whether there are other ranks to go together with."""
+        return self._rounds is not None
+
+    @property
+    def storage(self) -> dict[str, Any] | None:
+        """How the model is held: by how many ranks, and whether apart from where it is used."""
+        if self._rounds is None:
+            return None
+        return {"ranks": self._rounds.gathers.size, "offloaded": self._rounds.gathers.offloaded}
+
+    def of(self, compute: Callable[[Batch], T]) -> Callable[[Batch], T]:
+        """``compute`` of a batch, together with the other ranks, all of which call this.
+
+        In the next pass, ranks that have no work left go through its gathers.
+
+        Raises:
+            torch.OutOfMemoryError: from what is given back: memory is short for the batch; the others have gone on.
+        """
+        if self._rounds is None:
+            return compute
+        self._function = _Function(compute)
+        return partial(self._together, self._rounds, self._function)
+
+    def through(self, work: Iterable[W]) -> Iterator[W]:
+        """The items of ``work``; then rounds without any, while another rank has some.
+
+        Also where SIGTERM ends this rank's work, but not after an error.
+        """
+        self._passing = True
+        try:
+            yield from work
+            self._drain()
+        except Terminated:
+            self._end()
+            raise
+        finally:
+            self._passing = False
+
+    def _end(self) -> None:
+        """Let the others finish a pass that SIGTERM ends here: once, as it may be met in the batch and in the work."""
+        if self._passing:
+            self._passing = False
+            self._drain()
+
+    def _together(self, rounds: "_Rounds", function: "_Function", batch: Batch) -> Any:
+        try:
+            with undisturbed():  # SIGTERM in the middle of a round would leave the others waiting for its gathers
+                return rounds.compute(function, batch)
+        except Terminated:
+            self._end()
+            raise
+
+    def _drain(self) -> None:
+        if self._rounds is None:
+            return
+        assert self._function is not None, "a pass begins with what is computed in it"
+        with undisturbed():
+            self._rounds.drain(self._function)
+
+
+class _Function:
+    """What is computed of a batch, and the order of its gathers once that is known."""
+
+    def __init__(self, compute: Callable[[Batch], Any]) -> None:
+        self.compute = compute
+        self.order: Sequence[Sharded] | None = None
+
+
+class _Rounds:
+    """The rounds of one group."""
+
+    def __init__(self, gathers: Gathers, small: Callable[[], Batch] | None) -> None:
+        assert small is not None, "ranks that share a model have something to compute"
+        self.gathers, self._small = gathers, small
+
+    def compute(self, function: _Function, batch: Batch) -> Any:
+        """A round with work."""
+        with _board().connected():
+            self._somebody(1)
+            self._learn(function)
+            return self._computed(function, batch)
+
+    def drain(self, function: _Function) -> None:
+        """Rounds without, until nobody has any."""
+        with _board().connected():
+            while self._somebody(0):
+                self._learn(function)
+                self.gathers.start(function.order)
+                self._go_through()
+            self.gathers.settle()
+
+    def _computed(self, function: _Function, batch: Batch) -> Any:
+        self.gathers.start(function.order)
+        try:
+            result = function.compute(batch)
+        except Exception as error:
+            if not is_short(error):
+                self._go_through()
+                raise
+            said = str(error)
+        else:
+            self._go_through()
+            return result
+        # Outside of the handler, whose error holds all that the batch has taken.
+        release(self.gathers.device)
+        self._go_through()
+        raise torch.OutOfMemoryError(said)
+
+    def _go_through(self) -> list[Sharded]:
+        """What is left of a round's gathers."""
+        with _fitting():
+            return self.gathers.finish()
+
+    def _learn(self, function: _Function) -> None:
+        """The order of the gathers, once: of the second call, as the first may look at how a batch is read."""
+        if function.order is not None:
+            return
+        with _fitting():
+            for _ in range(2):
+                self.gathers.start(None)
+                function.compute(self._small())
+                function.order = self.gathers.finish()
+
+    def _somebody(self, here: int) -> bool:
+        """Whether any rank of the group has work, ``here`` being 1 where this one has."""
+        count = torch.tensor([here], device=self.gathers.device)
+        told = dist.all_reduce(count, group=self.gathers.group, async_op=True)
+        _board().until(lambda _: _ended(told))  # another may have left with an error
+        told.wait()
+        return bool(count.item())
+
+
+def _board() -> Board:
+    board = world().board
+    assert board is not None, "the ranks of a group are processes of the run"
+    return board
+
+
+@contextmanager
+def _fitting() -> Iterator[None]:
+    """Memory that is short inside has no cure: nothing smaller is computed."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_short(error):
+            raise
+        raise FuncattribError(
+            "expected memory for the shortest document and two weights, found too little on one of the processes that "
+            "hold the model together\nuse more of them, a lower --precision, or --offload-params; finished work is kept"
+        ) from error
+
+
+def _ended(told: dist.Work) -> bool:
+    """Whether a sum is made, after waiting for it a while."""
+    begin = time.monotonic()
+    while not told.is_completed():
+        if (waited := time.monotonic() - begin) > _LOOK_UP:
+            return False
+        time.sleep(min(max(waited / 16, 1e-4), 1e-2))
+    return True

@@ -1,0 +1,201 @@
+import gzip
+import socket
+import time
+
+import datasets
+import huggingface_hub
+import pyarrow as pa
+import pytest
+
+from funcattrib.data import load, read
+from funcattrib.errors import DataError
+from funcattrib.runtime import hub
+
+TEXTS = ["one", "two", "three"]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(read, "_cache_folder", lambda: datasets.config.HF_DATASETS_CACHE)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    datasets.disable_progress_bars()
+    (tmp_path / "a.csv").write_text("text,reward\none,1\ntwo,2\nthree,3\n")
+    (tmp_path / "a.tsv").write_text("text\treward\none\t1\ntwo\t2\nthree\t3\n")
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in TEXTS))
+    (tmp_path / "a.json").write_text('[{"text": "one"}, {"text": "two"}, {"text": "three"}]')
+    (tmp_path / "a.txt").write_text("one\ntwo\nthree\n")
+    (tmp_path / "b[1].txt").write_text("four\n")
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write((tmp_path / "a.jsonl").read_text())
+    whole = datasets.Dataset.from_dict({"text": TEXTS})
+    whole.to_parquet(str(tmp_path / "a.parquet"))
+    batch = pa.record_batch({"text": pa.array(TEXTS)})
+    for name, new in {"file.arrow": pa.ipc.new_file, "stream.arrow": pa.ipc.new_stream}.items():
+        with pa.OSFile(str(tmp_path / name), "wb") as file, new(file, batch.schema) as writer:
+            writer.write(batch)
+    whole.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict(train=whole, test=whole.select([1])).save_to_disk(str(tmp_path / "splits"))
+    datasets.DatasetDict(dev=whole, test=whole).save_to_disk(str(tmp_path / "no_train"))
+    (tmp_path / "plain").mkdir()
+    whole.to_parquet(str(tmp_path / "plain" / "train.parquet"))
+    whole.select([1]).to_parquet(str(tmp_path / "plain" / "test.parquet"))
+    datasets.enable_progress_bars()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("a.csv", "a.tsv", "a.jsonl", "a.json", "a.txt", "a.jsonl.gz", "a.parquet", "file.arrow", "stream.arrow"),
+        *("saved", "splits", "plain", "./a.txt", "./sav*/../a.csv"),
+    ],
+)
+def test_every_kind_gives_the_same_rows(folder, source):
+    assert load(source)["text"][:] == TEXTS
+
+
+def test_a_glob_reads_files_in_the_order_of_their_names(folder):
+    assert load("*.txt")["text"][:] == [*TEXTS, "four"]
+    assert load(folder / "b[1].txt")["text"][:] == ["four"]  # a name, though it could be a pattern
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "expected"),
+    [
+        ("splits", "test", ["two"]),
+        ("plain", "test", ["two"]),
+        ("saved", "train[1:]", ["two", "three"]),
+        ("a.csv", "train[:34%]", ["one"]),
+        ("splits", "test+train[:1]", ["two", "one"]),
+    ],
+)
+def test_splits_and_slices(folder, source, split, expected):
+    assert load(source, split)["text"][:] == expected
+
+
+def test_a_saved_slice_is_called_by_its_split(folder):
+    load("splits", "train[:2]").save_to_disk("slice")
+    assert load("slice", "train[1:]")["text"][:] == ["two"]
+
+
+BAD_FILES = {
+    "empty.csv": b"",
+    "empty.jsonl": b"",
+    "header.csv": b"text\n",
+    "blank.jsonl": b"\n\n",
+    "ragged.csv": b"text,x\na,b\nc,d,e\n",
+    "broken.jsonl": b'{"text": "x"}\n{"text": nu\n',
+    "broken.parquet": b"PAR1 nothing of the kind",
+    "broken.arrow": b"nothing",
+    "latin.txt": b"caf\xe9\n",
+    "latin.csv": b"text\ncaf\xe9\n",
+    "text.doc": b"text",
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "says"),
+    [
+        ("empty.csv", None, "empty file"),
+        ("empty.jsonl", None, "empty file"),
+        ("header.csv", None, "at least one row"),
+        ("blank.jsonl", None, "at least one row"),
+        ("ragged.csv", None, "line 3"),
+        ("broken.jsonl", None, "JSON parse error"),
+        ("broken.parquet", None, "Parquet"),
+        ("broken.arrow", None, "arrow data"),
+        ("latin.txt", None, "save the file as UTF-8"),
+        ("latin.csv", None, "save the file as UTF-8"),
+        ("text.doc", None, "text.doc"),
+        ("[ae]*.[cj]s*", None, "one kind"),
+        ("a.[ct]sv", None, "one kind"),
+        ("*.zip", None, "match"),
+        ("missing.csv", None, "a.csv"),  # names what there is
+        ("no/such/folder/a.csv", None, "no folder no/such/folder"),
+        ("https://host/a.csv", None, "found no"),
+        ("", None, "found no"),
+        ("nothing", None, "data files"),
+        ("no_train", None, "dev, test"),
+        ("saved", "valid", "train"),
+        ("splits", "valid", "train, test"),
+        ("plain", "valid", "train, test"),
+        ("a.csv", "test", "train"),
+        ("splits", "train[:x]", "train, test"),
+        ("splits", "train[:0]", "train[:0]"),
+        ("splits", "train[2:1]", "train[2:1]"),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_two_lines(folder, source, split, says):
+    for name, content in BAD_FILES.items():
+        (folder / name).write_bytes(content)
+    (folder / "nothing").mkdir()
+    with pytest.raises(DataError) as raised:
+        load(source, split)
+    message = str(raised.value)
+    assert says in message
+    assert message.startswith("expected ")
+    assert message.count("\n") == 1, message
+
+
+def test_loading_is_quiet(folder, capfd):
+    bars = datasets.are_progress_bars_disabled()
+    load("a.csv")
+    with pytest.raises(DataError):
+        load("missing.csv")
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+    assert datasets.are_progress_bars_disabled() == bars
+
+
+@pytest.fixture
+def silent_hub(monkeypatch):
+    """A hub that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        yield
+
+
+def test_an_unreachable_hub_is_said_in_time(folder, silent_hub, monkeypatch):
+    monkeypatch.setattr(read, "hub_reachable", lambda: hub.hub_reachable(0.3))
+    start = time.monotonic()
+    with pytest.raises(DataError, match="the hub does not answer"):
+        load("owner/name")
+    assert time.monotonic() - start < 5
+    assert not datasets.config.HF_HUB_OFFLINE  # as it was
+
+
+def test_offline_mode_is_said_at_once(folder, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"offline mode is on \(HF_HUB_OFFLINE\)\n"):
+        load("owner/name")
+
+
+def test_an_unreachable_hub_leaves_the_cached_copy(folder, silent_hub, monkeypatch):
+    monkeypatch.setattr(read, "hub_reachable", lambda: False)
+    cached = folder / "cache" / "owner___name" / "default" / "0.0.0" / "0123456789abcdef"
+    cached.mkdir(parents=True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
+    saved = load("saved")
+    features = '{"text": {"dtype": "string", "_type": "Value"}}'
+    splits = '{"train": {"name": "train", "num_bytes": 1, "num_examples": 3, "dataset_name": "name"}}'
+    (cached / "dataset_info.json").write_text(
+        f'{{"builder_name": "parquet", "dataset_name": "name", "config_name": "default", "features": {features}, '
+        f'"version": {{"version_str": "0.0.0", "major": 0, "minor": 0, "patch": 0}}, "splits": {splits}}}'
+    )
+    with (
+        pa.OSFile(str(cached / "name-train.arrow"), "wb") as file,
+        pa.ipc.new_stream(file, saved.data.table.schema) as writer,
+    ):
+        writer.write_table(saved.data.table)
+    assert load("owner/name")["text"][:] == TEXTS

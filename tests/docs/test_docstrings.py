@@ -1,0 +1,79 @@
+"""Docstrings of the house form: a line that says what it is, every argument, and an example that runs."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import re
+from itertools import pairwise
+
+import pytest
+
+import funcattrib
+from tests.docs.test_site import PUBLIC
+from tests.support.pages import ROOT
+
+VALUES = {
+    "Grads",
+    "Spec",
+    "per_example_grad",
+    "per_token_grad",
+    "Lowered",
+    "IGNORED",
+    "SCORE_CONVENTION",
+    "__version__",
+}
+"""Public names that are no functions or classes of this library; a string behind the assignment says what they are."""
+
+ERRORS = {"DataError", "StoreError", "ChainError"}
+"""Shown by the error that they are kinds of."""
+
+COMMON = {"model", "loss", "params", "data", "overwrite", "config", "path", "settings"}
+"""Arguments that mean the same wherever they are; ``collect_gradients`` describes them."""
+
+FIRST = sorted({name for package, name in PUBLIC if package in ("funcattrib", "funcattrib.transforms")} - VALUES)
+REST = sorted({(package, name) for package, name in PUBLIC if name not in VALUES})
+
+
+@pytest.mark.parametrize(("package", "name"), REST)
+def test_begins_with_a_sentence(package: str, name: str) -> None:
+    text = inspect.getdoc(getattr(importlib.import_module(package), name)) or ""
+    summary = text.partition("\n\n")[0]
+    assert summary.endswith((".", ":")), summary
+    assert len(summary.splitlines()) <= 5
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_has_an_example_and_names_its_arguments(name: str) -> None:
+    thing = getattr(funcattrib, name, None) or getattr(funcattrib.transforms, name)
+    text = inspect.getdoc(thing) or ""
+    assert ">>> " in text or name in (*ERRORS, "AdamState"), "an example"
+    if name not in (*ERRORS, "FuncattribError"):
+        for argument in inspect.signature(thing).parameters.keys() - COMMON:
+            assert re.search(rf"\b{argument}\b", text), argument
+
+
+def behind(package: str, name: str) -> tuple[str, dict]:
+    """The string behind the assignment of a public name, wherever it is made, and the names around it."""
+    for path in sorted((ROOT / "funcattrib").rglob("*.py")):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        for node, following in pairwise(body):
+            if (
+                isinstance(node, ast.Assign)
+                and ast.unparse(node.targets[0]) == name
+                and isinstance(following, ast.Expr)
+            ):
+                module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+                return ast.literal_eval(following.value), vars(module)
+    raise AssertionError(f"{package}.{name}: nothing behind its assignment")
+
+
+@pytest.mark.parametrize(("package", "name"), sorted({p for p in PUBLIC if p[1] in VALUES - {"__version__"}}))
+def test_values_are_described(package: str, name: str) -> None:
+    """By a string behind the assignment, whose examples doctest by itself does not find."""
+    text, around = behind(package, name)
+    assert text.partition("\n")[0].endswith(".")
+    test = doctest.DocTestParser().get_doctest(text, dict(around), name, None, 0)
+    failed, _ = doctest.DocTestRunner().run(test)
+    assert not failed
+    assert test.examples or not name.endswith("_grad")

@@ -1,0 +1,290 @@
+"""Streamed scores against gradients that were stored and multiplied; reduce; what is refused; what is continued."""
+
+import logging
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import funcattrib as fa
+from funcattrib.runs import score as recipe
+from funcattrib.runs.collect import collect_gradients
+from funcattrib.runs.reduce import reduce_gradients
+from funcattrib.runs.score import score_gradients
+from tests.support import cases
+
+COMMON = {"dtype": "float32", "rows_per_shard": 4, "token_batch_size": 40, "quiet": True}
+
+
+def records(lengths, seed):
+    ids = cases.batch(lengths, seed=seed)["input_ids"]
+    return [
+        {"input_ids": [int(x) for x in row[:n]], "id": f"{seed}-{i}"}
+        for i, (row, n) in enumerate(zip(ids, lengths, strict=True))
+    ]
+
+
+TRAIN, QUERY = records((9, 5, 12, 2, 7, 11, 6, 8, 10, 4), 1), records((6, 9, 7), 2)
+CHAINS = {
+    "projected": {"projection_dim": 4},
+    "whole": {"projection_dim": 0},
+    "adafactor": {"projection_dim": 4, "normalizer": "adafactor", "fit_documents": 0},
+    "whitened": {"projection_dim": 3, "precondition": "parameter", "fit_documents": 0},
+    "whitened together": {"projection_dim": 2, "precondition": "all", "fit_documents": 0},
+    "sketched": {"sketch_dim": 32},
+    "heads": {"projection_dim": 3, "split_heads": True},
+}
+
+
+def dense(tmp_path, settings, unit_norm):
+    """Both sides stored, then multiplied."""
+    model = cases.causal("llama")
+    train = collect_gradients(model, TRAIN, path=tmp_path / "train", **COMMON, **settings)
+    query = collect_gradients(model, QUERY, path=tmp_path / "query", state=tmp_path / "train", **COMMON, **settings)
+    t, q = (torch.from_numpy(np.asarray(s.matrix()[:])).double() for s in (train, query))
+    if unit_norm:
+        t, q = (torch.nn.functional.normalize(x, dim=1) for x in (t, q))
+    return (t @ q.T).numpy()
+
+
+@pytest.mark.parametrize("unit_norm", [False, True], ids=["inner", "cosine"])
+@pytest.mark.parametrize("name", CHAINS)
+def test_streamed_scores_are_those_of_stored_gradients(name, unit_norm, tmp_path) -> None:
+    settings = {**COMMON, **CHAINS[name]}
+    expected = dense(tmp_path, CHAINS[name], unit_norm)
+    scores = score_gradients(
+        cases.causal("llama"), TRAIN, path=tmp_path / "out", queries=tmp_path / "query", unit_norm=unit_norm, **settings
+    )
+    scale = np.abs(expected).mean()
+    assert scores.shape == (10, 3)
+    assert [entry["id"] for entry in scores.queries] == ["2-0", "2-1", "2-2"]
+    np.testing.assert_allclose(np.asarray(scores), expected, rtol=1e-3, atol=1e-3 * scale)
+    assert fa.open_scores(tmp_path / "out").topk(1).rows[:, 0].tolist() == expected.argmax(0).tolist()
+    mean = score_gradients(
+        cases.causal("llama"),
+        TRAIN,
+        path=tmp_path / "mean",
+        queries=[tmp_path / "query"],
+        score="mean",
+        unit_norm=unit_norm,
+        **settings,
+    )
+    np.testing.assert_allclose(np.asarray(mean)[:, 0], expected.mean(1), rtol=1e-3, atol=1e-3 * scale)
+    nearest = score_gradients(
+        cases.causal("llama"),
+        TRAIN,
+        path=tmp_path / "nearest",
+        queries=tmp_path / "query",
+        score="nearest",
+        unit_norm=unit_norm,
+        **settings,
+    )
+    np.testing.assert_allclose(np.asarray(nearest)[:, 0], expected.max(1), rtol=1e-3, atol=1e-3 * scale)
+
+
+@pytest.mark.parametrize("name", ["projected", "whole", "adafactor"])
+def test_queries_computed_in_the_same_process(name, tmp_path) -> None:
+    expected = dense(tmp_path, CHAINS[name], False)
+    scores = score_gradients(
+        cases.causal("llama"), TRAIN, path=tmp_path / "out", query_data=QUERY, **COMMON, **CHAINS[name]
+    )
+    np.testing.assert_allclose(np.asarray(scores), expected, rtol=1e-3, atol=1e-3 * np.abs(expected).mean())
+
+
+@pytest.mark.parametrize("unit_norm", [False, True])
+@pytest.mark.parametrize("name", ["projected", "whole", "heads"])
+def test_parts_by_module_add_up(name, unit_norm, tmp_path) -> None:
+    expected = dense(tmp_path, CHAINS[name], unit_norm)
+    scores = score_gradients(
+        cases.causal("llama"),
+        TRAIN,
+        path=tmp_path / "out",
+        queries=tmp_path / "query",
+        unit_norm=unit_norm,
+        granularity="module",
+        **COMMON,
+        **CHAINS[name],
+    )
+    assert scores.shape == (10, 3)
+    tolerance = {"rtol": 1e-3, "atol": 1e-3 * np.abs(expected).mean()}
+    np.testing.assert_allclose(np.asarray(scores), expected, **tolerance)
+    np.testing.assert_allclose(scores[2:5, 1], expected[2:5, 1], **tolerance)
+    np.testing.assert_allclose(sum(np.asarray(scores.part(m)[:]) for m in scores.modules), expected, **tolerance)
+    assert scores.topk(2).rows[:, 0].tolist() == expected.argmax(0).tolist()
+    with pytest.raises(fa.FuncattribError, match="expected a module of the scores"):
+        scores.part("nothing")
+
+
+@pytest.mark.parametrize("name", ["projected", "whole"])
+def test_self_influence(name, tmp_path) -> None:
+    train = collect_gradients(cases.causal("llama"), TRAIN, path=tmp_path / "train", **COMMON, **CHAINS[name])
+    scores = score_gradients(
+        cases.causal("llama"), TRAIN, path=tmp_path / "out", score="self", **COMMON, **CHAINS[name]
+    )
+    expected = np.square(np.asarray(train.matrix()[:])).sum(1)
+    np.testing.assert_allclose(np.asarray(scores)[:, 0], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["mean", "sum"])
+@pytest.mark.parametrize("unit", [False, True])
+def test_reduced_gradients(method, unit, tmp_path) -> None:
+    settings = {**COMMON, "projection_dim": 4}
+    model = cases.causal("gpt2")
+    rows = np.asarray(collect_gradients(model, TRAIN, path=tmp_path / "train", **settings).matrix()[:])
+    reduced = reduce_gradients(model, TRAIN, path=tmp_path / "one", method=method, unit_normalize=unit, **settings)
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True) if unit else rows
+    expected = rows.sum(0) / (len(rows) if method == "mean" else 1)
+    np.testing.assert_allclose(reduced.matrix()[:][0], expected, rtol=1e-4, atol=1e-5)
+    scores = score_gradients(model, TRAIN, path=tmp_path / "out", queries=tmp_path / "one", **settings)
+    stored = np.asarray(fa.open_store(tmp_path / "train").matrix()[:])
+    np.testing.assert_allclose(np.asarray(scores)[:, 0], stored @ expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_best_alone_are_kept(tmp_path) -> None:
+    expected = dense(tmp_path, CHAINS["projected"], False)
+    settings = {**COMMON, **CHAINS["projected"]}
+    best = score_gradients(
+        cases.causal("llama"), TRAIN, path=tmp_path / "out", queries=tmp_path / "query", top_k=3, **settings
+    )
+    order = np.argsort(-expected, 0)[:3].T
+    assert best.shape == (10, 3)
+    assert best.topk(3).rows.tolist() == order.tolist()
+    np.testing.assert_allclose(best.topk(2).values.numpy(), np.take_along_axis(expected.T, order[:, :2], 1), rtol=1e-3)
+    table = pq.read_table(tmp_path / "out" / "best.parquet").to_pydict()
+    assert [table["example_row"][0] if "example_row" in table else table["id"][0]] == [f"1-{order[0, 0]}"]
+    assert best.example(int(order[1, 0]))["id"] == f"1-{order[1, 0]}"
+    assert not list((tmp_path / "out" / "shards").iterdir())
+    with pytest.raises(fa.FuncattribError, match="best 3 of each query alone"):
+        best[0]
+    with pytest.raises(fa.FuncattribError, match="found 4"):
+        best.topk(4)
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_an_interrupted_pass_is_continued(top_k, tmp_path, monkeypatch) -> None:
+    settings = {**COMMON, **CHAINS["projected"], "queries": tmp_path / "query", "top_k": top_k}
+    dense(tmp_path, CHAINS["projected"], False)
+    model, computed = cases.causal("llama"), []
+    whole = score_gradients(model, TRAIN, path=tmp_path / "whole", **settings)
+    module = recipe if top_k else __import__("funcattrib.runs.workload", fromlist=["rows_of"])
+    rows_of = module.rows_of
+
+    def twice(work, compute, rows, count):
+        computed.append(rows[0])
+        if computed.count(8) == 1 and rows[0] == 8:
+            raise KeyboardInterrupt
+        return rows_of(work, compute, rows, count)
+
+    monkeypatch.setattr(module, "rows_of", twice)
+    with pytest.raises(KeyboardInterrupt):
+        score_gradients(model, TRAIN, path=tmp_path / "out", **settings)
+    again = score_gradients(model, TRAIN, path=tmp_path / "out", **settings)
+    assert computed == [0, 4, 8, 8]
+    assert torch.equal(again.topk(3).values, whole.topk(3).values)
+    assert torch.equal(again.topk(3).rows, whole.topk(3).rows)
+
+
+@pytest.mark.parametrize(
+    ("other", "found"),
+    [
+        ({"projection_dim": 5}, r"same chain as the training gradients.*project\(.*k=4"),
+        ({"seed": 1}, "same chain"),
+        ({"normalizer": "adafactor"}, "same chain"),
+        ({"modules": ["*.mlp.*"]}, "same leaves"),
+    ],
+)
+def test_queries_of_another_kind_are_refused(other, found, tmp_path) -> None:
+    collect_gradients(cases.causal("llama"), QUERY, path=tmp_path / "query", projection_dim=4, **COMMON)
+    settings = {**COMMON, "projection_dim": 4, **other}
+    with pytest.raises(fa.FuncattribError, match=found):
+        score_gradients(cases.causal("llama"), TRAIN, path=tmp_path / "out", queries=tmp_path / "query", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_queries_of_another_model_or_state_are_refused(tmp_path) -> None:
+    settings = {**COMMON, **CHAINS["adafactor"]}
+    collect_gradients(cases.causal("gpt2"), QUERY, path=tmp_path / "gpt2", **settings)
+    with pytest.raises(fa.FuncattribError, match="same model"):
+        score_gradients(cases.causal("llama"), TRAIN, path=tmp_path / "a", queries=tmp_path / "gpt2", **settings)
+    for name, data in (("one", QUERY), ("two", TRAIN)):
+        collect_gradients(cases.causal("llama"), data, path=tmp_path / name, **settings)
+    with pytest.raises(fa.FuncattribError, match="same fitted state"):
+        score_gradients(
+            cases.causal("llama"), TRAIN, path=tmp_path / "b", queries=[tmp_path / "one", tmp_path / "two"], **settings
+        )
+    with pytest.raises(fa.FuncattribError, match="same fitted state"):
+        score_gradients(
+            cases.causal("llama"),
+            TRAIN,
+            path=tmp_path / "c",
+            queries=tmp_path / "one",
+            state=tmp_path / "two",
+            **settings,
+        )
+
+
+def test_zero_queries_warn_and_score_zero_and_nan_rows_are_left_out(tmp_path, caplog) -> None:
+    def loss(params, example):
+        return (params["w"] * example["x"]).sum() ** 2 / 2
+
+    params, common = {"w": torch.ones(2)}, {"projection_dim": 0, "dtype": "float32", "quiet": True}
+    collect_gradients((loss, params), [{"x": [0.0, 0.0]}, {"x": [1.0, 0.0]}], path=tmp_path / "query", **common)
+    train = [{"x": [1.0, 1.0]}, {"x": [float("nan"), 0.0]}, {"x": [2.0, -1.0]}]
+    for top_k in (None, 3):
+        out = tmp_path / f"out-{top_k}"
+        with caplog.at_level(logging.WARNING):
+            scores = score_gradients((loss, params), train, path=out, queries=tmp_path / "query", top_k=top_k, **common)
+        assert "gradient of zeros" in caplog.text
+        assert scores.topk(3).rows.tolist() == [[0, 2], [0, 2]]
+        assert scores.topk(3).values.tolist() == [[0.0, 0.0], [2.0, 2.0]]
+    collect_gradients((loss, params), [{"x": [float("inf"), 0.0]}], path=tmp_path / "bad", **common)
+    with pytest.raises(fa.FuncattribError, match="expected finite queries"):
+        score_gradients((loss, params), train, path=tmp_path / "no", queries=tmp_path / "bad", **common)
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ({}, "expected queries"),
+        ({"queries": "a", "query_data": QUERY}, "found both"),
+        ({"score": "self", "query_data": QUERY}, "expected no queries"),
+        ({"score": "self", "unit_norm": True}, "every gradient would score 1"),
+        ({"query_data": QUERY, "top_k": 0}, "--top-k of at least 1"),
+        ({"query_data": QUERY, "score": "nearest", "granularity": "module"}, "do not add up"),
+    ],
+)
+def test_what_cannot_be_asked_for(asked, found, tmp_path) -> None:
+    with pytest.raises(fa.FuncattribError, match=found):
+        score_gradients(cases.causal("llama"), TRAIN, path=tmp_path / "out", quiet=True, **asked)
+
+
+def test_what_is_no_query_is_said_to_be_none(tmp_path, caplog) -> None:
+    model, settings = cases.causal("llama"), {**COMMON, "projection_dim": 4}
+    score_gradients(model, TRAIN, path=tmp_path / "scores", query_data=QUERY, **settings)
+    with pytest.raises(fa.FuncattribError, match=r"expected query gradients at .*, found scores"):
+        score_gradients(model, TRAIN, path=tmp_path / "again", queries=tmp_path / "scores", **settings)
+    queries = tmp_path / "scores" / "gradients" / "query"
+    with caplog.at_level(logging.WARNING):
+        cosines = score_gradients(
+            model, TRAIN, path=tmp_path / "other", queries=queries, loss="log_odds", unit_norm=True, **settings
+        )
+    assert "have the loss kind ce, the documents log_odds" in caplog.text
+    assert cosines.manifest.score_convention.startswith("cosine")
+
+
+def test_unfinished_scores_are_not_opened(tmp_path, monkeypatch) -> None:
+    model, settings = cases.causal("llama"), {**COMMON, "projection_dim": 4}
+    work = __import__("funcattrib.runs.workload", fromlist=["rows_of"])
+    rows_of = work.rows_of
+
+    def stop(work, compute, rows, count):
+        if len(rows) == 4 and rows[0] == 4:
+            raise KeyboardInterrupt
+        return rows_of(work, compute, rows, count)
+
+    monkeypatch.setattr(work, "rows_of", stop)
+    with pytest.raises(KeyboardInterrupt):
+        score_gradients(model, TRAIN, path=tmp_path / "out", query_data=QUERY, **settings)
+    with pytest.raises(fa.StoreError, match="an interrupted run"), pytest.warns(UserWarning, match="unfinished|rows"):
+        fa.open_scores(tmp_path / "out")
