@@ -4,10 +4,10 @@ import datasets
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.data.test_tokenize import byte_tokenizer
 
 from funcattrib.data import Columns, Rows, collate, plan, tokenize
 from funcattrib.data.encode import Text, encode
+from tests.data.test_tokenize import byte_tokenizer
 
 LENGTHS = st.lists(st.integers(0, 60), max_size=60)
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="<>"), max_size=30)

@@ -9,6 +9,7 @@ import torch
 import funcattrib as fa
 from funcattrib.chain import state_tree
 from funcattrib.errors import StoreError
+from funcattrib.runs import blockwise_fit
 from funcattrib.runs.blockwise_fit import Part, PartialStates
 from funcattrib.store.spill import Scratch
 from tests.support import laws
@@ -48,8 +49,8 @@ def test_parts_fitted_alone_make_the_whole(groups, power) -> None:
 
 @pytest.mark.parametrize("most", [1 << 30, 1])
 def test_rows_that_waited_on_the_disk_give_the_same_state(most, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(by_owner, "_MOST", most)
-    monkeypatch.setattr(by_owner, "_bytes", lambda state: 0)  # else so few rows would never be too many
+    monkeypatch.setattr(blockwise_fit, "_MOST", most)
+    monkeypatch.setattr(blockwise_fit, "_bytes", lambda state: 0)  # else so few rows would never be too many
     stage = fa.precondition(groups=GROUPS["some"])
     with PartialStates(tmp_path, taken_apart(stage)) as states:
         for rows in DATA:
