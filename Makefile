@@ -1,14 +1,18 @@
 # `make quickstart` and `make test` need python3 (3.11 or newer) and nothing else: the first of them builds .venv.
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test docs lint format bench clean
+.PHONY: help quickstart test test-all test-isa docs lint format bench clean
 
 PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
 BIN := .venv/bin
 INSTALLED := .venv/installed
+# One torch thread per pytest worker: on few cores that is faster than workers whose threads compete.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 help:
 	@echo "make quickstart   train a tiny model, build a gradient store, find the training examples that matter"
-	@echo "make test         lint, types and tests"
+	@echo "make test         lint, types and tests, in a few minutes"
+	@echo "make test-all     the same with the slow tests: several processes, kills, full disks, examples"
+	@echo "make test-isa     the numerical tests under several instruction sets and thread counts"
 	@echo "make docs         build the documents into site/"
 	@echo "make lint         ruff and mypy alone"
 	@echo "make format       let ruff rewrite the files"
@@ -18,9 +22,22 @@ help:
 quickstart: $(INSTALLED)
 	@$(BIN)/funcattrib quickstart
 
-# One torch thread per pytest worker: on few cores that is faster than workers whose threads compete.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(PYTEST) -m "not slow"
+
+test-all: lint
+	$(PYTEST)
+
+# What an instruction set or a thread count could change: every sum and product. A processor without one takes its own.
+NUMERICAL := tests/chain tests/jax tests/kernels tests/lift tests/losses tests/models tests/transforms tests/weights/test_stored.py
+test-isa: $(INSTALLED)
+	for threads in 1 2; do \
+		for isa in "" "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2" \
+			"ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2"; do \
+			echo "threads: $$threads, instruction set: $${isa:-the processor's own}"; \
+			env OMP_NUM_THREADS=$$threads $$isa $(BIN)/python -m pytest -q -m "not slow" $(NUMERICAL) || exit 1; \
+		done; \
+	done
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -34,7 +34,7 @@ from funcattrib.runtime.assignment import owned
 from funcattrib.runtime.memory import release
 from funcattrib.runtime.world import world
 from funcattrib.store import Manifest, StoreWriter, create_store, lay_out, open_store, share_store
-from funcattrib.transforms import mix, precondition
+from funcattrib.transforms import mix_grams, precondition
 
 _BATCH = 16
 
@@ -91,7 +91,7 @@ def of_rows(path: Path) -> None:
     release(torch.device("cpu"))
     with most_memory() as most:
         before, start = anonymous(), time.perf_counter()
-        mixed = mix(gram_of_store(store, names), gram_of_store(store, names), 1000, here)
+        mixed = mix_grams(gram_of_store(store, names), gram_of_store(store, names), 1000, here)
         stage = precondition(gram=mixed.gram)
         seconds = time.perf_counter() - start
         del mixed

@@ -49,7 +49,7 @@ def main() -> None:
 
     def scorer(count: int, unit_norm: bool):
         some = {name: query[:count] for name, query in queries.items()}
-        chain = fa.compose(fa.per_example_grad, fa.against(some, unit_norm=unit_norm))
+        chain = fa.compose(fa.per_example_grad, fa.inner_products(some, unit_norm=unit_norm))
         return chain.bind(loss, params, chain.init(fa.per_example_grad.spec(params))[0])
 
     whole = dict(model.named_parameters())

@@ -72,7 +72,7 @@ def measure(a: argparse.Namespace, folder: str) -> None:
     device = torch.device("cpu" if a.device == "cpu" else f"cuda:{rank}")
     shards = shards_of(device)
     load_model(f"{folder}/small", device=str(device), shards=shards)  # imports, and what libraries keep
-    with most_memory() as reading:
+    with most_memory() as readout:
         sharded = load_sharded(f"{folder}/whole", torch.float32, shards, {})
     whole = load_model(f"{folder}/whole", device=str(device)).model
     batches, tokens = batches_of(a.documents, a.token_batch_size, str(device))
@@ -107,7 +107,7 @@ def measure(a: argparse.Namespace, folder: str) -> None:
                 "gathered, MiB": round(max(alive) / _MIB, 1),
                 "share and gathered, MiB": round((share + max(alive)) / _MIB, 1),
                 "share and the two largest weights, MiB": round((share + sum(sizes[-2:])) / _MIB, 1),
-                "reading, MiB": round(reading[0] / _MIB, 1),
+                "reading, MiB": round(readout[0] / _MIB, 1),
                 **speed(seconds, tokens),
                 **beside(seconds, "sharded", "whole"),
             },

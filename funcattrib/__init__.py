@@ -28,27 +28,28 @@ if TYPE_CHECKING:
     from funcattrib.query.attributor import Attributor as Attributor
     from funcattrib.query.faiss_index import FaissConfig as FaissConfig
     from funcattrib.recipes.less import less as less
+    from funcattrib.recipes.trackstar import trackstar as trackstar
     from funcattrib.recipes.trak import trak as trak
     from funcattrib.runs.collect import collect_gradients as collect_gradients
-    from funcattrib.runs.collect import fit_gradients as fit_gradients
+    from funcattrib.runs.collect import fit_chain as fit_chain
     from funcattrib.runs.reduce import reduce_gradients as reduce_gradients
     from funcattrib.runs.score import score_gradients as score_gradients
     from funcattrib.scores import open_scores as open_scores
     from funcattrib.store import open_store as open_store
     from funcattrib.training import GradientCollector as GradientCollector
     from funcattrib.training import GradientCollectorCallback as GradientCollectorCallback
-    from funcattrib.training import collect as collect
+    from funcattrib.training import capture_gradients as capture_gradients
     from funcattrib.training import prepare_for_gradient_collection as prepare_for_gradient_collection
     from funcattrib.transforms import AttentionConfig as AttentionConfig
     from funcattrib.transforms import adafactor_norm as adafactor_norm
     from funcattrib.transforms import adam_norm as adam_norm
     from funcattrib.transforms import adam_update as adam_update
-    from funcattrib.transforms import against as against
     from funcattrib.transforms import cast as cast
     from funcattrib.transforms import clip as clip
-    from funcattrib.transforms import gram_of as gram_of
-    from funcattrib.transforms import mix as mix
-    from funcattrib.transforms import nearest as nearest
+    from funcattrib.transforms import gram_matrices as gram_matrices
+    from funcattrib.transforms import inner_products as inner_products
+    from funcattrib.transforms import max_score as max_score
+    from funcattrib.transforms import mix_grams as mix_grams
     from funcattrib.transforms import precondition as precondition
     from funcattrib.transforms import project as project
     from funcattrib.transforms import select as select
@@ -67,31 +68,31 @@ _EXPORTS = {
     "adam_norm": "transforms",
     "adam_state": "checkpoints.adam_state",
     "adam_update": "transforms",
-    "against": "transforms",
     "attention_configs": "models.attention",
     "AttentionConfig": "transforms",
     "Attributor": "query.attributor",
+    "capture_gradients": "training",
     "cast": "transforms",
     "causal_lm_loss": "losses.causal_lm",
     "Chain": "chain.chain",
     "ChainError": "errors",
     "clip": "transforms",
-    "collect": "training",
     "collect_gradients": "runs.collect",
     "compose": "chain.chain",
     "DataError": "errors",
     "FaissConfig": "query.faiss_index",
-    "fit_gradients": "runs.collect",
+    "fit_chain": "runs.collect",
     "FuncattribError": "errors",
     "functionalize": "models.functional",
     "GradientCollector": "training",
     "GradientCollectorCallback": "training",
     "Grads": "types",
-    "gram_of": "transforms",
+    "gram_matrices": "transforms",
+    "inner_products": "transforms",
     "Leaf": "types",
     "less": "recipes.less",
-    "mix": "transforms",
-    "nearest": "transforms",
+    "max_score": "transforms",
+    "mix_grams": "transforms",
     "open_scores": "scores",
     "open_store": "store",
     "optimizer_state": "checkpoints.optimizer_state",
@@ -109,6 +110,7 @@ _EXPORTS = {
     "split_experts": "transforms",
     "split_heads": "transforms",
     "StoreError": "errors",
+    "trackstar": "recipes.trackstar",
     "trak": "recipes.trak",
     "Transform": "chain.transform",
     "unit_norm": "transforms",

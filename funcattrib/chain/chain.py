@@ -20,7 +20,7 @@ from funcattrib.chain.state_tree import map_tensors
 from funcattrib.chain.statistics import reader
 from funcattrib.chain.transform import State, Transform, applied, settings
 from funcattrib.errors import ChainError
-from funcattrib.lift import Lowered, TwoSided, extend, own
+from funcattrib.lift import Readouts, TwoSided, extend, readout
 from funcattrib.models.functional import device_of
 from funcattrib.types import Batch, Grads, Loss, Params, PerExample, Spec
 
@@ -100,7 +100,7 @@ class Chain(NamedTuple):
         """Name and settings of every stage, as the manifest keeps them."""
         return [{"name": stage.name, **settings(stage)} for stage in self.stages]
 
-    def lowered(self, params: Params, state: tuple[State, ...] | None = None) -> tuple[Lowered, int]:
+    def lowered(self, params: Params, state: tuple[State, ...] | None = None) -> tuple[Readouts, int]:
         """The longest linear prefix as one map per parameter, and how many stages it covers; see ``lower``."""
         named = self.started().named(params)
         return lower(self, spec(named), self.ready(spec(named), device_of(named), state))
@@ -201,9 +201,9 @@ def _in_order(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
     return tuple(ordered)
 
 
-def lower(chain: Chain, spec: Spec, state: tuple[State, ...]) -> tuple[Lowered, int]:
+def lower(chain: Chain, spec: Spec, state: tuple[State, ...]) -> tuple[Readouts, int]:
     """The longest linear prefix as one map per parameter (the identity without one), and how many stages it covers."""
-    maps = {name: own(name, TwoSided()) for name in spec}
+    maps = {name: readout(name, TwoSided()) for name in spec}
     _, specs = chain._walk(spec)
     depth = 0
     for stage, own_state, given in zip(chain.stages, state, specs, strict=False):
@@ -211,10 +211,10 @@ def lower(chain: Chain, spec: Spec, state: tuple[State, ...]) -> tuple[Lowered, 
         if further is None:
             break
         maps, depth = further, depth + 1
-    return {name: how._replace(reading=how.reading.to(spec[name].dtype)) for name, how in maps.items()}, depth
+    return {name: how._replace(map=how.map.to(spec[name].dtype)) for name, how in maps.items()}, depth
 
 
-def _lowered(stage: Transform, state: State, spec: Spec) -> Lowered:
+def _lowered(stage: Transform, state: State, spec: Spec) -> Readouts:
     assert stage.lower is not None
     try:
         return stage.lower(state, spec)
@@ -241,10 +241,10 @@ class _Condensed:
         source: Source,
         loss: Loss,
         params: Params,
-        lowered: Lowered,
+        lowered: Readouts,
         rest: tuple[Transform, ...],
         state: tuple[State, ...],
-        statistics: Lowered,
+        statistics: Readouts,
     ) -> None:
         self._begin = partial(reader, source, loss, params, lowered, statistics)
         self._read: Callable[[Batch], PerExample] | None = None

@@ -15,9 +15,9 @@ from funcattrib.chain.state_tree import flatten, restore
 from funcattrib.chain.statistics import reader
 from funcattrib.chain.transform import State, Transform
 from funcattrib.errors import ChainError
-from funcattrib.lift import Lowered, Measured, TwoSided, own
-from funcattrib.runtime.signals import undisturbed
-from funcattrib.runtime.world import ALONE, World
+from funcattrib.lift import Measured, Readouts, TwoSided, readout
+from funcattrib.runtime.signals import defer_sigterm
+from funcattrib.runtime.world import SINGLE_PROCESS, World
 from funcattrib.types import Batch, Grads, Loss, Params, PerExample, Spec
 from funcattrib.weights.lockstep import Lockstep
 
@@ -53,7 +53,7 @@ class Fittable(Protocol):
     def before(self, at: int) -> "Fittable":
         """The chain up to a stage."""
 
-    def lowered(self, params: Params, state: tuple[State, ...] | None = None) -> tuple[Lowered, int]:
+    def lowered(self, params: Params, state: tuple[State, ...] | None = None) -> tuple[Readouts, int]:
         """The longest linear prefix, and how many stages it covers."""
 
     def bind(self, loss: Loss, params: Params, state: tuple[State, ...] | None = None) -> Callable[[Batch], PerExample]:
@@ -68,16 +68,16 @@ def fit(chain: Fittable, loss: Loss, params: Params, batches: Iterable[Batch]) -
     return state
 
 
-def together(stage: Transform, spec: Spec, rows: Iterable[Grads], world: World) -> State:
+def fit_all_reduced(stage: Transform, spec: Spec, rows: Iterable[Grads], world: World) -> State:
     """Every process folds its rows into a state of its own; the states are added up, and finalized once for all."""
     state = stage.init(spec)[0]
     for grads in rows:
         state = stage.observe(state, grads)
-    state = restore(state, world.sum(flatten(state)))
+    state = restore(state, world.all_reduce(flatten(state)))
     if world.size == 1:
         return stage.finalize(state)
-    made = world.first(lambda: flatten(stage.finalize(state)))
-    shared = world.share(made)
+    made = world.on_rank_zero(lambda: flatten(stage.finalize(state)))
+    shared = world.broadcast(made)
     assert shared is not None, "rank 0 has made it"
     return restore(state, shared)
 
@@ -89,10 +89,10 @@ def passes(
     batches: Iterable[Batch],
     state: tuple[State, ...] | None = None,
     done: int = 0,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
     pieces: Pieces = whole,
     step: Lockstep = Lockstep(),
-    fold: Fold = together,
+    fold: Fold = fit_all_reduced,
 ) -> Iterator[tuple[State, ...]]:
     """The chain's state after each pass that is still to be made.
 
@@ -132,7 +132,7 @@ def _gradients(read: Callable[[Batch], PerExample], batches: Iterable[Batch], pi
         for part in pieces(read, batch):
             counted = _finite(part)
             if len(counted.losses):
-                with undisturbed():
+                with defer_sigterm():
                     yield counted.grads
 
 
@@ -142,7 +142,7 @@ def _some(stage: Transform, rows: Iterator[Grads], world: World) -> Iterator[Gra
     for grads in rows:
         seen += len(next(iter(grads.values())))
         yield grads
-    if not sum(world.gather(seen)):
+    if not sum(world.all_gather_object(seen)):
         raise ChainError(f"expected examples with a finite loss to fit {stage.name} on, found none")
 
 
@@ -173,7 +173,7 @@ def statistics(
         bound = before.bind(loss, params, state)
         return lambda batch: _each(measure, bound(batch))
     leaves = [leaf for how in lowered.values() for leaf in how.leaves]
-    measured = {leaf: own(leaf, Measured(TwoSided(), partial(measure, leaf))) for leaf in leaves}
+    measured = {leaf: readout(leaf, Measured(TwoSided(), partial(measure, leaf))) for leaf in leaves}
     return reader(before.started(), loss, params, lowered, measured, batch)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from funcattrib.errors import FuncattribError
-from funcattrib.lift import Lowered, lift, unpack, zero_probes
+from funcattrib.lift import Readouts, lift, unpack, zero_probes
 from funcattrib.lift.single_use import single_use
 from funcattrib.types import Batch, Example, Grads, Leaf, Loss, Params, PerExample, Spec
 from funcattrib.weights.stored import dense
@@ -35,7 +35,7 @@ class Source(NamedTuple):
     """
 
     name: str
-    bind: Callable[[Loss, Params, Lowered | None], Callable[[Batch], PerExample]]
+    bind: Callable[[Loss, Params, Readouts | None], Callable[[Batch], PerExample]]
     named: Callable[[Any], Params]
     measurable: Callable[[Loss, Params, Iterable[str], Batch], set[str]]
 
@@ -48,12 +48,12 @@ class Source(NamedTuple):
         return self.bind(loss, params, None)(batch).grads
 
 
-def bind(loss: Loss, params: Params, lowered: Lowered | None) -> Callable[[Batch], PerExample]:
+def bind(loss: Loss, params: Params, lowered: Readouts | None) -> Callable[[Batch], PerExample]:
     """``rows`` as a function of the batch."""
     return partial(rows, loss, params, lowered=lowered)
 
 
-def rows(loss: Loss, params: Params, batch: Batch, lowered: Lowered | None = None) -> PerExample:
+def rows(loss: Loss, params: Params, batch: Batch, lowered: Readouts | None = None) -> PerExample:
     """Gradients and losses of every example of a batch.
 
     Args:

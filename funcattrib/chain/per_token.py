@@ -21,12 +21,12 @@ import torch
 from funcattrib.chain import per_example
 from funcattrib.chain.per_example import Source, measurable, named
 from funcattrib.errors import FuncattribError
-from funcattrib.lift import Lowered, Lowering, TwoSided, own, unpack
+from funcattrib.lift import Readout, Readouts, TwoSided, readout, unpack
 from funcattrib.lift.maps.per_token import PerToken
 from funcattrib.types import Batch, Loss, Params, PerExample
 
 
-def rows(loss: Loss, params: Params, batch: Batch, lowered: Lowered | None = None) -> PerExample:
+def rows(loss: Loss, params: Params, batch: Batch, lowered: Readouts | None = None) -> PerExample:
     """Gradients of every position, (B·T, …) with an example's tokens one after the other.
 
     Args:
@@ -46,14 +46,14 @@ def rows(loss: Loss, params: Params, batch: Batch, lowered: Lowered | None = Non
     if "input_ids" not in batch or batch["input_ids"].ndim != 2:
         raise FuncattribError("expected a batch with input_ids (examples, tokens), found none; per token needs tokens")
     tokens = batch["input_ids"].shape[1]
-    lowered = {name: own(name, TwoSided()) for name in params} if lowered is None else lowered
-    each = {name: Lowering(PerToken(how.reading, tokens), how.probe, (how.probe,)) for name, how in lowered.items()}
+    lowered = {name: readout(name, TwoSided()) for name in params} if lowered is None else lowered
+    each = {name: Readout(PerToken(how.map, tokens), how.probe, (how.probe,)) for name, how in lowered.items()}
     whole = per_example.rows(loss, params, batch, each)  # probe → (B, T, …)
     flat = {probe: grad.flatten(0, 1) for probe, grad in whole.grads.items()}
     return PerExample(unpack(lowered, flat), torch.repeat_interleave(whole.losses, tokens))
 
 
-def bind(loss: Loss, params: Params, lowered: Lowered | None) -> Callable[[Batch], PerExample]:
+def bind(loss: Loss, params: Params, lowered: Readouts | None) -> Callable[[Batch], PerExample]:
     """``rows`` as a function of the batch."""
     return partial(rows, loss, params, lowered=lowered)
 

@@ -8,12 +8,12 @@ first.
 from collections.abc import Callable
 
 from funcattrib.chain.per_example import Source
-from funcattrib.lift import Lowered, extend
+from funcattrib.lift import Readouts, extend
 from funcattrib.types import Batch, Loss, Params, PerExample
 
 
 def reader(
-    source: Source, loss: Loss, params: Params, maps: Lowered, statistics: Lowered, batch: Batch
+    source: Source, loss: Loss, params: Params, maps: Readouts, statistics: Readouts, batch: Batch
 ) -> Callable[[Batch], PerExample]:
     """Each leaf's statistic as a function of the batch.
 
@@ -31,7 +31,7 @@ def reader(
     def read(batch: Batch) -> PerExample:
         result = rows(batch)
         grads = {
-            leaf: grad if leaf in finished else statistics[leaf].reading.of_gradient(grad)
+            leaf: grad if leaf in finished else statistics[leaf].map.from_gradient(grad)
             for leaf, grad in result.grads.items()
         }
         return PerExample(grads, result.losses)

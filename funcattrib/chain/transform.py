@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from funcattrib.lift import Lowered
+from funcattrib.lift import Readouts
 from funcattrib.types import Grads, Leaf, Spec
 
 State = Any
@@ -62,10 +62,10 @@ class Transform(NamedTuple):
     observe: Callable[[State, Grads], State] = observe_nothing
     finalize: Callable[[State], State] = finalize_nothing
     apply: Callable[[State, Grads], Grads] = lambda state, grads: grads
-    lower: Callable[[State, Spec], Lowered] | None = None
+    lower: Callable[[State, Spec], Readouts] | None = None
     measure: Callable[[str, Tensor], Tensor] | None = None
     precedes: tuple[str, ...] = ()
-    condense: Callable[[State, Spec], Lowered] | None = None
+    condense: Callable[[State, Spec], Readouts] | None = None
     parts: Callable[[Iterable[str]], Mapping[str, tuple["Transform", list[str]]]] | None = None
 
     @property
@@ -79,7 +79,7 @@ def applied(stage: Transform, state: State, grads: Grads) -> Grads:
     if stage.condense is None:
         return stage.apply(state, grads)
     maps = stage.condense(state, {name: Leaf(tuple(grad.shape[1:]), grad.dtype) for name, grad in grads.items()})
-    return stage.apply(state, {name: maps[name].reading.of_gradient(grad) for name, grad in grads.items()})
+    return stage.apply(state, {name: maps[name].map.from_gradient(grad) for name, grad in grads.items()})
 
 
 def settings(stage: Transform) -> dict[str, Any]:

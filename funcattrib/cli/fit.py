@@ -31,10 +31,10 @@ class Fit:
 def run(config: Fit) -> int | None:
     """Fit, and say what was fitted."""
     from funcattrib.cli.load import load_from, source_of
-    from funcattrib.runs.collect import fit_gradients
+    from funcattrib.runs.collect import fit_chain
 
     loaded = load_from(config.model)
-    fitted = fit_gradients(
+    fitted = fit_chain(
         loaded.model,
         config.data.dataset,
         path=config.out,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from funcattrib.cli.output import reports_on_stderr, say_store
+from funcattrib.cli.output import print_store, reports_on_stderr
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def run(config: Inspect) -> int | None:
 
     store = open_store(config.run)
     manifest = store.manifest
-    say_store(store)
+    print_store(store)
     model, data = manifest.model, manifest.data
     print(f"model: {model['id']} ({model['architecture']}, fingerprint {model['fingerprint'][:12]})")
     print(f"data: {data['id']}, {data['documents']:,} documents, {data['tokens']:,} tokens")

@@ -32,7 +32,7 @@ class Command(NamedTuple):
     module: str
     summary: str
     resumable: bool = False
-    together: bool = False
+    run_distributed: bool = False
 
 
 COMMANDS: dict[str, Command] = {
@@ -40,46 +40,46 @@ COMMANDS: dict[str, Command] = {
         "funcattrib.cli.build",
         "Compute every training example's gradient and store it in RUN.",
         resumable=True,
-        together=True,
+        run_distributed=True,
     ),
     "fit": Command(
         "funcattrib.cli.fit",
         "Fit the statistics of a chain of transforms and keep them in OUT.",
         resumable=True,
-        together=True,
+        run_distributed=True,
     ),
     "reduce": Command(
         "funcattrib.cli.reduce",
         "Reduce a data set's gradients to one row, a query for `funcattrib score`.",
         resumable=True,
-        together=True,
+        run_distributed=True,
     ),
     "score": Command(
         "funcattrib.cli.score",
         "Score every training example against query gradients, in one pass; none are stored.",
         resumable=True,
-        together=True,
+        run_distributed=True,
     ),
     "query": Command(
-        "funcattrib.cli.query", "Find the training examples whose gradients align with a text's.", together=True
+        "funcattrib.cli.query", "Find the training examples whose gradients align with a text's.", run_distributed=True
     ),
     "trackstar": Command(
         "funcattrib.cli.trackstar",
         "Score every training example against a data set of queries, by TrackStar.",
         resumable=True,
-        together=True,
+        run_distributed=True,
     ),
     "less": Command(
         "funcattrib.cli.less",
         "Score training examples by LESS, and select those that a task's queries ask for.",
         resumable=True,
-        together=True,
+        run_distributed=True,
     ),
     "trak": Command(
         "funcattrib.cli.trak",
         "Score every training example against a data set of queries, by TRAK over checkpoints.",
         resumable=True,
-        together=True,
+        run_distributed=True,
     ),
     "merge": Command("funcattrib.cli.merge", "Join the parts of a run that machines without a shared folder left."),
     "inspect": Command("funcattrib.cli.inspect", "Say what RUN holds, and whether it is whole."),
@@ -149,13 +149,13 @@ def _run(name: str, command: Command, args: Sequence[str]) -> int:
     config_type = get_type_hints(run)["config"]
     from funcattrib.cli.arguments import parse  # tyro: not needed for `funcattrib --help`
 
-    if not (command.together and launched()):
+    if not (command.run_distributed and launched()):
         return run(parse(config_type, args, command=name)) or 0
-    from funcattrib.cli.multi_process import first_tells, together
+    from funcattrib.cli.multi_process import rank_zero_reports, run_distributed
 
-    with first_tells():
+    with rank_zero_reports():
         config = parse(config_type, args, command=name)
-    return together(run, config)
+    return run_distributed(run, config)
 
 
 def _overview(commands: Mapping[str, Command]) -> str:

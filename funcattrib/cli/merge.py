@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from funcattrib.cli.output import reports_on_stderr, say_store
+from funcattrib.cli.output import print_store, reports_on_stderr
 
 
 @dataclass(frozen=True)
@@ -26,5 +26,5 @@ def run(config: Merge) -> int | None:
     """Join the parts and say what the store holds."""
     from funcattrib.store import merge_stores
 
-    say_store(merge_stores(config.out, config.parts))
+    print_store(merge_stores(config.out, config.parts))
     return None

@@ -11,22 +11,22 @@ from typing import Any, TextIO
 from funcattrib.errors import FuncattribError
 from funcattrib.runtime.launcher import rank
 from funcattrib.runtime.signals import EXIT_CODE, Terminated
-from funcattrib.runtime.world import joined
+from funcattrib.runtime.world import init_distributed
 from funcattrib.store.create import LOGS, PARTS
 from funcattrib.store.manifest import FILE
 
-_PATIENCE = 10.0  # seconds
+_COLLECTIVE_TIMEOUT = 10.0  # seconds
 
 
-def together(run: Callable[[Any], int | None], config: Any) -> int:
+def run_distributed(run: Callable[[Any], int | None], config: Any) -> int:
     """Run a command as one of the processes that a launcher started.
 
     Of one error that all of them meet, the first alone tells. Where it came before anything was begun, nothing is left.
     """
     folder = getattr(config, "run", None) or getattr(config, "out", None)
     missing = [] if folder is None else [each for each in (Path(folder), *Path(folder).parents) if not each.exists()]
-    with joined() as world, ExitStack() as apart:
-        if world.leads:
+    with init_distributed() as world, ExitStack() as apart:
+        if world.is_rank_zero:
             apart.callback(_remove_empty, missing)
         else:
             log: Any = Log(Path(folder), world.rank) if folder is not None else open(os.devnull, "w")  # noqa: SIM115
@@ -36,15 +36,15 @@ def together(run: Callable[[Any], int | None], config: Any) -> int:
         try:
             return run(config) or 0
         except FuncattribError as error:
-            if not world.fail(str(error)):
+            if not world.report_failure(str(error)):
                 return 2
-            raise FuncattribError(str(error) if world.leads else f"rank {world.rank}: {error}") from error
+            raise FuncattribError(str(error) if world.is_rank_zero else f"rank {world.rank}: {error}") from error
         except Terminated:
-            if world.leads:
+            if world.is_rank_zero:
                 raise
             return EXIT_CODE
         except BaseException as error:
-            world.fail(f"{type(error).__name__}: {error}")
+            world.report_failure(f"{type(error).__name__}: {error}")
             raise
 
 
@@ -56,7 +56,7 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 
 @contextmanager
-def first_tells() -> Iterator[None]:
+def rank_zero_reports() -> Iterator[None]:
     """For what goes wrong in all processes alike, before they know of each other: rank 0 says it, the others end."""
     if rank() == 0:
         yield
@@ -67,7 +67,7 @@ def first_tells() -> Iterator[None]:
         except (FuncattribError, SystemExit) as error:
             if isinstance(error, SystemExit) and not error.code:
                 raise
-            time.sleep(_PATIENCE)  # torchrun ends all when one has ended: rank 0 speaks first
+            time.sleep(_COLLECTIVE_TIMEOUT)  # torchrun ends all when one has ended: rank 0 speaks first
             raise SystemExit(2) from None
 
 

@@ -27,7 +27,7 @@ def reports_on_stderr() -> Iterator[None]:
         library.setLevel(level)
 
 
-def say_store(store: "GradientStore") -> None:
+def print_store(store: "GradientStore") -> None:
     """One line on what a store holds, of gradients or of scores."""
     manifest = store.manifest
     if "queries" in manifest.extra:

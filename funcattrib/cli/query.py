@@ -88,7 +88,7 @@ def run(config: Query) -> int | None:
     )
     faiss_cfg = (
         FaissConfig(config.faiss, mmap_index=config.mmap_index, nprobe=config.nprobe, device=str(device))
-        if config.faiss and here.leads
+        if config.faiss and here.is_rank_zero
         else None
     )
     attributor = Attributor(
@@ -104,7 +104,7 @@ def run(config: Query) -> int | None:
     def answer(text: str, completion: str | None = None) -> None:
         columns = Columns("text", "completion" if completion is not None else None)
         row = attributor.gradients([{"text": text, "completion": completion}], columns=columns)
-        if not here.leads:
+        if not here.is_rank_zero:
             return
         found = attributor.search(row, config.top_k, reverse=config.reverse)
         hits = attributor.hits(found.values[0], found.rows[0])
@@ -116,7 +116,7 @@ def run(config: Query) -> int | None:
     if config.text is not None:
         answer(config.text, config.completion)
         return None
-    while (text := here.tell(_next_text() if here.leads else None)) is not None:
+    while (text := here.broadcast_object(_next_text() if here.is_rank_zero else None)) is not None:
         try:
             answer(text)
         except FuncattribError as error:  # the next text may do better

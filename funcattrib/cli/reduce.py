@@ -7,7 +7,7 @@ from typing import Literal
 import tyro
 
 from funcattrib.cli.config_file import settings
-from funcattrib.cli.output import reports_on_stderr, say_store
+from funcattrib.cli.output import print_store, reports_on_stderr
 from funcattrib.cli.settings import DataConfig, ModelConfig
 from funcattrib.runs.config import GradientConfig
 
@@ -53,5 +53,5 @@ def run(config: Reduce) -> int | None:
         **source_of(loaded, config.data),
         **asdict(config.gradients),
     )
-    say_store(store)
+    print_store(store)
     return None

@@ -19,10 +19,10 @@ class Corpus(Protocol):
     def batch(self, indices: Sequence[int], device: torch.device | str = "cpu") -> Batch:
         """Documents stacked and padded."""
 
-    def shown(self, rows: range) -> dict[str, Any]:
+    def metadata(self, rows: range) -> dict[str, Any]:
         """What a store keeps of each document to show it."""
 
-    def facts(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What the manifest keeps of the data: a content fingerprint and counts."""
 
     def notes(self) -> dict[str, Any]:

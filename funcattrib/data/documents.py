@@ -50,7 +50,7 @@ class Documents(NamedTuple):
         batch = collate([self._example(i) for i in indices], pad_id=self.pad_id)
         return {name: tensor.to(device) for name, tensor in batch.items()}
 
-    def shown(self, rows: range) -> dict[str, Any]:
+    def metadata(self, rows: range) -> dict[str, Any]:
         """What a store keeps of each example to show it: its id and the columns that were read, or else its tokens."""
         part = self.source.select(rows)
         names = [name for name in _text_columns(self.columns) if name in part.column_names and name != "input_ids"]
@@ -62,7 +62,7 @@ class Documents(NamedTuple):
             shown["advantage"] = [None if np.isnan(a) else float(a) for a in advantage[rows.start : rows.stop]]
         return {"id": [str(i) for i in ids], **shown}
 
-    def facts(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """Columns, a fingerprint of the tokens, labels and numbers, and counts."""
         return {
             **asdict(self.columns),

@@ -38,12 +38,12 @@ class Examples:
         padded: dict[str, Tensor] = collate(flat, pad_id=0) if any(flat) else {}
         return {name: tensor.to(device) for name, tensor in (padded | stacked).items()}
 
-    def shown(self, rows: range) -> dict[str, Any]:
+    def metadata(self, rows: range) -> dict[str, Any]:
         """Ids alone: what to show of numbers is the user's to say."""
         ids = [self.records[row].get("id", row) for row in rows]
         return {"id": [str(i) for i in ids]}
 
-    def facts(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """Fingerprint of every value, and counts."""
         whole = hashlib.sha256()
         for record in _each(self.records):

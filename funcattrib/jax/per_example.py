@@ -26,7 +26,7 @@ from funcattrib.jax.dense import Lifted, Side, two_sided
 from funcattrib.jax.dlpack import to_jax, to_torch
 from funcattrib.jax.pytrees import name_of, take_apart, tensors_of
 from funcattrib.jax.uses import dense_kernels
-from funcattrib.lift import Lowered, Measured, Reading, Then, TwoSided, own, unpack
+from funcattrib.lift import Composed, GradientMap, Measured, Readouts, TwoSided, readout, unpack
 from funcattrib.types import Grads, PerExample
 
 Loss = Callable[[Any, Any], Any]
@@ -64,7 +64,7 @@ def _measurable(loss: Loss, params: Any, names: Iterable[str], batch: Any) -> se
     return set(names)
 
 
-def _bind(loss: Loss, params: Any, lowered: Lowered | None, chunk: int) -> Callable[[Any], PerExample]:
+def _bind(loss: Loss, params: Any, lowered: Readouts | None, chunk: int) -> Callable[[Any], PerExample]:
     try:
         hash(loss)
     except TypeError as error:
@@ -72,9 +72,9 @@ def _bind(loss: Loss, params: Any, lowered: Lowered | None, chunk: int) -> Calla
             f"expected a function as the loss, found a {type(loss).__name__} that cannot be hashed; wrap it in a def"
         ) from error
     structure, arrays = take_apart(params)
-    maps = {name: own(name, TwoSided()) for name in arrays} if lowered is None else lowered
+    maps = {name: readout(name, TwoSided()) for name in arrays} if lowered is None else lowered
     device = next(iter(next(iter(arrays.values())).devices()))
-    split = {name: _split(how.reading) for name, how in maps.items()}
+    split = {name: _split(how.map) for name, how in maps.items()}
     sides = {name: _sides(pair, device) for name, (pair, _) in split.items() if pair != TwoSided()}
     behind = {name: rest for name, (_, rest) in split.items()}
     compute = partial(_gradients, loss, structure, tuple(arrays), tuple(maps), tuple(arrays.values()), sides)
@@ -153,17 +153,17 @@ def _probe(kernel: jax.Array, sides: Pair) -> jax.Array:
     return jnp.zeros(shape, kernel.dtype)
 
 
-def _split(reading: Reading) -> tuple[TwoSided, Reading | None]:
+def _split(gradient_map: GradientMap) -> tuple[TwoSided, GradientMap | None]:
     """The sides that JAX applies, and what torch reads of what comes out."""
-    if isinstance(reading, TwoSided):
-        return reading, None
-    if isinstance(reading, Then):
-        pair, rest = _split(reading.first)
-        return pair, reading.second if rest is None else Then(rest, reading.second)
-    if isinstance(reading, Measured):
-        pair, rest = _split(reading.inner)
-        return pair, Measured(rest or TwoSided(), reading.measure)
-    return TwoSided(), reading
+    if isinstance(gradient_map, TwoSided):
+        return gradient_map, None
+    if isinstance(gradient_map, Composed):
+        pair, rest = _split(gradient_map.first)
+        return pair, gradient_map.second if rest is None else Composed(rest, gradient_map.second)
+    if isinstance(gradient_map, Measured):
+        pair, rest = _split(gradient_map.inner)
+        return pair, Measured(rest or TwoSided(), gradient_map.measure)
+    return TwoSided(), gradient_map
 
 
 def _sides(pair: TwoSided, device: jax.Device) -> Pair:
@@ -171,12 +171,12 @@ def _sides(pair: TwoSided, device: jax.Device) -> Pair:
     return left, right
 
 
-def _read(maps: Lowered, behind: Mapping[str, Reading | None], coordinates: Arrays) -> Grads:
+def _read(maps: Readouts, behind: Mapping[str, GradientMap | None], coordinates: Arrays) -> Grads:
     """A chunk's coordinates as leaves; parameters that share a probe add up in it."""
     probes: Grads = {}
     for name, how in maps.items():
         value, rest = to_torch(coordinates[name]), behind[name]
-        value = value if rest is None else rest.of_gradient(value)
+        value = value if rest is None else rest.from_gradient(value)
         probes[how.probe] = probes[how.probe] + value if how.probe in probes else value
     return unpack(maps, probes)
 

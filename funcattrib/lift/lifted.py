@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from funcattrib.errors import ChainError
-from funcattrib.lift.maps.base import Reading
+from funcattrib.lift.maps.base import GradientMap
 from funcattrib.weights.stored import METADATA
 
 Rule = Callable[[tuple[Any, ...], dict[str, Any]], Any]
@@ -23,24 +23,29 @@ class Lifted(Tensor):
     Attributes:
         weight: W itself, a plain tensor or a stored one.
         theta: the zero-valued probe.
-        reading: C.
+        map: C.
         rules: operation → rule.
         tokens: of every example, where known: an input of E · tokens rows is then the examples one after the other.
     """
 
     weight: Tensor
     theta: Tensor
-    reading: Reading
+    map: GradientMap
     rules: Mapping[Any, Rule]
     tokens: int | None
 
     @staticmethod
     def __new__(
-        cls, weight: Tensor, theta: Tensor, reading: Reading, rules: Mapping[Any, Rule], tokens: int | None = None
+        cls,
+        weight: Tensor,
+        theta: Tensor,
+        gradient_map: GradientMap,
+        rules: Mapping[Any, Rule],
+        tokens: int | None = None,
     ) -> "Lifted":
         """A tensor that shares W's storage and metadata."""
         leaf = Tensor._make_subclass(cls, weight, weight.requires_grad)
-        leaf.weight, leaf.theta, leaf.reading, leaf.rules, leaf.tokens = weight, theta, reading, rules, tokens
+        leaf.weight, leaf.theta, leaf.map, leaf.rules, leaf.tokens = weight, theta, gradient_map, rules, tokens
         return leaf
 
     @classmethod
@@ -67,7 +72,7 @@ class Lifted(Tensor):
                 f"{operation} has no rule for attributed parameters outside vmap; "
                 "leave this parameter out (select) or collect with per_example_grad"
             )
-        return self.weight + self.reading.adjoint(self.theta[0]).to(self.weight.dtype)
+        return self.weight + self.map.adjoint(self.theta[0]).to(self.weight.dtype)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Lifted({tuple(self.weight.shape)}, theta={tuple(self.theta.shape)})"

@@ -7,39 +7,39 @@ import torch
 from torch import Tensor
 
 from funcattrib.lift.lifted import Lifted
-from funcattrib.lift.maps.base import Reading
+from funcattrib.lift.maps.base import GradientMap
 from funcattrib.lift.maps.composed import is_wide
 from funcattrib.lift.maps.heads import each
 from funcattrib.lift.rules import RULES
 
 
-class Lowering(NamedTuple):
+class Readout(NamedTuple):
     """How one parameter is read.
 
     Attributes:
-        reading: the linear map.
+        map: the linear map.
         probe: the probe that receives its coordinates: the parameter's own, or one that parameters share and which
             then receives their sum.
         leaves: what its coordinates are called; more than one where their first axis counts leaves.
     """
 
-    reading: Reading
+    map: GradientMap
     probe: str
     leaves: tuple[str, ...]
 
 
-Lowered = Mapping[str, Lowering]
+Readouts = Mapping[str, Readout]
 """Parameter → how it is read; those left out are not differentiated."""
 Params = Mapping[str, Tensor]
 
 
-def own(name: str, reading: Reading) -> Lowering:
+def readout(name: str, gradient_map: GradientMap) -> Readout:
     """The usual lowering: a probe and a leaf of the parameter's own name."""
-    return Lowering(reading, name, (name,))
+    return Readout(gradient_map, name, (name,))
 
 
 def lift(
-    params: Params, lowered: Lowered, probes: Mapping[str, Tensor], tokens: int | None = None
+    params: Params, lowered: Readouts, probes: Mapping[str, Tensor], tokens: int | None = None
 ) -> dict[str, Tensor]:
     """``params`` with a lifted leaf for every name in ``lowered``.
 
@@ -48,28 +48,28 @@ def lift(
     """
 
     def leaf(name: str, weight: Tensor) -> Tensor:
-        reading, probe, _ = lowered[name]
-        return Lifted(weight, probes[probe], reading, RULES, tokens)
+        gradient_map, probe, _ = lowered[name]
+        return Lifted(weight, probes[probe], gradient_map, RULES, tokens)
 
     return {name: leaf(name, weight) if name in lowered else weight for name, weight in params.items()}
 
 
-def zero_probes(params: Params, lowered: Lowered, examples: int = 1) -> dict[str, Tensor]:
+def zero_probes(params: Params, lowered: Readouts, examples: int = 1) -> dict[str, Tensor]:
     """θ₀ = 0, (E, *coordinates), one for every probe that ``lowered`` names, in the weight's type.
 
     Statistics and scores have at least float32: squares of what float16 can just hold are nothing there.
     """
     probes: dict[str, Tensor] = {}
-    for name, (reading, probe, _) in lowered.items():
+    for name, (gradient_map, probe, _) in lowered.items():
         if probe not in probes:
             weight = params[name]
-            shape = reading.coordinates_shape(tuple(weight.shape))
-            dtype = torch.promote_types(weight.dtype, torch.float32) if is_wide(reading) else weight.dtype
+            shape = gradient_map.coordinates_shape(tuple(weight.shape))
+            dtype = torch.promote_types(weight.dtype, torch.float32) if is_wide(gradient_map) else weight.dtype
             probes[probe] = torch.zeros(examples, *shape, dtype=dtype, device=weight.device)
     return probes
 
 
-def unpack(lowered: Lowered, coordinates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unpack(lowered: Readouts, coordinates: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Coordinates by probe, (B, …) each, as leaves in the parameters' order."""
     leaves: dict[str, Tensor] = {}
     for _, probe, names in lowered.values():
@@ -78,7 +78,7 @@ def unpack(lowered: Lowered, coordinates: Mapping[str, Tensor]) -> dict[str, Ten
     return leaves
 
 
-def extend(maps: Mapping[str, Lowering], stage: Lowered) -> dict[str, Lowering] | None:
+def extend(maps: Mapping[str, Readout], stage: Readouts) -> dict[str, Readout] | None:
     """Every parameter's map with a stage's behind it; None where the two do not combine.
 
     Args:
@@ -93,10 +93,10 @@ def extend(maps: Mapping[str, Lowering], stage: Lowered) -> dict[str, Lowering] 
         if len(how.leaves) == 1:
             for leaf, second in seconds.items():
                 probe = name if second.probe == leaf else second.probe
-                extended[name] = second._replace(reading=second.reading.after(how.reading), probe=probe)
+                extended[name] = second._replace(map=second.map @ how.map, probe=probe)
         elif any(second.probe != leaf or second.leaves != (leaf,) for leaf, second in seconds.items()):
             return None
         elif seconds:
-            behind = [seconds[leaf].reading if leaf in seconds else None for leaf in how.leaves]
-            extended[name] = Lowering(each(how.reading, behind), name, tuple(seconds))
+            behind = [seconds[leaf].map if leaf in seconds else None for leaf in how.leaves]
+            extended[name] = Readout(each(how.map, behind), name, tuple(seconds))
     return extended

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funcattrib.lift.maps.two_sided import TwoSided
-from funcattrib.lift.probes import lift, own, zero_probes
+from funcattrib.lift.probes import lift, readout, zero_probes
 
 _TAPS = ("_TapBackward", "_FrozenLinearBackward")
 """Names of the graph nodes that read a probe."""
@@ -23,7 +23,7 @@ def single_use(
     example: Mapping[str, Tensor],
 ) -> set[str]:
     """Names whose probe has one consumer in the loss's graph, a tap. One forward pass over ``example``."""
-    readings = {name: own(name, TwoSided()) for name in names}
+    readings = {name: readout(name, TwoSided()) for name in names}
     probes = {name: probe.requires_grad_() for name, probe in zero_probes(params, readings).items()}
     with torch.enable_grad():
         value = loss(lift(params, readings, probes), example)

@@ -21,7 +21,7 @@ from funcattrib.models.skeleton import is_quantised, skeleton_of
 from funcattrib.types import Params
 from funcattrib.weights.quantised import quantised
 from funcattrib.weights.sharded import Gathers, Sharded, from_dtensor
-from funcattrib.weights.sharded_quantised import ShardedCodes
+from funcattrib.weights.sharded_quantised import ShardedQuantised
 from funcattrib.weights.stored import Stored
 
 
@@ -105,7 +105,7 @@ def sharing(*params: Params) -> Gathers | None:
         FuncattribError: some are held by another group than others.
     """
     storages = (tensor.held for each in params for tensor in each.values() if isinstance(tensor, Stored))
-    found = {held.gathers for held in storages if isinstance(held, (Sharded, ShardedCodes))}
+    found = {held.gathers for held in storages if isinstance(held, (Sharded, ShardedQuantised))}
     if len(found) > 1:
         raise FuncattribError(
             f"expected all parameters in shards of one group of processes, found {len(found)} groups\nshard every part "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from funcattrib.models.functional import parameters_of
 from funcattrib.models.skeleton import own_class
 from funcattrib.weights.quantised import Quantised
-from funcattrib.weights.sharded_quantised import ShardedCodes
+from funcattrib.weights.sharded_quantised import ShardedQuantised
 from funcattrib.weights.stored import Stored
 
 _SAMPLES = 1024
@@ -26,7 +26,7 @@ def model_identity(model: nn.Module, name: str | None = None, revision: str | No
     config = getattr(model, "config", None)
     params = parameters_of(model)
     storages = [tensor.held for tensor in params.values() if isinstance(tensor, Stored)]
-    codes = (held.precision for held in storages if isinstance(held, (Quantised, ShardedCodes)))
+    codes = (held.precision for held in storages if isinstance(held, (Quantised, ShardedQuantised)))
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return {
         "id": name or getattr(config, "name_or_path", "") or own_class(model).__name__,

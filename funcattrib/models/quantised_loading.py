@@ -19,7 +19,7 @@ from transformers.quantizers import AutoHfQuantizer
 from funcattrib.errors import FuncattribError
 from funcattrib.models.skeleton import is_quantised
 from funcattrib.weights.sharded import Gathers, row_range
-from funcattrib.weights.sharded_quantised import Coding, in_blocks, quantise
+from funcattrib.weights.sharded_quantised import QuantFormat, in_blocks, quantise
 
 _BLOCK = 64  # numbers with one scale in four bits, as ``Params4bit`` has it
 
@@ -33,7 +33,7 @@ class Layer(NamedTuple):
         saved: whether the files have codes.
     """
 
-    coding: Coding
+    coding: QuantFormat
     turned: bool
     saved: bool
 
@@ -78,7 +78,7 @@ def quantised_layers(model: PreTrainedModel, settings: Any, saved: bool, dtype: 
         plain = nn.Linear(shape[1], shape[0], module.bias is not None, device="meta", dtype=dtype)
         model.set_submodule(name, plain.requires_grad_(False))
         turned = issubclass(module.source_cls, Conv1D)
-        layers[f"{name}.weight"] = Layer(Coding(kind, shape, dtype, block), turned, saved)
+        layers[f"{name}.weight"] = Layer(QuantFormat(kind, shape, dtype, block), turned, saved)
     return layers
 
 
@@ -100,7 +100,7 @@ def quantised_rows(layer: Layer, weight: Any, dtype: torch.dtype, gathers: Gathe
 
 def saved_blocks(
     layer: Layer, key: str, tensors: Mapping[str, Any], gathers: Gathers, device: torch.device
-) -> tuple[Tensor, Coding]:
+) -> tuple[Tensor, QuantFormat]:
     """This rank's blocks of codes that the files have, and how they are coded.
 
     Args:
@@ -116,7 +116,7 @@ def saved_blocks(
 
     stats = {name: tensors[name][...] for name in tensors if name.startswith(f"{key}.")}  # a few bytes for a block
     state = QuantState.from_dict(stats, device=device)
-    coding = Coding(state.quant_type, tuple(state.shape), state.dtype, state.blocksize)
+    coding = QuantFormat(state.quant_type, tuple(state.shape), state.dtype, state.blocksize)
     scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
     first, last = row_range(coding.blocks, gathers.size, gathers.rank)
     rows_of_block = coding.code_bytes // codes[:0].element_size()

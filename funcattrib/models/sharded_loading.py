@@ -35,7 +35,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from funcattrib.errors import FuncattribError
 from funcattrib.models.quantised_loading import Layer, quantised_layers, quantised_rows, saved_blocks, saved_settings
 from funcattrib.weights.sharded import Gathers, Sharded, row_range
-from funcattrib.weights.sharded_quantised import Coding, ShardedCodes
+from funcattrib.weights.sharded_quantised import QuantFormat, ShardedQuantised
 from funcattrib.weights.stored import Stored
 
 
@@ -64,7 +64,7 @@ class _Part(NamedTuple):
     """What this rank keeps of a weight: its rows, or its blocks of codes; a buffer or a single number whole."""
 
     rows: Tensor
-    coding: Coding | None = None
+    coding: QuantFormat | None = None
 
 
 def load_sharded(
@@ -132,10 +132,10 @@ def _tensors(source: str | Path, opened: ExitStack, revision: str | None) -> dic
 @contextmanager
 def _parameters_without_values() -> Iterator[None]:
     """Modules made inside have parameters on the meta device, and buffers as they make them."""
-    own = nn.Module.register_parameter
+    original = nn.Module.register_parameter
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        own(self, name, param)
+        original(self, name, param)
         if param is not None:
             self._parameters[name] = type(param)(param.to("meta"), requires_grad=False)
 
@@ -143,7 +143,7 @@ def _parameters_without_values() -> Iterator[None]:
     try:
         yield
     finally:
-        nn.Module.register_parameter = own  # type: ignore[method-assign]
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
 def _origins(model: PreTrainedModel, tensors: Mapping[str, Any]) -> dict[str, _Origin]:
@@ -282,7 +282,7 @@ def _put(model: nn.Module, name: str, places: list[list[str]], part: _Part, shar
             kept = kept.pin_memory()
         of = tuple(shape) if coding is None else (coding.blocks, *rows.shape[1:])
         sharded = Sharded(kept, of, shards.gathers, shards.device)
-        leaf = Stored(sharded if coding is None else ShardedCodes(sharded, coding))
+        leaf = Stored(sharded if coding is None else ShardedQuantised(sharded, coding))
     parameter = nn.Parameter(leaf, requires_grad=False)
     for place in next(names for names in places if name in names):
         holder, own = _holder(model, place)

@@ -36,7 +36,7 @@ class Flops(NamedTuple):
     blocks: float
     head: float
     attention: float
-    reading: float
+    readout: float
 
     @property
     def all(self) -> float:
@@ -78,14 +78,14 @@ def flops_per_token(sizes: Sizes, length: float, k: int) -> Flops:
     Example:
         >>> sizes = Sizes(10_000, (Matrix("w", 20, 10),), vocabulary=100, hidden=10, attention=10, layers=1)
         >>> flops_per_token(sizes, length=8, k=4)
-        Flops(blocks=800, head=4000, attention=560, reading=272)
+        Flops(blocks=800, head=4000, attention=560, readout=272)
     """
     active = [(m.rows * m.columns * m.active, m) for m in sizes.matrices]
     return Flops(
         blocks=4 * sum(product for product, _ in active),
         head=4 * sizes.vocabulary * sizes.hidden,
         attention=7 * length * sizes.attention * sizes.layers,
-        reading=sum(_reading(m, product, k) for product, m in active if m.attributed),
+        readout=sum(_reading(m, product, k) for product, m in active if m.attributed),
     )
 
 

@@ -46,7 +46,7 @@ from funcattrib.runtime.world import world
 from funcattrib.scores import Scores, check_gradients, open_scores, scores_manifest
 from funcattrib.store import require_shared, share_store
 from funcattrib.store.create import PARTS
-from funcattrib.transforms import AdamState, adam_update, against, project
+from funcattrib.transforms import AdamState, adam_update, inner_products, project
 
 SELECTED = "selected"
 """Sub-folder of the scores with the data set of the best examples."""
@@ -137,7 +137,7 @@ def less(
         )
         del model
     scores = _add_up(path, parts, weights, score, overwrite, config)
-    world().first(lambda: _save_selected(records, scores, fraction, path / SELECTED))
+    world().on_rank_zero(lambda: _save_selected(records, scores, fraction, path / SELECTED))
     return scores
 
 
@@ -168,7 +168,7 @@ def _score_one(
     rows, _ = query_rows([store], unit_norm=True)
     wanted = torch.stack([rows[list(members)].mean(0) for members in columns.values()])
     prepared = prepare(model, source, gradients, of_documents, None)
-    last = against(as_leaves(wanted, store, prepared.work.device), unit_norm=True)
+    last = inner_products(as_leaves(wanted, store, prepared.work.device), unit_norm=True)
     # the update is on one side alone; in all else the two sides must agree
     check_gradients(replace(prepared.manifest, chain=of_queries.describe()), store.manifest)
     method = {

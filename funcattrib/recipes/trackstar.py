@@ -34,7 +34,7 @@ from funcattrib.runtime.world import world
 from funcattrib.scores import Scores, open_scores, scores_manifest
 from funcattrib.store import GradientStore, require_shared, share_store
 from funcattrib.store.create import PARTS
-from funcattrib.transforms import adafactor_norm, gram_of, mix, precondition, project, split_experts
+from funcattrib.transforms import adafactor_norm, gram_matrices, mix_grams, precondition, project, split_experts
 from funcattrib.transforms.leaf_shapes import is_stack
 from funcattrib.types import Leaf, Spec
 
@@ -94,11 +94,11 @@ def trackstar(
         **{**settings, **of_queries},
     )
     own = owned({name: math.prod(leaf.shape) for name, leaf in train.leaves.items()}, here)
-    mixed = mix(gram_of_store(query, own), gram_of_store(train, own), mixing_rank, here)
+    mixed = mix_grams(gram_of_store(query, own), gram_of_store(train, own), mixing_rank, here)
     after = precondition(gram=mixed.gram, power=-0.5, damping=damping)
     read = partial(_transformed, after, after.init({name: _spec(train)[name] for name in own})[0], own)
     columns = torch.cat([read(query, block) for block in query.matrix().blocks(_BLOCK_ROWS)])
-    columns = columns / _lengths(here.sum({"squares": columns.double().square().sum(1)})["squares"])
+    columns = columns / _lengths(here.all_reduce({"squares": columns.double().square().sum(1)})["squares"])
     told = [dict(entry) for entry in query.examples]
     if score == "mean":
         columns, told = columns.mean(0, keepdim=True), [{"id": f"mean of {len(told)} queries"}]
@@ -122,7 +122,7 @@ def trackstar(
         for number, shard in enumerate(writer.pending):  # all processes together: each has some of the columns
             span = writer.shard_range(shard)
             rows = read(train, train.matrix().tensor(span.start, span.stop))
-            both = here.sum({"products": rows @ columns.T, "squares": rows.double().square().sum(1)})
+            both = here.all_reduce({"products": rows @ columns.T, "squares": rows.double().square().sum(1)})
             if number % here.size == here.rank:
                 examples = train.examples.select(span)
                 kept = {name: examples[name][:] for name in examples.column_names}
@@ -154,7 +154,7 @@ def gram_of_store(store: GradientStore, names: Sequence[str] | None = None) -> d
     state = stage.init({name: _spec(store)[name] for name in wanted})[0]
     for block in store.matrix().blocks(_BLOCK_ROWS):
         state = stage.observe(state, _some(block, store, wanted))
-    return gram_of(state)
+    return gram_matrices(state)
 
 
 def _spec(store: GradientStore) -> Spec:

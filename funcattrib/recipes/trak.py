@@ -174,8 +174,8 @@ def _columns(train: GradientStore, queries: Tensor, damping: float, score: str) 
             finite = block[block.isfinite().all(1)].double()
             total.addmm_(finite.T, finite)
             count += len(finite)
-    total = here.sum({"gram": total})["gram"]
-    if not sum(here.gather(count)):
+    total = here.all_reduce({"gram": total})["gram"]
+    if not sum(here.all_gather_object(count)):
         raise FuncattribError(f"expected documents with finite gradients in {train.path}, found none; check their loss")
     return inverse_power(total, -1, damping) @ wanted.T
 

@@ -16,13 +16,13 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from funcattrib.chain.fitting import together
+from funcattrib.chain.fitting import fit_all_reduced
 from funcattrib.chain.state_tree import flatten, restore
 from funcattrib.chain.transform import State, Transform
 from funcattrib.runtime.assignment import owners
 from funcattrib.runtime.world import World
 from funcattrib.store import StoreWriter
-from funcattrib.store.spill import Place, Scratch
+from funcattrib.store.spill import Scratch, Slot
 from funcattrib.store.tensors import load_tensors, save_tensors
 from funcattrib.store.writer import FITTING
 from funcattrib.types import Grads, Spec
@@ -48,26 +48,26 @@ def by_owner(writer: StoreWriter, stage: Transform, spec: Spec, rows: Iterable[G
     A stage that is not in parts, and a process that is alone, are left to ``fitting.together``.
     """
     if world.size == 1 or stage.parts is None:
-        return together(stage, spec, rows, world)
+        return fit_all_reduced(stage, spec, rows, world)
     assert stage.measure is None, "of a stage in parts, whole rows are kept"
     parts = {name: Part(own, {leaf: spec[leaf] for leaf in names}) for name, (own, names) in stage.parts(spec).items()}
     rank = owners({name: _bytes(part.start()) for name, part in parts.items()}, world.size)
     with PartialStates(writer.path, parts) as states:
         for grads in rows:
             states.observe(grads)
-        sums = {name: world.sum_at(rank[name], flatten(states.of(name))) for name in parts}
+        sums = {name: world.reduce(rank[name], flatten(states.of(name))) for name in parts}
     mine: dict[str, dict[str, Tensor]] = {}
     for name, part in parts.items():
         if (total := sums.pop(name)) is not None:
             mine[name] = flatten(part.stage.finalize(restore(part.start(), total)))
-    folder = writer.path / FITTING / str(world.tell(_unused(writer.path / FITTING)))
+    folder = writer.path / FITTING / str(world.broadcast_object(_unused(writer.path / FITTING)))
     files = [folder / f"{number:05d}.safetensors" for number in range(len(parts))]
     for name, file in zip(parts, files, strict=True):
-        tensors = world.share(mine.pop(name, None), rank[name])
-        if writer.place.leads and tensors is not None:
+        tensors = world.broadcast(mine.pop(name, None), rank[name])
+        if writer.role.holds_lock and tensors is not None:
             folder.mkdir(parents=True, exist_ok=True)
             save_tensors(file, tensors)
-    world.meet()
+    world.barrier()
     whole: dict[str, Tensor] = {}
     for file in files:
         whole |= load_tensors(file)
@@ -76,8 +76,8 @@ def by_owner(writer: StoreWriter, stage: Transform, spec: Spec, rows: Iterable[G
 
 def forget_parts(writer: StoreWriter, world: World) -> None:
     """Remove what was handed on, once no process uses it any more."""
-    world.meet()
-    if writer.place.leads:
+    world.barrier()
+    if writer.role.holds_lock:
         shutil.rmtree(writer.path / FITTING, ignore_errors=True)
 
 
@@ -91,8 +91,8 @@ class PartialStates:
         self._parts = parts
         self._most = max(_MOST, sum(_bytes(part.start()) for part in parts.values()))
         self._rows, self._states = Scratch(folder), Scratch(folder)
-        self._batches: list[dict[str, Place]] = []
-        self._kept: dict[str, dict[str, Place]] = {}
+        self._batches: list[dict[str, Slot]] = []
+        self._kept: dict[str, dict[str, Slot]] = {}
         self._device = torch.device("cpu")
 
     def observe(self, grads: Grads) -> None:
@@ -107,7 +107,7 @@ class PartialStates:
         part = self._parts[name]
         state = part.start()
         if name in self._kept:
-            state = restore(state, {tensor: self._states.get(place) for tensor, place in self._kept[name].items()})
+            state = restore(state, {tensor: self._states.get(slot) for tensor, slot in self._kept[name].items()})
         for rows in self._read(part.spec):
             state = part.stage.observe(state, rows)
         return state
@@ -125,7 +125,7 @@ class PartialStates:
 
     def _read(self, names: Iterable[str]) -> Iterator[Grads]:
         """Some leaves of the rows, several batches at a time."""
-        held: list[dict[str, Place]] = []
+        held: list[dict[str, Slot]] = []
         rows = 0
         for number, batch in enumerate(self._batches, 1):
             held.append(batch)

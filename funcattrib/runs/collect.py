@@ -46,7 +46,7 @@ def collect_gradients(
         data: a data set, a list of records, or whatever ``--dataset`` takes.
         path: the folder of the store.
         chain: transforms of your own in place of normalizer and projection.
-        state: a folder with a fitted state (``fit_gradients``, or an earlier store); fitted here when not given.
+        state: a folder with a fitted state (``fit_chain``, or an earlier store); fitted here when not given.
         granularity: ``token`` makes a row of every token; a document's rows add up to its gradient.
         overwrite: begin anew where the folder holds another run.
         config: saved as ``config.yaml``.
@@ -84,12 +84,12 @@ def collect_gradients(
                 filled(prepared.work, writer, state_of(prepared, writer, gradients.fit_documents))
         finished = writer.finish()
     store = open_store(path)
-    if not source.quiet and prepared.work.world.leads:
+    if not source.quiet and prepared.work.world.is_rank_zero:
         _warn(finished, store)
     return store
 
 
-def fit_gradients(
+def fit_chain(
     model: Model,
     data: Records | str,
     *,
@@ -116,7 +116,7 @@ def fit_gradients(
         >>> loss = lambda params, example: (params["w"] @ example["x"]).sum() ** 2
         >>> model, data = (loss, {"w": torch.ones(2, 3)}), [{"x": [1.0, 2.0, 3.0]}]
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     fitted = fit_gradients(model, data, path=f"{folder}/fit", normalizer="adafactor", quiet=True)
+        ...     fitted = fit_chain(model, data, path=f"{folder}/fit", normalizer="adafactor", quiet=True)
         ...     built = collect_gradients(
         ...         model, data, path=f"{folder}/run", normalizer="adafactor", state=fitted.path, quiet=True
         ...     )

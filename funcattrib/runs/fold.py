@@ -40,12 +40,12 @@ def fold_parts(work: Work, writer: StoreWriter, step: int, fold: Fold, label: st
     """The result over all documents, ``step`` of them a part, the same on every process."""
     world, lengths = work.world, work.corpus.lengths
     spans = [range(start, min(start + step, len(lengths))) for start in range(0, len(lengths), step)]
-    saved = load_parts(writer.path) if world.leads else []
+    saved = load_parts(writer.path) if world.is_rank_zero else []
     own, done = fold.start, [part for _, parts in saved for part in parts]
     if saved:
         own = fold.merge([tensors for tensors, _ in saved])
         replace_parts(writer.path, own, done)
-    todo = sorted(set(range(len(spans))) - set(world.tell(done)))
+    todo = sorted(set(range(len(spans))) - set(world.broadcast_object(done)))
     mine, last = list(done), time.monotonic()
     tokens = sum(int(lengths[spans[part]].sum()) for part in todo)
     total = int(lengths.sum())
@@ -69,5 +69,5 @@ def _together(own: Result, fold: Fold, work: Work) -> Result:
     world = work.world
     if world.size == 1:
         return own
-    parts = {name: world.collect(tensor) for name, tensor in own.items()}
+    parts = {name: world.all_gather(tensor) for name, tensor in own.items()}
     return fold.merge([{name: tensors[rank] for name, tensors in parts.items()} for rank in range(world.size)])

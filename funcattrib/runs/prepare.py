@@ -112,7 +112,7 @@ def prepare(
             "id": source.data if isinstance(source.data, str) else "in memory",
             "split": source.split,
             "subset": source.subset,
-            **corpus.facts(),
+            **corpus.identity(),
         },
         loss={
             "kind": "own" if isinstance(model, tuple) else gradients.loss,
@@ -232,7 +232,7 @@ def _language_model(
 
 def _described(corpus: Corpus, row: int) -> str:
     """A document for an error: number, id and length."""
-    name = corpus.shown(range(row, row + 1))["id"][0]
+    name = corpus.metadata(range(row, row + 1))["id"][0]
     return f"row {row}{'' if name == str(row) else f' (id {name})'} of {int(corpus.lengths[row]):,} tokens"
 
 

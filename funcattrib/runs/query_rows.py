@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def as_leaves(rows: Tensor, store: GradientStore, device: torch.device) -> dict[str, Tensor]:
-    """Rows (K, D) as ``against`` takes them: leaf → (K, *shape)."""
+    """Rows (K, D) as ``inner_products`` takes them: leaf → (K, *shape)."""
     return {
         name: rows[:, leaf.start : leaf.stop].unflatten(1, leaf.shape).to(device) for name, leaf in store.leaves.items()
     }

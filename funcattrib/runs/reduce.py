@@ -94,7 +94,7 @@ def _reduce(work: Work, writer: StoreWriter, state: State, method: Method, unit:
     count, loss = int(found["facts"][0]), float(found["facts"][1])
     if not count:
         raise FuncattribError("expected documents with finite gradients, found none; check the model's loss on them")
-    if (lost := len(lengths) - count) and work.world.leads:
+    if (lost := len(lengths) - count) and work.world.is_rank_zero:
         log.warning("%d of %d documents have gradients that are NaN or infinite and are left out", lost, len(lengths))
     row = found["sum"] / count if method == "mean" else found["sum"]
     told: dict[str, Any] = {

@@ -18,7 +18,7 @@ from funcattrib.data import Columns
 from funcattrib.data.documents import Records
 from funcattrib.errors import FuncattribError
 from funcattrib.models.loading import load_model
-from funcattrib.runs.collect import collect_gradients, fit_gradients, split_settings
+from funcattrib.runs.collect import collect_gradients, fit_chain, split_settings
 from funcattrib.runs.default_chain import chain_of
 from funcattrib.runs.error_hints import explained
 from funcattrib.runs.fold import Fold, Result, fold_parts
@@ -33,7 +33,7 @@ from funcattrib.scores import Scores, check_gradients, open_scores, scores_manif
 from funcattrib.scores.top_k import Best, best_of, fold, nothing, save_best
 from funcattrib.store import GradientStore, StoreWriter, open_store, require_shared, share_store
 from funcattrib.store.create import PARTS
-from funcattrib.transforms import against, nearest, self_influence
+from funcattrib.transforms import inner_products, max_score, self_influence
 from funcattrib.types import Batch, PerExample
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def score_gradients(
         require_shared(path, world())
         stages = (chain or chain_of(gradients, model[1] if isinstance(model, tuple) else model)).stages
         if state is None and any(stage.fitted for stage in stages):
-            state = fit_gradients(model, data, path=path / PARTS / "state", **common).path
+            state = fit_chain(model, data, path=path / PARTS / "state", **common).path
         columns = query_columns or settings.get("columns")
         own = {**common, "columns": columns, "split": query_split, "subset": None}
         paths = [collect_gradients(model, query_data, path=path / PARTS / "query", state=state, **own).path]
@@ -139,7 +139,7 @@ def score_gradients(
             with explained():
                 _compute(prepared, last, writer, gradients.fit_documents, top_k, granularity)
         finished = writer.finish()
-    if finished.nonfinite and not source.quiet and prepared.work.world.leads:
+    if finished.nonfinite and not source.quiet and prepared.work.world.is_rank_zero:
         log.warning("%d scores are NaN or infinite; their rows are left out of top-k", finished.nonfinite)
     return open_scores(path)
 
@@ -171,13 +171,13 @@ def _fill_best(work: Work, writer: StoreWriter, state: Any, top_k: int) -> None:
     start = {**nothing(len(writer.manifest.extra["queries"]))._asdict(), "lost": torch.zeros(1, dtype=torch.int64)}
     folded = Fold(start, partial(_take_best, work, compute, top_k), partial(_merge_best, top_k))
     found = fold_parts(work, writer, int(writer.manifest.computed_with["shard"]), folded, "score")
-    if int(found["lost"]) and not work.quiet and work.world.leads:
+    if int(found["lost"]) and not work.quiet and work.world.is_rank_zero:
         log.warning("%d rows have scores that are NaN or infinite and are left out", int(found["lost"]))
 
     def shown(row: int) -> dict[str, Any]:
-        return {name: values[0] for name, values in work.corpus.shown(range(row, row + 1)).items()}
+        return {name: values[0] for name, values in work.corpus.metadata(range(row, row + 1)).items()}
 
-    if writer.place.leads:
+    if writer.role.holds_lock:
         save_best(writer.path, Best(found["values"], found["rows"]), shown)
 
 
@@ -205,9 +205,9 @@ def _against(
         rows, told = rows.mean(0, keepdim=True), [{"id": f"mean of {len(told)} queries"}]
     leaves = as_leaves(rows, stores[0], prepared.work.device)
     by: Literal["example", "leaf"] = "leaf" if granularity == "module" else "example"
-    last = [against(leaves, unit_norm=unit_norm, by=by)]
+    last = [inner_products(leaves, unit_norm=unit_norm, by=by)]
     if score == "nearest":
-        return [*last, nearest()], [{"id": f"nearest of {len(told)} queries"}]
+        return [*last, max_score()], [{"id": f"nearest of {len(told)} queries"}]
     return last, told
 
 

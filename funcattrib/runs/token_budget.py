@@ -31,7 +31,7 @@ from funcattrib.runs.error_hints import explained
 from funcattrib.runs.prepare import Prepared
 from funcattrib.runs.workload import Work, flat, template
 from funcattrib.runtime import memory
-from funcattrib.runtime.world import ALONE, World
+from funcattrib.runtime.world import SINGLE_PROCESS, World
 from funcattrib.store import Manifest, read_manifest
 from funcattrib.store.manifest import FILE
 from funcattrib.types import Batch
@@ -76,8 +76,8 @@ def with_budget(
     tried = prepared.work if tried is None else tried
     world, shared = prepared.work.world, prepared.work.step.shared
     find = partial(token_budget, tried, prepared.manifest, path, overwrite=overwrite, fits=prepared.given is None)
-    found = find(world) if shared else world.first(find)
-    tokens = world.tell(found)  # rank 0's, for all: with another a rank would compute other bits
+    found = find(world) if shared else world.on_rank_zero(find)
+    tokens = world.broadcast_object(found)  # rank 0's, for all: with another a rank would compute other bits
     computed_with = {**prepared.manifest.computed_with, "token_batch_size": tokens}
     return prepared._replace(
         work=prepared.work._replace(budget=tokens), manifest=replace(prepared.manifest, computed_with=computed_with)
@@ -85,7 +85,7 @@ def with_budget(
 
 
 def token_budget(
-    work: Work, manifest: Manifest, path: str | Path, world: World = ALONE, *, overwrite: bool, fits: bool
+    work: Work, manifest: Manifest, path: str | Path, world: World = SINGLE_PROCESS, *, overwrite: bool, fits: bool
 ) -> int:
     """Tokens of a batch: those of the run that is continued, or found before, or found now.
 
@@ -99,9 +99,9 @@ def token_budget(
     """
     longest = max(1, int(work.corpus.lengths.max()))
     share = SHARE[work.device.type if work.device.type in SHARE else "cpu"]
-    room = int(share * min(world.gather(memory.available(work.device))))
+    room = int(share * min(world.all_gather_object(memory.available(work.device))))
     key = key_of(work, manifest, longest, fits)
-    before = world.tell(world.first(lambda: _before(work, None if overwrite else path, key, room)))
+    before = world.broadcast_object(world.on_rank_zero(lambda: _before(work, None if overwrite else path, key, room)))
     if before is not None:
         return int(before)
     useful = min(_MOST_TOKENS, int(work.corpus.lengths[: manifest.rows_per_shard].sum()))  # a batch is within a shard
@@ -110,7 +110,7 @@ def token_budget(
     tokens = found.documents * longest
     if found.cost is None:
         return tokens  # the run will say which document does not fit
-    if world.leads:
+    if world.is_rank_zero:
         budget = Budget(tokens, tokens / found.cost.seconds, found.cost.peak)
         if found.ended != "size":  # else with more documents more might be found
             keep(key, budget)
@@ -219,9 +219,9 @@ def _trial(work: Work, manifest: Manifest, longest: int, fits: bool, world: Worl
             return None
         return time.perf_counter() - begin
 
-    def together(step: Callable[[Batch], Any], documents: Sequence[int]) -> float | None:
+    def slowest(step: Callable[[Batch], Any], documents: Sequence[int]) -> float | None:
         """The same for all who try."""
-        seconds = world.gather(run(step, documents))
+        seconds = world.all_gather_object(run(step, documents))
         return None if None in seconds else max(seconds)
 
     def measured(size: int) -> Cost | None:
@@ -231,10 +231,10 @@ def _trial(work: Work, manifest: Manifest, longest: int, fits: bool, world: Worl
         tried = [(step, [first] * size) for step in of_stages]
         if len(many) > size:
             tried += [(step, many) for step in (of_rows, *of_stages)]
-        if any(together(*each) is None for each in tried):
+        if any(slowest(*each) is None for each in tried):
             return None
-        seconds = _fastest(lambda: together(of_rows, [first] * size))
-        peak = max(world.gather(max(0, memory.peak(work.device) - before)))
+        seconds = _fastest(lambda: slowest(of_rows, [first] * size))
+        peak = max(world.all_gather_object(max(0, memory.peak(work.device) - before)))
         return None if seconds is None else Cost(seconds, peak)
 
     def measure(size: int) -> Cost | None:

@@ -36,7 +36,7 @@ def by_token(manifest: Manifest, work: Work, rows_per_shard: int) -> Manifest:
     """
     if (source := work.chain.started()) not in (per_example_grad, per_token_grad):
         raise FuncattribError(f"expected torch's gradients with granularity token, found those of {source.name}")
-    if any(stage.lower is None and stage.name not in ("precondition", "nearest") for stage in work.chain.stages):
+    if any(stage.lower is None and stage.name not in ("precondition", "max_score") for stage in work.chain.stages):
         name = next(stage.name for stage in work.chain.stages if stage.lower is None)
         raise FuncattribError(f"expected stages whose parts add up with granularity token, found {name}; leave it out")
     return replace(
@@ -89,7 +89,7 @@ def _rows_of(work: Work, compute: Callable[[Batch], PerExample], documents: rang
 def _told(work: Work, documents: range, losses: np.ndarray) -> dict[str, Any]:
     """Of every token: its document's id, number and loss, its position, and its text."""
     lengths = work.corpus.lengths[list(documents)]
-    ids = work.corpus.shown(documents)["id"]
+    ids = work.corpus.metadata(documents)["id"]
     positions = [at for length in lengths for at in range(length)]
     told: dict[str, Any] = {
         "id": [f"{name}:{at}" for name, length in zip(ids, lengths, strict=True) for at in range(length)],

@@ -26,7 +26,7 @@ from funcattrib.runs.blockwise_fit import by_owner, forget_parts
 from funcattrib.runs.oom_retry import Pieces
 from funcattrib.runtime.memory import trim
 from funcattrib.runtime.progress import Progress
-from funcattrib.runtime.world import ALONE, World
+from funcattrib.runtime.world import SINGLE_PROCESS, World
 from funcattrib.store import StoreWriter
 from funcattrib.types import Batch, Loss, Params, PerExample
 from funcattrib.weights.lockstep import Lockstep
@@ -52,7 +52,7 @@ class Work(NamedTuple):
     budget: int
     quiet: bool
     pieces: Pieces
-    world: World = ALONE
+    world: World = SINGLE_PROCESS
     step: Lockstep = Lockstep()
 
     def bind(self, state: State) -> Callable[[Batch], PerExample]:
@@ -111,16 +111,16 @@ def fill(work: Work, writer: StoreWriter, state: State, label: str = "build") ->
     """Compute and hand over every pending shard."""
     lengths = work.corpus.lengths
     bound = work.bind(state)
-    compute = bound if work.quiet else naming_unused(bound)
+    compute = bound if work.quiet else warn_unused_leaves(bound)
     todo = sum(int(lengths[list(writer.shard_range(i))].sum()) for i in writer.pending)
     total = int(lengths.sum())
     with progress(work, label, total, total - todo) as bar:
         for shard in work.step.through(writer.claims()):
             span = writer.shard_range(shard)
             matrix, losses = rows_of(work, compute, span, bar.update)
-            shown = work.corpus.shown(span)
+            shown = work.corpus.metadata(span)
             writer.put(shard, matrix, {**shown, "loss": losses.numpy(), "tokens": lengths[list(span)]})
-            if not work.world.leads:  # whose progress line is for all
+            if not work.world.is_rank_zero:  # whose progress line is for all
                 log.info("%s: shard %d, rows %d to %d", label, shard, span.start, span.stop - 1)
 
 
@@ -153,7 +153,7 @@ def flat(result: PerExample) -> tuple[Tensor, Tensor]:
     return torch.cat([grad.flatten(1).float() for grad in result.grads.values()], 1).cpu(), result.losses.float().cpu()
 
 
-def naming_unused(compute: Callable[[Batch], PerExample]) -> Callable[[Batch], PerExample]:
+def warn_unused_leaves(compute: Callable[[Batch], PerExample]) -> Callable[[Batch], PerExample]:
     """``compute``, which logs once what has no gradient in the first batch that has any: its columns are zero."""
     told = False
 
@@ -211,9 +211,9 @@ def spread(count: int, most: int) -> list[int]:
 @contextmanager
 def progress(work: Work, label: str, tokens: int, done: int = 0) -> Iterator[Progress]:
     """A line on stderr for all processes together, from rank 0, nothing where the work is quiet; all leave together."""
-    silent = work.quiet or not work.world.leads
+    silent = work.quiet or not work.world.is_rank_zero
     shared = work.world.counter() if work.world.size > 1 else None
     with Progress(tokens, label=label, done=done, stream=io.StringIO() if silent else None, shared=shared) as bar:
         yield bar
-        work.world.meet(lambda: bar.update(0))
+        work.world.barrier(lambda: bar.update(0))
         bar.update(0)  # what the others have done

@@ -13,7 +13,7 @@ FAILED = "failed"
 """Where a process that stops leaves word."""
 
 
-class Board:
+class KeyValueStore:
     """What the processes of a run read and write: torch's key-value store, with names that are given out in order.
 
     Every process asks for the same names in the same order, so that a name means the same to all of them.
@@ -43,7 +43,7 @@ class Board:
         """Whether it is."""
         return bool(self._asked(lambda: self._store.check([key])))
 
-    def until(self, done: Callable[["Board"], bool], waiting: Callable[[], object] = lambda: None) -> None:
+    def until(self, done: Callable[["KeyValueStore"], bool], waiting: Callable[[], object] = lambda: None) -> None:
         """Look again and again, up to half a second apart, until ``done``."""
         pause = 0.001
         while not done(self):

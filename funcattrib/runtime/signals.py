@@ -1,6 +1,6 @@
 """SIGTERM, as schedulers send it before they kill: what is in hand is finished first.
 
-The command line turns the signal into ``Terminated``. A block that ``undisturbed`` guards (one shard) is not broken
+The command line turns the signal into ``Terminated``. A block that ``defer_sigterm`` guards (one shard) is not broken
 off: the signal waits for its end.
 """
 
@@ -32,7 +32,7 @@ def terminating() -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def defer_sigterm() -> Iterator[None]:
     """SIGTERM waits for the end of the block; where nobody handles it, it ends the process at once as ever."""
     handler = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):

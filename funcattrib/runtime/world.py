@@ -4,7 +4,7 @@ Work is taken, not dealt: a counter that all processes share gives each number t
 slower one, and no collective operation stands inside a loop over data. Sums are made between loops, when all have met.
 A process that waits looks up at short intervals, so that signals and the failure of another are heard.
 
-``ALONE`` is a run of one process: everything is its own, and torch.distributed is not asked.
+``SINGLE_PROCESS`` is a run of one process: everything is its own, and torch.distributed is not asked.
 """
 
 import itertools
@@ -22,14 +22,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from funcattrib.errors import FuncattribError
-from funcattrib.runtime.key_value_store import FAILED, Board
+from funcattrib.runtime.key_value_store import FAILED, KeyValueStore
 from funcattrib.runtime.launcher import launched, local_rank, set_up_from_slurm
-from funcattrib.runtime.signals import undisturbed
+from funcattrib.runtime.signals import defer_sigterm
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(days=7)  # of a sum: processes may come to it hours apart
-_FAREWELL = 5.0  # seconds
+_COLLECTIVE_TIMEOUT = timedelta(days=7)  # of a sum: processes may come to it hours apart
+_EXIT_GRACE_SECONDS = 5.0  # seconds
 _LEFT = "left"
 
 
@@ -46,10 +46,10 @@ class World(NamedTuple):
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    board: Board | None = None
+    key_value_store: KeyValueStore | None = None
 
     @property
-    def leads(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
 
@@ -59,26 +59,26 @@ class World(NamedTuple):
         SIGTERM waits until what was given is done, and the next one is asked for.
 
         Example:
-            >>> list(ALONE.claims(3))
+            >>> list(SINGLE_PROCESS.claims(3))
             [0, 1, 2]
         """
         for number in self._numbers():
             if number >= count:
                 return
-            with undisturbed():
+            with defer_sigterm():
                 yield number
 
     def _numbers(self) -> Iterator[int]:
-        if self.board is None:
+        if self.key_value_store is None:
             yield from itertools.count()
             return
-        key = self.board.name("claim")
+        key = self.key_value_store.name("claim")
         while True:
-            yield self.board.add(key, 1) - 1
+            yield self.key_value_store.add(key, 1) - 1
 
     def counter(self) -> Callable[[int, int], tuple[int, int]]:
         """A function that adds to two counts and gives the sums over all processes."""
-        if self.board is None:
+        if self.key_value_store is None:
             total = [0, 0]
 
             def add(first: int, second: int) -> tuple[int, int]:
@@ -87,137 +87,140 @@ class World(NamedTuple):
                 return total[0], total[1]
 
             return add
-        board, keys = self.board, (self.board.name("first"), self.board.name("second"))
-        return lambda first, second: (board.add(keys[0], first), board.add(keys[1], second))
+        key_value_store, keys = (
+            self.key_value_store,
+            (self.key_value_store.name("first"), self.key_value_store.name("second")),
+        )
+        return lambda first, second: (key_value_store.add(keys[0], first), key_value_store.add(keys[1], second))
 
-    def meet(self, waiting: Callable[[], object] = lambda: None) -> None:
+    def barrier(self, waiting: Callable[[], object] = lambda: None) -> None:
         """Go on when all processes are here; ``waiting`` is called now and then.
 
         Raises:
             FuncattribError: another process failed.
         """
-        if self.board is not None:
-            key = self.board.name("meet")
-            self.board.add(key, 1)
-            self.board.until(lambda board: board.add(key, 0) >= self.size, waiting)
+        if self.key_value_store is not None:
+            key = self.key_value_store.name("meet")
+            self.key_value_store.add(key, 1)
+            self.key_value_store.until(lambda key_value_store: key_value_store.add(key, 0) >= self.size, waiting)
 
-    def tell(self, value: Any = None, source: int = 0) -> Any:
+    def broadcast_object(self, value: Any = None, source: int = 0) -> Any:
         """One process's value, a JSON one, on every process; what the others give is not looked at."""
-        if self.board is None:
+        if self.key_value_store is None:
             return value
-        key = self.board.name("tell")
+        key = self.key_value_store.name("tell")
         if self.rank == source:
-            self.board.set(key, json.dumps(value))
+            self.key_value_store.set(key, json.dumps(value))
             return value
-        self.board.until(lambda board: board.has(key))
-        return json.loads(self.board.get(key))
+        self.key_value_store.until(lambda key_value_store: key_value_store.has(key))
+        return json.loads(self.key_value_store.get(key))
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Every process's value, JSON ones, by rank."""
-        if self.board is None:
+        if self.key_value_store is None:
             return [value]
-        key = self.board.name("gather")
-        self.board.set(f"{key}/{self.rank}", json.dumps(value))
+        key = self.key_value_store.name("gather")
+        self.key_value_store.set(f"{key}/{self.rank}", json.dumps(value))
         keys = [f"{key}/{rank}" for rank in range(self.size)]
-        self.board.until(lambda board: all(map(board.has, keys)))
-        return [json.loads(self.board.get(each)) for each in keys]
+        self.key_value_store.until(lambda key_value_store: all(map(key_value_store.has, keys)))
+        return [json.loads(self.key_value_store.get(each)) for each in keys]
 
-    def first(self, function: Callable[[], T]) -> T | None:
+    def on_rank_zero(self, function: Callable[[], T]) -> T | None:
         """What ``function`` gives on rank 0; the others wait for it and have None.
 
         Raises:
             FuncattribError: that of rank 0, on every process.
         """
-        if not self.leads:
-            if (error := self.tell()) is not None:
+        if not self.is_rank_zero:
+            if (error := self.broadcast_object()) is not None:
                 raise FuncattribError(error)
             return None
         try:
             result = function()
         except FuncattribError as error:
-            self.tell(str(error))
+            self.broadcast_object(str(error))
             raise
-        self.tell(None)
+        self.broadcast_object(None)
         return result
 
-    def sum(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def all_reduce(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Sums over all processes, name → tensor of the same shape, equal to the bit on each of them."""
         return self._added(tensors, dist.all_reduce)
 
-    def sum_at(self, owner: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    def reduce(self, owner: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """Sums over all processes, on one of them alone; the others have None."""
         sums = self._added(tensors, partial(dist.reduce, dst=owner))
         return sums if self.rank == owner else None
 
     def _added(self, tensors: Mapping[str, Tensor], add: Callable[[Tensor], object]) -> dict[str, Tensor]:
         """What ``add`` makes of each tensor in its place, on copies."""
-        if self.board is None:
+        if self.key_value_store is None:
             return dict(tensors)
-        self.meet()
+        self.barrier()
         sums = {}
         for name, tensor in tensors.items():
             total = tensor.detach().to("cpu", copy=True).contiguous()
-            with self.board.connected():
+            with self.key_value_store.connected():
                 add(total)
             sums[name] = total.to(tensor.device)
         return sums
 
-    def share(self, tensors: Mapping[str, Tensor] | None, source: int = 0) -> dict[str, Tensor] | None:
+    def broadcast(self, tensors: Mapping[str, Tensor] | None, source: int = 0) -> dict[str, Tensor] | None:
         """One process's tensors, or its None, on every process; on the CPU where they are another's."""
-        if self.board is None:
+        if self.key_value_store is None:
             return None if tensors is None else dict(tensors)
         own = tensors if self.rank == source else None
-        told = None
+        metadata = None
         if own is not None:
-            told = [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in own.items()]
-        told = self.tell(told, source)
-        if told is None:
+            metadata = [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in own.items()]
+        metadata = self.broadcast_object(metadata, source)
+        if metadata is None:
             return None
-        self.meet()
+        self.barrier()
         shared = {}
-        for name, shape, dtype in told:
+        for name, shape, dtype in metadata:
             shared[name] = torch.empty(shape, dtype=getattr(torch, dtype)) if own is None else own[name]
-            with self.board.connected():
+            with self.key_value_store.connected():
                 dist.broadcast(shared[name].detach().cpu().contiguous(), source)
         return shared
 
-    def collect(self, tensor: Tensor) -> list[Tensor]:
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Every process's tensor, by rank; their last axes may differ in length."""
-        if self.board is None:
+        if self.key_value_store is None:
             return [tensor]
-        lengths = self.gather(tensor.shape[-1])
+        lengths = self.all_gather_object(tensor.shape[-1])
         padded = tensor.new_zeros(*tensor.shape[:-1], max(lengths), device="cpu")
         padded[..., : tensor.shape[-1]] = tensor.cpu()
-        self.meet()
+        self.barrier()
         parts = [torch.empty_like(padded) for _ in range(self.size)]
-        with self.board.connected():
+        with self.key_value_store.connected():
             dist.all_gather(parts, padded)
         return [part[..., :length].to(tensor.device) for part, length in zip(parts, lengths, strict=True)]
 
-    def fail(self, message: str) -> bool:
+    def report_failure(self, message: str) -> bool:
         """Let the others know that this process stops; whether it is the first to say so."""
-        if self.board is None:
+        if self.key_value_store is None:
             return True
         with suppress(FuncattribError):  # the connection is lost: nobody hears it
-            if self.board.add(f"{FAILED}/count", 1) > 1:
+            if self.key_value_store.add(f"{FAILED}/count", 1) > 1:
                 return False
-            self.board.set(FAILED, f"rank {self.rank}: {message}")
+            self.key_value_store.set(FAILED, f"rank {self.rank}: {message}")
         return True
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 """A run of one process."""
 
 
 def world() -> World:
-    """This process's place in torch.distributed's default group; ``ALONE`` where none was set up."""
+    """This process's place in torch.distributed's default group; ``SINGLE_PROCESS`` where none was set up."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return ALONE
-    return World(dist.get_rank(), dist.get_world_size(), local_rank(), _board(dist.group.WORLD))
+        return SINGLE_PROCESS
+    return World(dist.get_rank(), dist.get_world_size(), local_rank(), _key_value_store(dist.group.WORLD))
 
 
 @contextmanager
-def joined() -> Iterator[World]:
+def init_distributed() -> Iterator[World]:
     """Join the processes that torchrun or srun started, if one did, and part from them at the end.
 
     A group that the caller has set up is taken as it is.
@@ -229,7 +232,7 @@ def joined() -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, rank, size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"funcattrib/{agreed(store, rank, size)}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_COLLECTIVE_TIMEOUT)
     here = world()
     try:
         yield here
@@ -264,18 +267,18 @@ def agreed(store: Any, rank: int, size: int) -> str:
 def _part(here: World) -> None:
     """Rank 0 goes last, as it may be the one that keeps the board; it does not wait long for one that was killed."""
     with suppress(FuncattribError):
-        assert here.board is not None, "a group of one process is not set up"
-        if not here.leads:
-            here.board.add(_LEFT, 1)
+        assert here.key_value_store is not None, "a group of one process is not set up"
+        if not here.is_rank_zero:
+            here.key_value_store.add(_LEFT, 1)
             return
-        until = time.monotonic() + _FAREWELL
-        while here.board.add(_LEFT, 0) < here.size - 1 and time.monotonic() < until:
+        until = time.monotonic() + _EXIT_GRACE_SECONDS
+        while here.key_value_store.add(_LEFT, 0) < here.size - 1 and time.monotonic() < until:
             time.sleep(0.01)
 
 
 @cache
-def _board(group: Any) -> Board:
+def _key_value_store(group: Any) -> KeyValueStore:
     """One board a process group: its store outlives a process, but not an attempt under ``--max-restarts``."""
     from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-    return Board(PrefixStore("funcattrib", _get_default_store()))
+    return KeyValueStore(PrefixStore("funcattrib", _get_default_store()))

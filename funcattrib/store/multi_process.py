@@ -15,7 +15,7 @@ from funcattrib.store import shards
 from funcattrib.store.create import create_store
 from funcattrib.store.manifest import Manifest, read_manifest
 from funcattrib.store.writer import StoreWriter
-from funcattrib.store.writer_role import Place
+from funcattrib.store.writer_role import WriterRole
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def share_store(path: str | Path, manifest: Manifest, world: World, *, overwrite
     path = Path(path)
     if world.size == 1:
         return create_store(path, manifest, overwrite=overwrite)
-    writer = world.first(lambda: create_store(path, manifest, overwrite=overwrite))
+    writer = world.on_rank_zero(lambda: create_store(path, manifest, overwrite=overwrite))
     try:
         return _place(path, manifest, world, overwrite, writer)
     except BaseException:
@@ -55,18 +55,18 @@ def _place(path: Path, manifest: Manifest, world: World, overwrite: bool, writer
             writer = create_store(path, manifest, overwrite=overwrite)
         except StoreError as failed:
             error = f"rank {world.rank}: {failed}"
-    if errors := [each for each in world.gather(error) if each]:
+    if errors := [each for each in world.all_gather_object(error) if each]:
         raise StoreError(errors[0])
     if writer is None:
         found = read_manifest(path)
         writer = StoreWriter(path, found, shards.recorded(path, found), None)
-    done = set().union(*world.gather(writer.finished if (here and world.leads) or own else []))
-    complete = all(world.gather(writer.manifest.complete))
+    done = set().union(*world.all_gather_object(writer.finished if (here and world.is_rank_zero) or own else []))
+    complete = all(world.all_gather_object(writer.manifest.complete))
     if writer.manifest.complete and not complete:
         raise StoreError(f"expected parts of one run at {path} on every machine, found one that is a whole store")
-    writer.place = Place(
+    writer.role = WriterRole(
         world,
-        leads=world.leads or own,
+        holds_lock=world.is_rank_zero or own,
         todo=[number for number in range(writer.manifest.shard_count) if number not in done],
         part=not here,
     )
@@ -84,8 +84,8 @@ def require_shared(path: str | Path, world: World) -> None:
     if world.size == 1:
         return
     path = Path(path)
-    world.first(lambda: path.mkdir(parents=True, exist_ok=True))
-    if not all(world.gather(all_see(path, world))):
+    world.on_rank_zero(lambda: path.mkdir(parents=True, exist_ok=True))
+    if not all(world.all_gather_object(all_see(path, world))):
         raise StoreError(
             f"expected {path} to be one folder that all machines share, found that each has its own\n"
             "give a folder on a shared file system, or run this command on one machine"
@@ -94,9 +94,9 @@ def require_shared(path: str | Path, world: World) -> None:
 
 def all_see(path: Path, world: World) -> bool:
     """Whether this process sees in `path` what rank 0 writes there: a file of a name that was never asked for."""
-    mark = path / str(world.tell(f".{secrets.token_hex(8)}"))
-    world.first(mark.touch)
+    mark = path / str(world.broadcast_object(f".{secrets.token_hex(8)}"))
+    world.on_rank_zero(mark.touch)
     found = mark.exists()
-    world.meet()
-    world.first(lambda: mark.unlink(missing_ok=True))
+    world.barrier()
+    world.on_rank_zero(lambda: mark.unlink(missing_ok=True))
     return found

@@ -12,7 +12,7 @@ from funcattrib.errors import StoreError
 from funcattrib.store.atomic import explain
 
 
-class Place(NamedTuple):
+class Slot(NamedTuple):
     """Where a tensor lies in the file, and what it is."""
 
     offset: int
@@ -43,28 +43,28 @@ class Scratch:
         except OSError as error:
             raise StoreError(explain(error, folder / "scratch")) from error
 
-    def put(self, tensor: Tensor) -> Place:
+    def put(self, tensor: Tensor) -> Slot:
         """Append a tensor."""
-        place = Place(self.bytes, tuple(tensor.shape), tensor.dtype)
-        self.replace(place, tensor)
+        slot = Slot(self.bytes, tuple(tensor.shape), tensor.dtype)
+        self.replace(slot, tensor)
         self.bytes += tensor.numel() * tensor.element_size()
-        return place
+        return slot
 
-    def replace(self, place: Place, tensor: Tensor) -> None:
+    def replace(self, slot: Slot, tensor: Tensor) -> None:
         """Put a tensor where another one of its shape and dtype is."""
         content = _bytes(tensor.detach().cpu().contiguous())
         try:
-            self._file.seek(place.offset)
+            self._file.seek(slot.offset)
             while len(content):  # one call writes 2 GiB at the most
                 content = content[self._file.write(content) :]
         except OSError as error:
             raise StoreError(explain(error, self._folder / "scratch")) from error
 
-    def get(self, place: Place) -> Tensor:
+    def get(self, slot: Slot) -> Tensor:
         """A copy of a tensor."""
-        tensor = torch.empty(place.shape, dtype=place.dtype)
+        tensor = torch.empty(slot.shape, dtype=slot.dtype)
         content = _bytes(tensor)
-        self._file.seek(place.offset)
+        self._file.seek(slot.offset)
         while len(content):
             content = content[self._file.readinto(content) :]
         return tensor

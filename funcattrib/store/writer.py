@@ -25,7 +25,7 @@ from funcattrib.store.metadata import Column, to_table
 from funcattrib.store.progress_files import FILES as PARTS
 from funcattrib.store.tensors import DELAY, save_tensors
 from funcattrib.store.write_shard import Job, write_shard
-from funcattrib.store.writer_role import Place, kept
+from funcattrib.store.writer_role import WriterRole, kept
 
 STATE = "state.safetensors"
 PROGRESS = "progress.safetensors"  # what a pass over the data has so far, until it is done
@@ -46,11 +46,16 @@ class StoreWriter:
     """
 
     def __init__(
-        self, path: Path, manifest: Manifest, finished: Mapping[int, Shard], lock: Lock | None, place: Place = Place()
+        self,
+        path: Path,
+        manifest: Manifest,
+        finished: Mapping[int, Shard],
+        lock: Lock | None,
+        role: WriterRole = WriterRole(),
     ) -> None:
         self.path = path
         self.manifest = manifest
-        self.place = place
+        self.role = role
         self._open = not manifest.complete
         self._finished = dict(finished)
         self._taken = set(finished)
@@ -66,7 +71,7 @@ class StoreWriter:
 
         Of several processes' shards, those that were to be computed when they began.
         """
-        todo = range(self.manifest.shard_count) if self.place.todo is None else self.place.todo
+        todo = range(self.manifest.shard_count) if self.role.todo is None else self.role.todo
         return [i for i in todo if i not in self._taken]
 
     def claims(self) -> Iterator[int]:
@@ -75,7 +80,7 @@ class StoreWriter:
         SIGTERM waits until the shard in hand is handed over.
         """
         todo = self.pending
-        return (todo[number] for number in self.place.world.claims(len(todo)))
+        return (todo[number] for number in self.role.world.claims(len(todo)))
 
     @property
     def finished(self) -> list[int]:
@@ -127,7 +132,7 @@ class StoreWriter:
         self._queue.put(job)
 
     def take(self, shard: int, facts: Shard) -> None:
-        """Count a shard whose files another store's writer has made and are in place here."""
+        """Count a shard whose files another store's writer has made and are in role here."""
         shards.record(self.path, shard, facts)
         self._finished[shard] = facts
         self._taken.add(shard)
@@ -145,7 +150,7 @@ class StoreWriter:
 
     def load_progress(self) -> tuple[dict[str, Tensor], int] | None:
         """What `save_progress` kept, the same for all processes; None where there is none."""
-        tensors = kept(self.path / PROGRESS, self.place)
+        tensors = kept(self.path / PROGRESS, self.role)
         return None if tensors is None else (tensors, int(tensors.pop(_DONE)))
 
     def load_state(self) -> dict[str, Tensor] | None:
@@ -153,7 +158,7 @@ class StoreWriter:
 
         It is mapped: read where it is used, and no memory of the process's own.
         """
-        return kept(self.path / STATE, self.place)
+        return kept(self.path / STATE, self.role)
 
     def save_config(self, config: Mapping[str, Any]) -> None:
         """Save the settings that replay the run as `config.yaml`; on a complete store, do nothing."""
@@ -164,7 +169,7 @@ class StoreWriter:
     @property
     def _saves(self) -> bool:
         """Whether what there is one of is this writer's to save."""
-        return self.place.leads and not self.manifest.complete
+        return self.role.holds_lock and not self.manifest.complete
 
     def finish(self) -> Manifest:
         """Wait for the last shard, check that all are there, and mark the store complete.
@@ -178,14 +183,14 @@ class StoreWriter:
             return self.manifest
         self._queue.join()
         self._raise_failure()
-        world = self.place.world
-        world.meet()
-        if any(world.gather(self.place.part)):
-            if self.place.leads and not self.manifest.shard_count:  # a state alone: every machine has it
+        world = self.role.world
+        world.barrier()
+        if any(world.all_gather_object(self.role.part)):
+            if self.role.holds_lock and not self.manifest.shard_count:  # a state alone: every machine has it
                 self._complete()
-            world.meet()
+            world.barrier()
         else:
-            world.first(self._complete)
+            world.on_rank_zero(self._complete)
         self.manifest = read_manifest(self.path)
         return self.manifest
 
@@ -218,7 +223,7 @@ class StoreWriter:
 
     def _collect(self) -> None:
         """Take in what the other processes have written; a network file system may show it late."""
-        if self.place.world.size == 1:
+        if self.role.world.size == 1:
             return
         until = time.monotonic() + DELAY
         while True:

@@ -20,7 +20,7 @@ from funcattrib.chain.per_example import spec
 from funcattrib.chain.transform import State
 from funcattrib.errors import FuncattribError
 from funcattrib.kernels import register_experts
-from funcattrib.lift import Lowered, lift, unpack, zero_probes
+from funcattrib.lift import Readouts, lift, unpack, zero_probes
 from funcattrib.models.functional import device_of
 from funcattrib.transforms.leaf_shapes import is_stack
 from funcattrib.types import Grads
@@ -32,7 +32,7 @@ _EXPERTS = "_experts_implementation_internal"
 class Reader(NamedTuple):
     """What is read of each example: the chain's linear prefix, lowered, and the stages behind it with their state."""
 
-    lowered: Lowered
+    lowered: Readouts
     rest: Chain
     state: tuple[State, ...]
 
@@ -243,8 +243,10 @@ def _repeated_alike(model: nn.Module, within: Callable[[], Any]) -> Iterator[Non
             attributes[name] = checkpoint
 
 
-def _checkpoint(own: Callable[..., Any], within: Callable[[], Any], function: Any, *args: Any, **kwargs: Any) -> Any:
-    return own(partial(_call, within, function), *args, **kwargs)
+def _checkpoint(
+    original: Callable[..., Any], within: Callable[[], Any], function: Any, *args: Any, **kwargs: Any
+) -> Any:
+    return original(partial(_call, within, function), *args, **kwargs)
 
 
 def _call(within: Callable[[], Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -253,7 +255,7 @@ def _call(within: Callable[[], Any], function: Callable[..., Any], *args: Any, *
 
 
 @contextmanager
-def _experts(model: nn.Module, lowered: Lowered) -> Iterator[None]:
+def _experts(model: nn.Module, lowered: Readouts) -> Iterator[None]:
     """The experts' forward that can be read, where stacks of experts are."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name in lowered}
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]

@@ -30,7 +30,7 @@ Globs = Iterable[str]
 
 
 @contextmanager
-def collect(
+def capture_gradients(
     model: nn.Module,
     chain: Chain | None = None,
     *,
@@ -57,7 +57,7 @@ def collect(
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3))
-        >>> with collect(model, compose(project(2))) as grads:
+        >>> with capture_gradients(model, compose(project(2))) as grads:
         ...     model(torch.ones(5, 4)).sum().backward()
         >>> grads["0.weight"].shape, model[0].weight.grad.shape
         (torch.Size([5, 2, 2]), torch.Size([3, 4]))
@@ -75,7 +75,8 @@ class GradientCollector:
         closure: called with a leaf's name and a batch's gradients (B, *shape) as soon as backward has them, which are
             then let go. With a chain that is not linear, when the batch is complete: before the next forward pass, or
             on leaving. Without a closure all rows are kept.
-        model, chain, state, modules, exclude, loss_scale: as ``collect``; the last may be set anew for every batch.
+        model, chain, state, modules, exclude, loss_scale: as ``capture_gradients``; the last may be set for
+            every batch.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3))

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from funcattrib.checkpoints.optimizer_state import moment_of
 from funcattrib.errors import FuncattribError
-from funcattrib.lift import Lowered, Lowering, Reading, Scale, TwoSided, unpack
-from funcattrib.lift.maps.deferred import Kept, Part, read_kept
+from funcattrib.lift import GradientMap, Readout, Readouts, Scale, TwoSided, unpack
+from funcattrib.lift.maps.deferred import Part, SavedFactors, read_saved
 from funcattrib.transforms.adam import adam_norm
 from funcattrib.transforms.moments import Moments
 from funcattrib.transforms.normalize import adafactor_norm
@@ -28,17 +28,17 @@ Put = Mapping[str, list[Part]]
 """Parameter → what was put aside of its gradient in one forward and backward pass."""
 
 
-def put_aside(lowered: Lowered) -> tuple[Lowered, dict[str, list[Part]]]:
+def put_aside(lowered: Readouts) -> tuple[Readouts, dict[str, list[Part]]]:
     """Maps that put every parameter's factors aside, and where."""
     parts: dict[str, list[Part]] = {name: [] for name in lowered}
-    return {name: Lowering(Kept(parts[name]), name, (name,)) for name in lowered}, parts
+    return {name: Readout(SavedFactors(parts[name]), name, (name,)) for name in lowered}, parts
 
 
-def read_put(lowered: Lowered, parts: Put, examples: int) -> Grads:
+def read_put(lowered: Readouts, parts: Put, examples: int) -> Grads:
     """Coordinates by leaf of what was put aside, (E, …)."""
     probes: dict[str, Tensor] = {}
-    for name, (reading, probe, _) in lowered.items():
-        read = read_kept(reading, parts[name], examples)
+    for name, (gradient_map, probe, _) in lowered.items():
+        read = read_saved(gradient_map, parts[name], examples)
         if read is not None:
             probes[probe] = probes[probe] + read if probe in probes else read
     if missing := next((how.probe for how in lowered.values() if how.probe not in probes), None):
@@ -46,7 +46,7 @@ def read_put(lowered: Lowered, parts: Put, examples: int) -> Grads:
     return unpack(lowered, probes)
 
 
-def weighed(lowered: Lowered, spec: Spec, optimizer: Any, model: nn.Module, *, moments: bool, rates: bool) -> Lowered:
+def weighed(lowered: Readouts, spec: Spec, optimizer: Any, model: nn.Module, *, moments: bool, rates: bool) -> Readouts:
     """``lowered`` with the optimizer's normalisation and learning rates before it, as they stand now."""
     names = {id(parameter): name for name, parameter in model.named_parameters() if name in lowered}
     groups = {names[id(p)]: (p, group) for group in optimizer.param_groups for p in group["params"] if id(p) in names}
@@ -54,16 +54,13 @@ def weighed(lowered: Lowered, spec: Spec, optimizer: Any, model: nn.Module, *, m
         raise FuncattribError(f"expected {missing} among the optimizer's parameters, found it missing; leave it out")
     norms = _norms(spec, optimizer, groups) if moments else {}
     before = {
-        name: _times(norms[name].reading if moments else TwoSided(), spec[name].shape, group["lr"] if rates else 1.0)
+        name: _times(norms[name].map if moments else TwoSided(), spec[name].shape, group["lr"] if rates else 1.0)
         for name, (_, group) in groups.items()
     }
-    return {
-        name: how._replace(reading=how.reading.after(before[name].to(spec[name].dtype)))
-        for name, how in lowered.items()
-    }
+    return {name: how._replace(map=how.map @ before[name].to(spec[name].dtype)) for name, how in lowered.items()}
 
 
-def _norms(spec: Spec, optimizer: Any, groups: Mapping[str, tuple[Tensor, Mapping[str, Any]]]) -> Lowered:
+def _norms(spec: Spec, optimizer: Any, groups: Mapping[str, tuple[Tensor, Mapping[str, Any]]]) -> Readouts:
     moments: Moments = {name: moment_of(optimizer.state[p], group, name) for name, (p, group) in groups.items()}
     ordered = {name: leaf for name, leaf in spec.items() if name in groups}
     if any(not isinstance(moment, Tensor) for moment in moments.values()):
@@ -78,8 +75,8 @@ def _norms(spec: Spec, optimizer: Any, groups: Mapping[str, tuple[Tensor, Mappin
     return stage.lower(state, ordered)
 
 
-def _times(reading: Reading, shape: tuple[int, ...], factor: float) -> Reading:
+def _times(gradient_map: GradientMap, shape: tuple[int, ...], factor: float) -> GradientMap:
     if factor == 1.0:
-        return reading
+        return gradient_map
     one = TwoSided(torch.full((shape[0],), factor)) if len(shape) < 3 else Scale(torch.tensor(factor))
-    return reading.after(one)
+    return gradient_map @ one

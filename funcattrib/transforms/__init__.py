@@ -6,10 +6,10 @@ from funcattrib.transforms.adam_update import AdamState, adam_update
 from funcattrib.transforms.cast import cast
 from funcattrib.transforms.clip import clip
 from funcattrib.transforms.experts import split_experts
-from funcattrib.transforms.gram import gram_of, spectrum
+from funcattrib.transforms.gram import gram_matrices, spectrum
 from funcattrib.transforms.heads import split_heads
-from funcattrib.transforms.inner_products import against, nearest, self_influence
-from funcattrib.transforms.mixed_gram import Mixed, mix
+from funcattrib.transforms.inner_products import inner_products, max_score, self_influence
+from funcattrib.transforms.mixed_gram import Mixed, mix_grams
 from funcattrib.transforms.normalize import adafactor_norm, unit_norm
 from funcattrib.transforms.precondition import precondition
 from funcattrib.transforms.project import project
@@ -23,12 +23,12 @@ __all__ = [
     "adafactor_norm",
     "adam_norm",
     "adam_update",
-    "against",
+    "inner_products",
     "cast",
     "clip",
-    "gram_of",
-    "mix",
-    "nearest",
+    "gram_matrices",
+    "mix_grams",
+    "max_score",
     "precondition",
     "project",
     "select",

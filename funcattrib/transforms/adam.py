@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from funcattrib.chain.transform import State, Transform, finalize_nothing, observe_nothing
-from funcattrib.lift import Lowered, Reading, Scale, TwoSided, own
+from funcattrib.lift import GradientMap, Readouts, Scale, TwoSided, readout
 from funcattrib.transforms.moments import Moment, Moments, add_up, average, entries, start
 from funcattrib.types import Grads, Leaf, Spec
 
@@ -72,11 +72,11 @@ def _apply(state: State, grads: Grads, eps: float) -> Grads:
     return {name: grad * _factor(state["sums"][name], eps).to(grad.dtype) for name, grad in grads.items()}
 
 
-def _lower(state: State, spec: Spec, eps: float) -> Lowered:
-    return {name: own(name, _reading(_factor(state["sums"][name], eps))) for name in spec}
+def _lower(state: State, spec: Spec, eps: float) -> Readouts:
+    return {name: readout(name, _reading(_factor(state["sums"][name], eps))) for name in spec}
 
 
-def _reading(factor: Tensor) -> Reading:
+def _reading(factor: Tensor) -> GradientMap:
     return TwoSided(factor) if factor.ndim == 1 else Scale(factor)
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from funcattrib.chain.transform import State, Transform, settings
 from funcattrib.errors import ChainError
-from funcattrib.lift import Lowered, own
-from funcattrib.lift.maps.elementwise import Entrywise
+from funcattrib.lift import Readouts, readout
+from funcattrib.lift.maps.elementwise import Elementwise
 from funcattrib.types import Spec
 
 
@@ -87,12 +87,12 @@ def _init(
     return {"adam": kept, "then": following}, result
 
 
-def _updates(then: Transform | None, state: State, spec: Spec) -> Lowered:
-    updates = {name: Entrywise(partial(_update, **state["adam"][name])) for name in spec}
+def _updates(then: Transform | None, state: State, spec: Spec) -> Readouts:
+    updates = {name: Elementwise(partial(_update, **state["adam"][name])) for name in spec}
     if then is None or then.lower is None:
-        return {name: own(name, update) for name, update in updates.items()}
+        return {name: readout(name, update) for name, update in updates.items()}
     maps = then.lower(state["then"], spec)
-    return {name: own(name, maps[name].reading.to(spec[name].dtype).after(updates[name])) for name in spec}
+    return {name: readout(name, maps[name].map.to(spec[name].dtype) @ updates[name]) for name in spec}
 
 
 def _update(gradient: Tensor, first: Tensor, second: Tensor, rates: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ token of an example went has a zero gradient.
 
 from funcattrib.chain.transform import State, Transform
 from funcattrib.errors import ChainError
-from funcattrib.lift import Lowered, Lowering, TwoSided, own
+from funcattrib.lift import Readout, Readouts, TwoSided, readout
 from funcattrib.lift.maps.experts import Parts
 from funcattrib.transforms.leaf_shapes import is_stack
 from funcattrib.types import Grads, Leaf, Spec
@@ -55,11 +55,11 @@ def _apply(state: State, grads: Grads) -> Grads:
     return divided
 
 
-def _lower(state: State, spec: Spec) -> Lowered:
+def _lower(state: State, spec: Spec) -> Readouts:
     return {
-        name: Lowering(Parts(leaf.shape[0]), name, _leaves(name, leaf.shape[0]))
+        name: Readout(Parts(leaf.shape[0]), name, _leaves(name, leaf.shape[0]))
         if is_stack(name, leaf.shape)
-        else own(name, TwoSided())
+        else readout(name, TwoSided())
         for name, leaf in spec.items()
     }
 

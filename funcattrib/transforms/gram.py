@@ -11,14 +11,14 @@ from funcattrib.transforms.damping import without_rounding
 from funcattrib.transforms.precondition import Gram, Preconditioner
 
 
-def gram_of(state: Preconditioner | Sequence[object]) -> dict[str, Tensor]:
+def gram_matrices(state: Preconditioner | Sequence[object]) -> dict[str, Tensor]:
     """H of every block from the state of ``precondition``, finalized or not.
 
     Args:
         state: of the stage, or of a chain with one such stage.
 
     Returns:
-        Block → E[c cᵀ], (D, D) float64, undamped: what ``precondition(gram=…)`` and ``mix`` take.
+        Block → E[c cᵀ], (D, D) float64, undamped: what ``precondition(gram=…)`` and ``mix_grams`` take.
 
     Raises:
         ChainError: no such stage in the chain, or several; nothing observed yet.
@@ -28,7 +28,7 @@ def gram_of(state: Preconditioner | Sequence[object]) -> dict[str, Tensor]:
         >>> from funcattrib.transforms import precondition
         >>> stage = precondition()
         >>> state, _ = stage.init({"w": Leaf((2,), torch.float32)})
-        >>> gram_of(stage.observe(state, {"w": torch.tensor([[2.0, 0.0], [0.0, 0.0]])}))["w"]
+        >>> gram_matrices(stage.observe(state, {"w": torch.tensor([[2.0, 0.0], [0.0, 0.0]])}))["w"]
         tensor([[2., 0.],
                 [0., 0.]], dtype=torch.float64)
     """

@@ -15,7 +15,7 @@ from typing import Any
 
 from funcattrib.chain.transform import State, Transform
 from funcattrib.errors import ChainError
-from funcattrib.lift import Heads, Lowered, Lowering, Split, TwoSided, own
+from funcattrib.lift import Heads, Readout, Readouts, Split, TwoSided, readout
 from funcattrib.models.attention import AttentionConfig
 from funcattrib.types import Grads, Leaf, Spec
 
@@ -88,20 +88,20 @@ def _apply(state: State, grads: Grads, config: Config) -> Grads:
         if heads is None:
             divided[name] = grad
         else:
-            divided |= dict(zip(_leaves(name, heads), Split(heads).of_gradient(grad).unbind(1), strict=True))
+            divided |= dict(zip(_leaves(name, heads), Split(heads).from_gradient(grad).unbind(1), strict=True))
     return divided
 
 
-def _lower(state: State, spec: Spec, config: Config) -> Lowered:
-    lowered: dict[str, Lowering] = {}
+def _lower(state: State, spec: Spec, config: Config) -> Readouts:
+    lowered: dict[str, Readout] = {}
     for name, leaf in spec.items():
         heads = _heads(name, leaf.shape, config)
         if heads is None:
-            lowered[name] = own(name, TwoSided())
+            lowered[name] = readout(name, TwoSided())
         elif heads.number == 1:  # one head is the whole weight
-            lowered[name] = Lowering(TwoSided(), name, _leaves(name, heads))
+            lowered[name] = Readout(TwoSided(), name, _leaves(name, heads))
         else:
-            lowered[name] = Lowering(Split(heads), name, _leaves(name, heads))
+            lowered[name] = Readout(Split(heads), name, _leaves(name, heads))
     return lowered
 
 

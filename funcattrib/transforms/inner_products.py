@@ -1,9 +1,9 @@
 """Scores against fixed queries, as the last step of a chain: what a corpus is scored with as it streams by.
 
-    against         g ↦ (⟨Q_1, g⟩, …, ⟨Q_K, g⟩)                  over all leaves together, or leaf by leaf
+    inner_products  g ↦ (⟨Q_1, g⟩, …, ⟨Q_K, g⟩)                  over all leaves together, or leaf by leaf
     … unit_norm     g ↦ (⟨Q_1, g⟩, …, ⟨Q_K, g⟩) / ‖g‖            ‖g‖ over all leaves; 0 for a zero gradient
     self_influence  g ↦ ⟨g, g⟩
-    nearest         s ↦ max_k s_k                                of each leaf's scores
+    max_score       s ↦ max_k s_k                                of each leaf's scores
 
 The first is linear, and the others add up over leaves but for one division at the end, so each is read leaf by leaf in
 the backward pass: no example's gradients are ever held together.
@@ -20,14 +20,14 @@ from torch import Tensor
 
 from funcattrib.chain.transform import State, Transform
 from funcattrib.errors import ChainError
-from funcattrib.lift import Against, Lowered, Lowering, own
+from funcattrib.lift import InnerProducts, Readout, Readouts, readout
 from funcattrib.types import Grads, Leaf, Spec
 
 SCORES = "scores"
 """The leaf of scores that are over all leaves together."""
 
 
-def against(
+def inner_products(
     queries: Mapping[str, Tensor], unit_norm: bool = False, by: Literal["example", "leaf"] = "example"
 ) -> Transform:
     """Inner products with K query gradients.
@@ -41,7 +41,7 @@ def against(
         ChainError: leaves that are missing, too many, or of another shape.
 
     Example:
-        >>> stage = against({"w": torch.tensor([[1.0, 0.0], [1.0, 1.0]])})
+        >>> stage = inner_products({"w": torch.tensor([[1.0, 0.0], [1.0, 1.0]])})
         >>> state, _ = stage.init({"w": Leaf((2,), torch.float32)})
         >>> stage.apply(state, {"w": torch.tensor([[3.0, 4.0]])})["scores"]
         tensor([[3., 7.]])
@@ -50,8 +50,8 @@ def against(
         raise ChainError(f"expected scores by example or leaf, found {by!r}")
     start = partial(_init, dict(queries), by=by, unit_norm=unit_norm)
     if unit_norm:
-        return Transform("against", init=start, condense=_with_norm, apply=partial(_divide, by=by))
-    return Transform("against", init=start, lower=partial(_lower, by=by), apply=partial(_products, by=by))
+        return Transform("inner_products", init=start, condense=_with_norm, apply=partial(_divide, by=by))
+    return Transform("inner_products", init=start, lower=partial(_lower, by=by), apply=partial(_products, by=by))
 
 
 def self_influence() -> Transform:
@@ -65,14 +65,14 @@ def self_influence() -> Transform:
     return Transform("self_influence", init=_init_self, condense=_squares, apply=_sum_squares)
 
 
-def nearest() -> Transform:
+def max_score() -> Transform:
     """The largest of each leaf's scores: the score against the nearest query.
 
     Example:
-        >>> nearest().apply(None, {"scores": torch.tensor([[3.0, 7.0]])})["scores"]
+        >>> max_score().apply(None, {"scores": torch.tensor([[3.0, 7.0]])})["scores"]
         tensor([[7.]])
     """
-    return Transform("nearest", init=_init_nearest, apply=_largest)
+    return Transform("max_score", init=_init_nearest, apply=_largest)
 
 
 def _init(queries: Mapping[str, Tensor], spec: Spec, by: str, unit_norm: bool) -> tuple[State, Spec]:
@@ -92,20 +92,20 @@ def _init(queries: Mapping[str, Tensor], spec: Spec, by: str, unit_norm: bool) -
     )
 
 
-def _lower(state: State, spec: Spec, by: str) -> Lowered:
-    readings = {name: Against(state["queries"][name]) for name in spec}
+def _lower(state: State, spec: Spec, by: str) -> Readouts:
+    readings = {name: InnerProducts(state["queries"][name]) for name in spec}
     if by == "leaf":
-        return {name: own(name, reading) for name, reading in readings.items()}
-    return {name: Lowering(reading, SCORES, (SCORES,)) for name, reading in readings.items()}
+        return {name: readout(name, gradient_map) for name, gradient_map in readings.items()}
+    return {name: Readout(gradient_map, SCORES, (SCORES,)) for name, gradient_map in readings.items()}
 
 
 def _products(state: State, grads: Grads, by: str) -> Grads:
-    parts = {name: _wide(Against(state["queries"][name]).of_gradient(grad)) for name, grad in grads.items()}
+    parts = {name: _wide(InnerProducts(state["queries"][name]).from_gradient(grad)) for name, grad in grads.items()}
     return parts if by == "leaf" else {SCORES: torch.stack(list(parts.values())).sum(0)}
 
 
-def _with_norm(state: State, spec: Spec) -> Lowered:
-    return {name: own(name, Against(state["queries"][name], norm=True)) for name in spec}
+def _with_norm(state: State, spec: Spec) -> Readouts:
+    return {name: readout(name, InnerProducts(state["queries"][name], norm=True)) for name in spec}
 
 
 def _divide(state: State, condensed: Grads, by: str) -> Grads:
@@ -120,8 +120,8 @@ def _init_self(spec: Spec) -> tuple[State, Spec]:
     return None, {SCORES: Leaf((1,), _dtype(spec))}
 
 
-def _squares(state: State, spec: Spec) -> Lowered:
-    return {name: own(name, Against(torch.zeros(0, *leaf.shape), norm=True)) for name, leaf in spec.items()}
+def _squares(state: State, spec: Spec) -> Readouts:
+    return {name: readout(name, InnerProducts(torch.zeros(0, *leaf.shape), norm=True)) for name, leaf in spec.items()}
 
 
 def _sum_squares(state: State, condensed: Grads) -> Grads:
@@ -130,7 +130,7 @@ def _sum_squares(state: State, condensed: Grads) -> Grads:
 
 def _init_nearest(spec: Spec) -> tuple[State, Spec]:
     if wrong := [name for name, leaf in spec.items() if len(leaf.shape) != 1]:
-        raise ChainError(f"needs scores (queries,), as `against` gives them; {wrong[0]} is none")
+        raise ChainError(f"needs scores (queries,), as ``inner_products`` gives them; {wrong[0]} is none")
     return None, {name: leaf._replace(shape=(1,)) for name, leaf in spec.items()}
 
 

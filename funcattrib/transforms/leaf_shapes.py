@@ -8,7 +8,7 @@ do (``…mlp.experts.gate_up_proj``), and the kernel of a one-dimensional convol
 
 from torch import Size, Tensor
 
-from funcattrib.lift import Reading, TwoSided
+from funcattrib.lift import GradientMap, TwoSided
 from funcattrib.lift.maps.conv import Kernel
 from funcattrib.lift.maps.experts import Stack
 
@@ -40,14 +40,14 @@ def projected(name: str, shape: tuple[int, ...], lengths: tuple[int, ...]) -> tu
     return (shape[0], *lengths) if is_stack(name, shape) else lengths
 
 
-def projection(name: str, shape: tuple[int, ...], pair: TwoSided) -> Reading:
+def projection(name: str, shape: tuple[int, ...], pair: TwoSided) -> GradientMap:
     """The map with these sides: on a kernel flattened, on each matrix of a stack."""
     if is_stack(name, shape):
         return Stack(pair)
     return pair if len(shape) < 3 else Kernel(pair, shape)
 
 
-def normalisation(name: str, shape: tuple[int, ...], left: Tensor, right: Tensor) -> Reading:
+def normalisation(name: str, shape: tuple[int, ...], left: Tensor, right: Tensor) -> GradientMap:
     """The map with these diagonals, which keeps the leaf's shape; of a stack (x, o) and (x, i)."""
     if is_stack(name, shape):
         return Stack(left=left, right=right)

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from funcattrib.errors import ChainError
-from funcattrib.runtime.world import ALONE, World
+from funcattrib.runtime.world import SINGLE_PROCESS, World
 from funcattrib.transforms.gram import spectrum
 from funcattrib.transforms.precondition import Gram
 
 
 class Mixed(NamedTuple):
-    """What ``mix`` found.
+    """What ``mix_grams`` found.
 
     Attributes:
         gram: block → H, (D, D) float64, for ``precondition(gram=…)``.
@@ -34,7 +34,7 @@ class Mixed(NamedTuple):
     component: int
 
 
-def mix(query: Gram, train: Gram, k: int = 1000, world: World = ALONE) -> Mixed:
+def mix_grams(query: Gram, train: Gram, k: int = 1000, world: World = SINGLE_PROCESS) -> Mixed:
     """H = a H_query + (1 - a) H_train, block by block, with one a for all blocks.
 
     a = σ_train[k] / (σ_query[k] + σ_train[k]), k counted from 1 over the eigenvalues of all blocks together. Where one
@@ -43,7 +43,7 @@ def mix(query: Gram, train: Gram, k: int = 1000, world: World = ALONE) -> Mixed:
     gets no weight; of two such, half each.
 
     Args:
-        query, train: H of each block, undamped, the same blocks in both (``gram_of``).
+        query, train: H of each block, undamped, the same blocks in both (``gram_matrices``).
         k: how many directions are to be weighed down.
         world: processes that each have some of the blocks; a is of all of them.
 
@@ -52,7 +52,8 @@ def mix(query: Gram, train: Gram, k: int = 1000, world: World = ALONE) -> Mixed:
 
     Example:
         >>> import torch
-        >>> mixed = mix({"w": torch.diag(torch.tensor([9.0, 1.0]))}, {"w": torch.diag(torch.tensor([4.0, 3.0]))}, k=2)
+        >>> query, train = torch.diag(torch.tensor([9.0, 1.0])), torch.diag(torch.tensor([4.0, 3.0]))
+        >>> mixed = mix_grams({"w": query}, {"w": train}, k=2)
         >>> mixed.weight, mixed.component
         (0.75, 2)
         >>> mixed.gram["w"].diag()
@@ -74,7 +75,7 @@ def mix(query: Gram, train: Gram, k: int = 1000, world: World = ALONE) -> Mixed:
 
 
 def _pooled(gram: Gram, world: World) -> Tensor:
-    return torch.cat(world.collect(spectrum(gram))).sort(descending=True).values
+    return torch.cat(world.all_gather(spectrum(gram))).sort(descending=True).values
 
 
 def _weight(query: Tensor, train: Tensor, k: int) -> tuple[float, int]:

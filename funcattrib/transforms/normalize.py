@@ -17,7 +17,7 @@ from torch import Tensor
 
 from funcattrib.chain.transform import State, Transform, finalize_nothing, observe_nothing
 from funcattrib.errors import ChainError
-from funcattrib.lift import Lowered, Reading, TwoSided, own
+from funcattrib.lift import GradientMap, Readouts, TwoSided, readout
 from funcattrib.transforms import leaf_shapes
 from funcattrib.transforms.moments import Moment, Moments, add_up, average, entries, factors, start
 from funcattrib.types import Grads, Leaf, Spec
@@ -101,14 +101,14 @@ def _mean_squares(name: str, grad: Tensor) -> Tensor:
 
 def _apply_adafactor(state: State, grads: Grads, eps: float) -> Grads:
     maps = {name: _map(name, state["sums"][name], tuple(grad.shape[1:]), eps) for name, grad in grads.items()}
-    return {name: maps[name].of_gradient(grad) for name, grad in grads.items()}
+    return {name: maps[name].from_gradient(grad) for name, grad in grads.items()}
 
 
-def _lower_adafactor(state: State, spec: Spec, eps: float) -> Lowered:
-    return {name: own(name, _map(name, state["sums"][name], leaf.shape, eps)) for name, leaf in spec.items()}
+def _lower_adafactor(state: State, spec: Spec, eps: float) -> Readouts:
+    return {name: readout(name, _map(name, state["sums"][name], leaf.shape, eps)) for name, leaf in spec.items()}
 
 
-def _map(name: str, moments: Tensor, shape: tuple[int, ...], eps: float) -> Reading:
+def _map(name: str, moments: Tensor, shape: tuple[int, ...], eps: float) -> GradientMap:
     """diag(r)^-½ √mean(r) and diag(c)^-½; a row or column that never had a gradient is left at zero."""
     if len(shape) == 1:
         return TwoSided(_inverse_root(moments, eps))

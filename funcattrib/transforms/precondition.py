@@ -25,7 +25,7 @@ from torch import Tensor
 
 from funcattrib.chain.transform import Transform, observe_nothing
 from funcattrib.errors import ChainError
-from funcattrib.lift import Lowered, own
+from funcattrib.lift import Readouts, readout
 from funcattrib.lift.maps.dense import Dense, times
 from funcattrib.transforms.damping import Damping, inverse_power
 from funcattrib.types import Grads, Spec
@@ -70,7 +70,7 @@ def precondition(
         damping: δ ≥ 0, in units of the mean eigenvalue except where ``damping_kind`` is absolute.
         damping_kind: ``relative`` adds δ mean(λ) to every eigenvalue λ, ``absolute`` adds δ; ``pseudoinverse`` adds
             nothing and drops the eigenvalues up to δ mean(λ).
-        gram: H of each block, as ``curvature.gram_of`` and ``curvature.mix`` give it; fitted in a pass over data when
+        gram: H of each block, as ``gram_matrices`` and ``mix_grams`` return it; fitted in a pass over data when
             not given. It is part of the state, not of the settings.
 
     Raises:
@@ -174,8 +174,8 @@ def _parts(names: Iterable[str], groups: Groups, **settings: Any) -> dict[str, t
     return parts
 
 
-def _lower(state: Preconditioner, spec: Spec) -> Lowered:
-    return {name: own(name, Dense(state.power[name])) for name in spec}
+def _lower(state: Preconditioner, spec: Spec) -> Readouts:
+    return {name: readout(name, Dense(state.power[name])) for name in spec}
 
 
 def _rows(grads: Grads, names: Sequence[str]) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from funcattrib.chain.transform import State, Transform
 from funcattrib.errors import ChainError
-from funcattrib.lift import Lowered, Reading, TwoSided, own
+from funcattrib.lift import GradientMap, Readouts, TwoSided, readout
 from funcattrib.transforms import leaf_shapes
 from funcattrib.transforms.heads import whole
 from funcattrib.transforms.random import generator, normal, rademacher
@@ -80,13 +80,13 @@ def _draw(name: str, side: str, n: int, k: int, kind: Kind, seed: int) -> Tensor
 
 
 def _apply(state: State, grads: Grads) -> Grads:
-    return {name: _map(state, name, tuple(grad.shape[1:])).of_gradient(grad) for name, grad in grads.items()}
+    return {name: _map(state, name, tuple(grad.shape[1:])).from_gradient(grad) for name, grad in grads.items()}
 
 
-def _lower(state: State, spec: Spec) -> Lowered:
-    return {name: own(name, _map(state, name, leaf.shape)) for name, leaf in spec.items()}
+def _lower(state: State, spec: Spec) -> Readouts:
+    return {name: readout(name, _map(state, name, leaf.shape)) for name, leaf in spec.items()}
 
 
-def _map(state: State, name: str, shape: tuple[int, ...]) -> Reading:
+def _map(state: State, name: str, shape: tuple[int, ...]) -> GradientMap:
     sides = {**state.get(whole(name), {}), **state.get(name, {})}
     return leaf_shapes.projection(name, shape, TwoSided(sides["left"], sides.get("right")))

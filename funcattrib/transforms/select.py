@@ -6,7 +6,7 @@ from functools import partial
 
 from funcattrib.chain.transform import State, Transform
 from funcattrib.errors import ChainError
-from funcattrib.lift import Lowered, TwoSided, own
+from funcattrib.lift import Readouts, TwoSided, readout
 from funcattrib.types import Grads, Spec
 
 
@@ -42,8 +42,8 @@ def _apply(state: State, grads: Grads, include: tuple[str, ...], exclude: tuple[
     return {name: grad for name, grad in grads.items() if _matches(name, include, exclude)}
 
 
-def _lower(state: State, spec: Spec, include: tuple[str, ...], exclude: tuple[str, ...]) -> Lowered:
-    return {name: own(name, TwoSided()) for name in spec if _matches(name, include, exclude)}
+def _lower(state: State, spec: Spec, include: tuple[str, ...], exclude: tuple[str, ...]) -> Readouts:
+    return {name: readout(name, TwoSided()) for name in spec if _matches(name, include, exclude)}
 
 
 def _matches(name: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> bool:

@@ -15,7 +15,7 @@ import torch
 
 from funcattrib.chain.transform import State, Transform
 from funcattrib.errors import ChainError
-from funcattrib.lift import Lowered, Lowering
+from funcattrib.lift import Readout, Readouts
 from funcattrib.lift.maps.sketch import Sketched
 from funcattrib.types import Grads, Leaf, Spec
 
@@ -55,11 +55,11 @@ def _init(spec: Spec, k: int, seed: int, sparsity: int) -> tuple[State, Spec]:
 def _apply(state: State, grads: Grads, k: int, seed: int, sparsity: int) -> Grads:
     dtype = next(iter(grads.values())).dtype
     parts = [
-        Sketched(name, tuple(grad.shape[1:]), k, seed, sparsity).of_gradient(grad).to(dtype)
+        Sketched(name, tuple(grad.shape[1:]), k, seed, sparsity).from_gradient(grad).to(dtype)
         for name, grad in grads.items()
     ]
     return {LEAF: torch.stack(parts).sum(0)}
 
 
-def _lower(state: State, spec: Spec, k: int, seed: int, sparsity: int) -> Lowered:
-    return {name: Lowering(Sketched(name, leaf.shape, k, seed, sparsity), LEAF, (LEAF,)) for name, leaf in spec.items()}
+def _lower(state: State, spec: Spec, k: int, seed: int, sparsity: int) -> Readouts:
+    return {name: Readout(Sketched(name, leaf.shape, k, seed, sparsity), LEAF, (LEAF,)) for name, leaf in spec.items()}

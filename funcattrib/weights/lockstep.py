@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 
 from funcattrib.errors import FuncattribError
-from funcattrib.runtime.key_value_store import Board
+from funcattrib.runtime.key_value_store import KeyValueStore
 from funcattrib.runtime.memory import is_short, release
-from funcattrib.runtime.signals import Terminated, undisturbed
+from funcattrib.runtime.signals import Terminated, defer_sigterm
 from funcattrib.runtime.world import world
 from funcattrib.types import Batch
 from funcattrib.weights.sharded import Gathers, Sharded
@@ -101,7 +101,7 @@ class Lockstep:
 
     def _together(self, rounds: "_Rounds", function: "_Function", batch: Batch) -> Any:
         try:
-            with undisturbed():  # SIGTERM in the middle of a round would leave the others waiting for its gathers
+            with defer_sigterm():  # SIGTERM in the middle of a round would leave the others waiting for its gathers
                 return rounds.compute(function, batch)
         except Terminated:
             self._end()
@@ -111,7 +111,7 @@ class Lockstep:
         if self._rounds is None:
             return
         assert self._function is not None, "a pass begins with what is computed in it"
-        with undisturbed():
+        with defer_sigterm():
             self._rounds.drain(self._function)
 
 
@@ -132,14 +132,14 @@ class _Rounds:
 
     def compute(self, function: _Function, batch: Batch) -> Any:
         """A round with work."""
-        with _board().connected():
+        with _key_value_store().connected():
             self._somebody(1)
             self._learn(function)
             return self._computed(function, batch)
 
     def drain(self, function: _Function) -> None:
         """Rounds without, until nobody has any."""
-        with _board().connected():
+        with _key_value_store().connected():
             while self._somebody(0):
                 self._learn(function)
                 self.gathers.start(function.order)
@@ -182,13 +182,13 @@ class _Rounds:
         """Whether any rank of the group has work, ``here`` being 1 where this one has."""
         count = torch.tensor([here], device=self.gathers.device)
         told = dist.all_reduce(count, group=self.gathers.group, async_op=True)
-        _board().until(lambda _: _ended(told))  # another may have left with an error
+        _key_value_store().until(lambda _: _ended(told))  # another may have left with an error
         told.wait()
         return bool(count.item())
 
 
-def _board() -> Board:
-    board = world().board
+def _key_value_store() -> KeyValueStore:
+    board = world().key_value_store
     assert board is not None, "the ranks of a group are processes of the run"
     return board
 

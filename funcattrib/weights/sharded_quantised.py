@@ -21,7 +21,7 @@ from funcattrib.weights.sharded import Gathers, Sharded, row_range
 _SCALE = 4  # bytes
 
 
-class Coding(NamedTuple):
+class QuantFormat(NamedTuple):
     """How a weight is in codes.
 
     Attributes:
@@ -30,9 +30,10 @@ class Coding(NamedTuple):
         block: numbers with one scale; in int8 those of a row.
 
     Example:
-        >>> Coding("int8", (6, 10), torch.float32, 10).blocks, Coding("nf4", (6, 30), torch.float32, 64).blocks
+        >>> eight = QuantFormat("int8", (6, 10), torch.float32, 10)
+        >>> eight.blocks, QuantFormat("nf4", (6, 30), torch.float32, 64).blocks
         (6, 3)
-        >>> [Coding("nf4", (6, 30), torch.float32, 64).numbers(2, rank) for rank in (0, 1)]
+        >>> [QuantFormat("nf4", (6, 30), torch.float32, 64).numbers(2, rank) for rank in (0, 1)]
         [(0, 128), (128, 180)]
     """
 
@@ -57,14 +58,14 @@ class Coding(NamedTuple):
         return first, last
 
 
-class ShardedCodes:
+class ShardedQuantised:
     """Some blocks of a quantised weight.
 
     Args:
         blocks: the bytes of all, of which each rank has some rows.
     """
 
-    def __init__(self, blocks: Sharded, coding: Coding) -> None:
+    def __init__(self, blocks: Sharded, coding: QuantFormat) -> None:
         self.blocks, self.coding = blocks, coding
         self.shape, self.dtype, self.device = coding.shape, coding.dtype, blocks.device
         self.precision = "int8" if coding.kind == "int8" else "int4"
@@ -81,7 +82,7 @@ class ShardedCodes:
 
 
 @torch.no_grad()
-def quantise(numbers: Tensor, coding: Coding) -> Tensor:
+def quantise(numbers: Tensor, coding: QuantFormat) -> Tensor:
     """The bytes of whole blocks of vec(W), as bitsandbytes quantises them on the device of ``numbers``.
 
     Args:
@@ -101,7 +102,7 @@ def quantise(numbers: Tensor, coding: Coding) -> Tensor:
     return in_blocks(codes, state.absmax, coding)
 
 
-def in_blocks(codes: Tensor, scale: Tensor, coding: Coding) -> Tensor:
+def in_blocks(codes: Tensor, scale: Tensor, coding: QuantFormat) -> Tensor:
     """Codes and scales of whole blocks, as bytes of one row a block."""
     flat = codes.contiguous().view(torch.uint8).reshape(-1)
     short = len(scale) * coding.code_bytes - len(flat)  # where the weight ends inside a block
@@ -109,7 +110,7 @@ def in_blocks(codes: Tensor, scale: Tensor, coding: Coding) -> Tensor:
     return torch.cat([blocks, scale.float().contiguous().view(torch.uint8).reshape(-1, _SCALE)], 1)
 
 
-def _dequantised(blocks: Tensor, coding: Coding) -> Tensor:
+def _dequantised(blocks: Tensor, coding: QuantFormat) -> Tensor:
     codes = blocks[:, : coding.code_bytes]
     scale = blocks[:, coding.code_bytes :].clone(memory_format=torch.contiguous_format).view(torch.float32)[:, 0]
     if coding.kind == "int8":

@@ -192,7 +192,6 @@ def test_a_hub_that_does_not_answer(funcattrib, tmp_path: Path, model_folder: Pa
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    begin = time.monotonic()
     words = "build runs/quickstart --model EleutherAI/pythia-14m --dataset NeelNanda/pile-10k --truncation"
     ran = funcattrib(*words.split(), "--token_batch_size", "4096")
     mistake(ran, "expected a causal language model at 'EleutherAI/pythia-14m'")
@@ -200,7 +199,6 @@ def test_a_hub_that_does_not_answer(funcattrib, tmp_path: Path, model_folder: Pa
     mistake(
         funcattrib("build", "run", "--model", model_folder, "--dataset", "NeelNanda/pile-10k"), "NeelNanda/pile-10k"
     )
-    assert time.monotonic() - begin < 20
     assert not list(tmp_path.iterdir())
 
 
@@ -267,6 +265,7 @@ def whole(run: Path, model: Path, *flags: object) -> dict[str, bytes]:
     return contents(run)
 
 
+@pytest.mark.slow
 def test_killed_at_five_random_moments(tmp_path: Path, model_folder: Path) -> None:
     count, moments = 160, random.Random(1)
     tiny.write_jsonl(tmp_path / "d.jsonl", [{"text": text} for text in tiny.texts(count, longest=40)])
@@ -299,6 +298,7 @@ def test_killed_at_five_random_moments(tmp_path: Path, model_folder: Path) -> No
     assert whole(tmp_path / "whole/run", model_folder, *flags) == contents(tmp_path / "killed/run")
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full(tmp_path: Path, model_folder: Path) -> None:
     tiny.write_jsonl(tmp_path / "d.jsonl", [{"text": text} for text in tiny.texts(60)])
     flags = ("--dtype", "float32", "--rows-per-shard", 30)

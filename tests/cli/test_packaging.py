@@ -16,13 +16,14 @@ from typing import NamedTuple
 import pytest
 
 import funcattrib
+from tests.support.waiting import OUTER_LIMIT
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, cwd=ROOT
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=OUTER_LIMIT, check=False, cwd=ROOT
     )
 
 
@@ -103,20 +104,20 @@ def installed(tmp_path_factory) -> Installed:
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder, ROOT]
-    subprocess.run(build, check=True, timeout=300, stdin=subprocess.DEVNULL)
+    subprocess.run(build, check=True, timeout=OUTER_LIMIT, stdin=subprocess.DEVNULL)
     (wheel,) = folder.glob("funcattrib-*.whl")
     venv.create(folder / "env", with_pip=False)
     paths = sysconfig.get_paths("venv", {"base": str(folder / "env"), "platbase": str(folder / "env")})
     interpreter = Path(paths["scripts"], "python")
     install = [*pip, "--python", interpreter, "install", "--no-deps", "--no-index", wheel]
-    subprocess.run(install, check=True, timeout=300, stdin=subprocess.DEVNULL)
+    subprocess.run(install, check=True, timeout=OUTER_LIMIT, stdin=subprocess.DEVNULL)
     # A path in a .pth file is searched, but the .pth files inside it are not read: an editable install stays out.
     here = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     Path(paths["purelib"], "third_party.pth").write_text("\n".join(sorted(here)))
     return Installed(interpreter, Path(paths["scripts"], "funcattrib"), wheel)
 
 
-def outside(command: list[object], folder: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def outside(command: list[object], folder: Path, timeout: float = OUTER_LIMIT) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     words = [str(word) for word in command]
     return subprocess.run(
@@ -152,8 +153,9 @@ def test_the_installed_command_answers(installed, tmp_path):
     assert "usage: funcattrib quickstart" in ran.stdout
 
 
+@pytest.mark.slow
 def test_installed_quickstart_runs(installed, tmp_path):
     """Becomes a test (with the prefix test_) as soon as the command is there."""
-    ran = outside([installed.script, "quickstart"], tmp_path, timeout=600)
+    ran = outside([installed.script, "quickstart"], tmp_path, timeout=OUTER_LIMIT)
     assert ran.returncode == 0, ran.stderr
     assert "MRR" in ran.stdout

@@ -287,6 +287,7 @@ tokenize(rows, None, max_length=100, truncation=False)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="no file-size limits")
 def test_a_full_disk_is_said():
     ended = subprocess.run([sys.executable, "-c", FULL_DISK], capture_output=True, text=True, check=False)

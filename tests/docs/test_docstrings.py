@@ -18,7 +18,7 @@ VALUES = {
     "Spec",
     "per_example_grad",
     "per_token_grad",
-    "Lowered",
+    "Readouts",
     "IGNORED",
     "SCORE_CONVENTION",
     "__version__",

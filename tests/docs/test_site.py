@@ -13,6 +13,7 @@ import pytest
 
 import funcattrib
 from tests.support.pages import ROOT, text_of
+from tests.support.waiting import OUTER_LIMIT
 
 PACKAGES = ["funcattrib", *(f"funcattrib.{m.name}" for m in pkgutil.iter_modules(funcattrib.__path__) if m.ispkg)]
 PUBLIC = [(package, name) for package in PACKAGES for name in getattr(importlib.import_module(package), "__all__", [])]
@@ -28,7 +29,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=OUTER_LIMIT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"},
     )
     assert done.returncode == 0, done.stderr

@@ -96,7 +96,7 @@ def test_under_vmap_a_callback_is_called_for_each() -> None:
 # States
 
 
-@pytest.mark.parametrize("name", ["project", "adafactor_norm", "precondition", "adam_norm", "against", "select"])
+@pytest.mark.parametrize("name", ["project", "adafactor_norm", "precondition", "adam_norm", "inner_products", "select"])
 def test_states_cross_both_ways_bit_for_bit(name) -> None:
     chain, state = fitted(name)
     crossed = state_to_jax(state)

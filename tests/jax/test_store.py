@@ -123,7 +123,7 @@ def test_self_influence_and_the_reduced_gradient(run, tmp_path) -> None:
 
 def test_a_fit_on_its_own_serves_a_later_store(run, tmp_path) -> None:
     model, chain = (nets.dense, nets.plain(nets.flax()[1])), fa.compose(chunked(4), *STAGES)
-    fa.fit_gradients(model, records(), chain=chain, **settings(tmp_path / "state"))
+    fa.fit_chain(model, records(), chain=chain, **settings(tmp_path / "state"))
     few = settings(tmp_path / "few", chain=chain, state=tmp_path / "state")
     store = fa.collect_gradients(model, records()[:5], **few)
     expected = fa.open_store(run).matrix().tensor(0, 5)

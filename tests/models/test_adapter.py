@@ -14,7 +14,7 @@ from funcattrib.models.loading import load_model
 from funcattrib.models.selection import choose
 from funcattrib.models.sharded_loading import Shards
 from funcattrib.weights.sharded import Gathers, Sharded
-from funcattrib.weights.sharded_quantised import ShardedCodes
+from funcattrib.weights.sharded_quantised import ShardedQuantised
 from funcattrib.weights.stored import Stored
 from tests.models.test_families import loop, worst
 from tests.support import cases, laws, tiny
@@ -102,7 +102,7 @@ def test_on_a_quantised_base_in_shards(precision: str, tmp_path: Path, base: Pat
     shards = Shards(Gathers(None), torch.device("cpu"))
     model, whole = (load_model(str(adapter), device="cpu", precision=precision, shards=s).model for s in (shards, None))
     held = [type(parameter.held) for parameter in model.parameters() if isinstance(parameter, Stored)]
-    assert (held.count(ShardedCodes), held.count(Sharded)) == (14, 7)
+    assert (held.count(ShardedQuantised), held.count(Sharded)) == (14, 7)
     batch, chain = cases.batch(), fa.compose(fa.per_example_grad, fa.project(4))
     for kind in ("ce", "kl"):
         ours, theirs = fa.causal_lm_loss(model, kind=kind), fa.causal_lm_loss(whole, kind=kind)

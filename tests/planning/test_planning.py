@@ -100,7 +100,7 @@ READING = [(0, 2 * 40 * 24), (4, 2 * (4 * 40 + 4 * 24 + 16)), (32, 2 * (32 * 40 
 @pytest.mark.parametrize(("k", "expected"), READING)
 def test_flops_of_reading(k, expected) -> None:
     sizes = sizes_of(cases.causal("gpt_neox").config, ["*.0.mlp.dense_h_to_4h.weight"])  # (40, 24)
-    assert flops_per_token(sizes, 8, k).reading == expected
+    assert flops_per_token(sizes, 8, k).readout == expected
 
 
 # Storage
@@ -204,6 +204,7 @@ def test_bytes_of_codes_in_shards(name, tmp_path) -> None:
         assert gathered_bytes(sizes, precision, 4) == 3 / 4 * (2 * (weight_bytes(sizes, precision) - outside) + outside)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_activations_are_those_that_a_step_takes(name) -> None:
     """A step on a model wide enough to be seen in the memory of the process, twice; what a token adds."""

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +112,9 @@ def test_factory_strings(store: GradientStore, tmp_path: Path, factory: str, lea
 
 def test_training_a_quantizer_takes_no_longer_than_it_must(store: GradientStore, tmp_path: Path) -> None:
     """FAISS' factory adds seconds of annealing per sub-quantizer, for a filter that is not used."""
-    start = time.monotonic()
-    build_or_load(store, FaissConfig("PCA32,IVF4,PQ32"), cache=tmp_path)
-    assert time.monotonic() - start < 20
+    faiss = pytest.importorskip("faiss")
+    built = build_or_load(store, FaissConfig("PCA32,IVF4,PQ32"), cache=tmp_path)
+    assert faiss.extract_index_ivf(built.index).do_polysemous_training is False
 
 
 def test_recall_is_what_a_user_would_measure(store: GradientStore, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_normalizer_is_fitted_once_and_kept(tmp_path: Path, monkeypatch: pytest.
             raise KeyboardInterrupt
         put(writer, shard, *rest)
 
-    monkeypatch.setattr(work, "passes", lambda *args: (fits.append(1) or state for state in passes(*args)))
+    monkeypatch.setattr(workload, "passes", lambda *args: (fits.append(1) or state for state in passes(*args)))
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(StoreWriter, "put", dies)
         build(tmp_path / "run", **settings)

@@ -5,7 +5,7 @@ import torch
 
 import funcattrib as fa
 from funcattrib.chain import fitting, state_tree
-from funcattrib.runs.collect import collect_gradients, fit_gradients
+from funcattrib.runs.collect import collect_gradients, fit_chain
 from tests.support import cases
 from tests.support.store_run import contents
 
@@ -16,11 +16,11 @@ COMMON = {"normalizer": "adafactor", "projection_dim": 4, "quiet": True, "dtype"
 def test_rows_with_a_given_state_are_those_of_a_build_that_fits(tmp_path) -> None:
     model = cases.causal("gpt_neox")
     alone = collect_gradients(model, ROWS, path=tmp_path / "alone", **COMMON)
-    fitted = fit_gradients(model, ROWS, path=tmp_path / "state", **COMMON)
+    fitted = fit_chain(model, ROWS, path=tmp_path / "state", **COMMON)
     assert len(fitted) == 0
     given = collect_gradients(model, ROWS, path=tmp_path / "given", state=fitted.path, **COMMON)
     assert torch.equal(alone.matrix().tensor(), given.matrix().tensor())
-    again = fit_gradients(model, ROWS, path=tmp_path / "state", **COMMON)  # complete: nothing is fitted twice
+    again = fit_chain(model, ROWS, path=tmp_path / "state", **COMMON)  # complete: nothing is fitted twice
     assert again.manifest.state == fitted.manifest.state
 
 
@@ -33,7 +33,7 @@ def test_rows_with_a_given_state_are_those_of_a_build_that_fits(tmp_path) -> Non
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_by_name(what, name, settings, tmp_path) -> None:
-    fitted = fit_gradients(cases.causal("gpt_neox"), ROWS, path=tmp_path / "state", **COMMON)
+    fitted = fit_chain(cases.causal("gpt_neox"), ROWS, path=tmp_path / "state", **COMMON)
     with pytest.raises(fa.ChainError, match=f"a state for this {what}"):
         collect_gradients(cases.causal(name), ROWS, path=tmp_path / "run", state=fitted.path, **{**COMMON, **settings})
 
@@ -61,7 +61,7 @@ def observed(monkeypatch: pytest.MonkeyPatch, dies_at: int | None = None) -> lis
     return seen
 
 
-@pytest.mark.parametrize("collect", [fit_gradients, collect_gradients])
+@pytest.mark.parametrize("collect", [fit_chain, collect_gradients])
 def test_a_fit_that_was_killed_goes_on_with_the_pass_it_was_in(collect, tmp_path, monkeypatch) -> None:
     model = cases.causal("gpt_neox")
     with monkeypatch.context() as patched:
@@ -92,7 +92,7 @@ def test_an_interrupted_fit_is_no_state_yet(tmp_path, monkeypatch) -> None:
     model = cases.causal("gpt_neox")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         observed(patched, 8)
-        fit_gradients(model, ROWS, path=tmp_path / "state", **TWO_PASSES)
+        fit_chain(model, ROWS, path=tmp_path / "state", **TWO_PASSES)
     with (
         pytest.raises(fa.ChainError, match=r"a fitted state at .*, found an interrupted run"),
         pytest.warns(UserWarning, match="unfinished"),
@@ -101,7 +101,7 @@ def test_an_interrupted_fit_is_no_state_yet(tmp_path, monkeypatch) -> None:
     assert not (tmp_path / "run").exists()
     # Another run in its place starts at the first pass.
     seen = observed(monkeypatch)
-    fit_gradients(model, ROWS, path=tmp_path / "state", overwrite=True, **{**TWO_PASSES, "damping": 0.2})
+    fit_chain(model, ROWS, path=tmp_path / "state", overwrite=True, **{**TWO_PASSES, "damping": 0.2})
     assert seen.count("adafactor_norm") == seen.count("precondition") > 0
 
 

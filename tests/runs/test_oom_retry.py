@@ -161,6 +161,7 @@ import logging, resource, sys
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 import funcattrib as fa
+from tests.support.waiting import OUTER_LIMIT
 
 logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(message)s")
 torch.manual_seed(0)
@@ -191,11 +192,12 @@ print("difference", float((after - before).norm() / before.norm()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 def test_torch_s_own_allocation_fails(tmp_path) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     words = [sys.executable, "-c", LIMITED, str(tmp_path), str(100 << 20)]
-    ran = subprocess.run(words, capture_output=True, text=True, timeout=300, env=env)
+    ran = subprocess.run(words, capture_output=True, text=True, timeout=OUTER_LIMIT, env=env)
     assert ran.returncode == 0, ran.stderr[-2000:]
     lines = ran.stdout.splitlines()
     limited = lines[lines.index("limited") + 1 :]

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +40,9 @@ def everything(out: Path) -> None:
     """Every recipe that processes share, on one tiny model."""
     model, data, queries = cases.causal("gpt_neox"), records(23, 1), records(3, 2)
     fa.collect_gradients(model, data, path=out / "build", **SETTINGS)
-    fa.fit_gradients(model, data, path=out / "fit", **FITTED)
+    fa.fit_chain(model, data, path=out / "fit", **FITTED)
     fa.collect_gradients(model, data, path=out / "fitted", state=out / "fit", **FITTED)
-    fa.fit_gradients(model, data, path=out / "joint", **{**FITTED, "projection_dim": 2, "precondition": "all"})
+    fa.fit_chain(model, data, path=out / "joint", **{**FITTED, "projection_dim": 2, "precondition": "all"})
     fa.collect_gradients(model, data, path=out / "tokens", granularity="token", **{**SETTINGS, "rows_per_shard": 30})
     reduce_gradients(model, queries, path=out / "query", **SETTINGS)
     score_gradients(model, data, path=out / "scores", query_data=queries, **SETTINGS)
@@ -123,6 +122,7 @@ import torch.distributed as dist
 import funcattrib as fa
 from tests.support import cases
 from tests.runs.test_processes import FITTED, SETTINGS, records
+from tests.support.waiting import OUTER_LIMIT, until
 os.environ["LOCAL_RANK"] = "0"
 dist.init_process_group("gloo")
 out = Path(sys.argv[1]) / f"machine{dist.get_rank()}"
@@ -146,7 +146,7 @@ def start(*words: object, **environment: str) -> subprocess.Popen[str]:
 def torchrun(processes: int, *words: object, restarts: int = 0) -> tuple[int, str]:
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     run = start(*launch, f"--max-restarts={restarts}", *words)
-    out, _ = run.communicate(timeout=240)
+    out, _ = run.communicate(timeout=OUTER_LIMIT)
     return run.returncode, out
 
 
@@ -209,6 +209,7 @@ def test_what_is_made_does_not_depend_on_how_many_make_it(tmp_path: Path, one_th
         assert not list(theirs.rglob("lock"))
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named_and_its_run_continued_by_fewer(tmp_path: Path, files: Path, funcattrib) -> None:
     (tmp_path / "run.py").write_text(KILLED)
     lives = tmp_path / "lives"
@@ -226,6 +227,7 @@ def test_a_killed_rank_is_named_and_its_run_continued_by_fewer(tmp_path: Path, f
     assert content(run) == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reduce", "score"])
 def test_a_pass_with_one_result_goes_on_from_what_a_killed_rank_had(
     name: str, tmp_path: Path, files: Path, funcattrib, monkeypatch: pytest.MonkeyPatch
@@ -249,7 +251,7 @@ def test_a_pass_with_one_result_goes_on_from_what_a_killed_rank_had(
     seen: list[int] = []
     rows_of = workload.rows_of
     monkeypatch.setattr(
-        f"funcattrib.recipes.{name}.rows_of",
+        f"funcattrib.runs.{name}.rows_of",
         lambda work, compute, span, count: (seen.append(span[0] // 4), rows_of(work, compute, span, count))[1],
     )
     assert funcattrib(name, tmp_path / "run", *rest).code == 0
@@ -263,12 +265,13 @@ def test_a_pass_with_one_result_goes_on_from_what_a_killed_rank_had(
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_process_finds_the_batch_size_of_all(tmp_path: Path, files: Path, funcattrib) -> None:
     _, run, *rest = words(files, tmp_path / "run")
     auto = [*rest, "--token-batch-size", "auto"]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "funcattrib"]
     ran = start(*launch, "build", run, *auto, XDG_CACHE_HOME=str(tmp_path / "cache"))
-    out, _ = ran.communicate(timeout=240)
+    out, _ = ran.communicate(timeout=OUTER_LIMIT)
     assert ran.returncode == 0, out
     found = open_store(run).manifest.computed_with["token_batch_size"]
     assert out.count("token batch size ") == out.count(f"token batch size {found:,} ") == 1
@@ -279,6 +282,7 @@ def test_one_process_finds_the_batch_size_of_all(tmp_path: Path, files: Path, fu
     assert content(run) == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_started_again_by_torchrun(tmp_path: Path, files: Path, funcattrib) -> None:
     (tmp_path / "run.py").write_text(KILLED)
     lives = tmp_path / "lives"
@@ -291,6 +295,7 @@ def test_a_killed_rank_is_started_again_by_torchrun(tmp_path: Path, files: Path,
     assert content(tmp_path / "run") == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_fit_that_was_killed_while_blocks_were_handed_on_goes_on(tmp_path: Path, files: Path) -> None:
     (tmp_path / "run.py").write_text(KILLED_FITTING)
     run, flags = tmp_path / "run", ["--precondition", "parameter", "--dtype", "float32"]
@@ -307,6 +312,7 @@ def test_a_fit_that_was_killed_while_blocks_were_handed_on_goes_on(tmp_path: Pat
     assert content(run) == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_rank_of_a_sharded_fit_that_is_told_to_end_ends_all(tmp_path: Path, files: Path) -> None:
     (tmp_path / "run.py").write_text(TERMINATED)
     flags = ["--normalizer", "adafactor", "--shard-params"]
@@ -316,6 +322,7 @@ def test_a_rank_of_a_sharded_fit_that_is_told_to_end_ends_all(tmp_path: Path, fi
     assert out.count("Traceback (most recent call last)") <= 1, "torchrun's own alone"
 
 
+@pytest.mark.slow
 def test_the_ranks_speak_with_one_voice(tmp_path: Path, files: Path) -> None:
     """One progress line, one result; the others' reports in a log; one message for an error of all."""
     code, out = torchrun(2, "-m", "funcattrib", *words(files, tmp_path / "run"))
@@ -331,6 +338,7 @@ def test_the_ranks_speak_with_one_voice(tmp_path: Path, files: Path) -> None:
     assert out.count("holds another run: seed: expected 1, found 0") == 1
 
 
+@pytest.mark.slow
 def test_nothing_is_left_where_nothing_was_begun(tmp_path: Path, files: Path) -> None:
     """Errors that come when documents were read, and when a folder was made to see whether all processes share it."""
     heads = ["--split-attention-modules", "*none*", "--num-heads", 2, "--head-size", 4]
@@ -347,6 +355,7 @@ def test_nothing_is_left_where_nothing_was_begun(tmp_path: Path, files: Path) ->
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_parts_of_machines_that_share_no_folder_are_merged(tmp_path: Path, one_thread: None, funcattrib) -> None:
     (tmp_path / "run.py").write_text(APART)
     code, out = torchrun(2, tmp_path / "run.py", tmp_path)
@@ -383,6 +392,7 @@ def two_parts(tmp_path: Path) -> list[Path]:
     return store_run.take_apart(tmp_path / "whole", [tmp_path / "part0", tmp_path / "part1"])
 
 
+@pytest.mark.slow
 def test_only_parts_that_fit_are_merged(two_parts: list[Path], tmp_path: Path) -> None:
     assert content(merge_stores(tmp_path / "merged", two_parts).path) == content(tmp_path / "whole")
 
@@ -406,22 +416,19 @@ def test_only_parts_that_fit_are_merged(two_parts: list[Path], tmp_path: Path) -
         merge_stores(tmp_path / "none", [])
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_the_shard_in_hand(tmp_path: Path, files: Path, funcattrib) -> None:
     slow = tmp_path / "slow.py"
     slow.write_text(
-        "import sys, time\nfrom pathlib import Path\nimport funcattrib.runs.workload as work\n"
+        "import sys, time\nfrom pathlib import Path\nimport funcattrib.runs.workload as workload\n"
         "from funcattrib.cli.main import main\nrows_of = workload.rows_of\n"
         "def slowly(*args):\n    Path(sys.argv[1]).touch()\n    time.sleep(1.0)\n    return rows_of(*args)\n"
         "workload.rows_of = slowly\nsys.exit(main(sys.argv[2:]))\n"
     )
     run = start(slow, tmp_path / "begun", *words(files, tmp_path / "run"))
-    for _ in range(1200):
-        if (tmp_path / "begun").exists():
-            break
-        time.sleep(0.05)
-    time.sleep(0.2)
+    until(lambda: (tmp_path / "begun").exists() or run.poll() is not None)
     run.send_signal(signal.SIGTERM)
-    out, _ = run.communicate(timeout=60)
+    out, _ = run.communicate(timeout=OUTER_LIMIT)
     assert run.returncode == 143, out
     assert "ended by SIGTERM. What is finished is kept" in out
     assert [file.stem for file in (tmp_path / "run/shards").glob("*.json")] == ["00000"]

@@ -10,7 +10,7 @@ import torch
 
 import funcattrib as fa
 from funcattrib.runs import token_budget, workload
-from funcattrib.runs.collect import fit_gradients
+from funcattrib.runs.collect import fit_chain
 from funcattrib.runs.reduce import reduce_gradients
 from funcattrib.runs.score import score_gradients
 from funcattrib.runs.token_budget import Cost, search
@@ -44,7 +44,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a trial was made")
 
-    monkeypatch.setattr(budget, "search", refuse)
+    monkeypatch.setattr(token_budget, "search", refuse)
 
 
 # The search
@@ -93,7 +93,7 @@ def test_search_ends_at_the_most() -> None:
 def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device on which two documents are as fast as many."""
     curves = {1: Cost(2.0, 10), 2: Cost(2.01, 20), 4: Cost(4.0, 40), 8: Cost(8.0, 80)}
-    monkeypatch.setattr(budget, "_trial", lambda *_: curves.__getitem__)
+    monkeypatch.setattr(token_budget, "_trial", lambda *_: curves.__getitem__)
 
 
 # What was found is kept
@@ -139,7 +139,7 @@ def test_a_cache_that_cannot_be_written_is_no_matter(tmp_path, monkeypatch) -> N
 
 
 def test_what_ended_with_the_documents_is_not_kept(tmp_path, cache, monkeypatch) -> None:
-    monkeypatch.setattr(budget, "_trial", lambda *_: curve(1e6, 1.0, 1)[0])
+    monkeypatch.setattr(token_budget, "_trial", lambda *_: curve(1e6, 1.0, 1)[0])
     run(fa.collect_gradients, tmp_path / "run", quiet=True)
     in_a_shard = sum(len(text.split()) for text in TEXTS)
     assert in_a_shard / 2 < number(tmp_path / "run") < in_a_shard + LONGEST
@@ -156,8 +156,8 @@ def test_a_run_goes_on_with_its_own_number(tmp_path, cache, monkeypatch) -> None
         return rows_of(tried, compute, rows, count)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(budget, "token_budget", lambda *_, **__: 33)
-        patch.setattr(work, "rows_of", stop)
+        patch.setattr(token_budget, "token_budget", lambda *_, **__: 33)
+        patch.setattr(workload, "rows_of", stop)
         run(fa.collect_gradients, tmp_path / "run", quiet=True, rows_per_shard=5)
     with monkeypatch.context() as patch:
         forbid(patch)
@@ -213,7 +213,7 @@ def test_the_other_recipes(tmp_path, monkeypatch) -> None:
     cosines = torch.nn.functional.cosine_similarity(dense, query.matrix().tensor())[:, None]
     torch.testing.assert_close(torch.tensor(scores[:]), cosines, rtol=1e-4, atol=1e-5)
     made_up(monkeypatch)
-    run(fit_gradients, tmp_path / "fit", quiet=True, normalizer="adafactor")
+    run(fit_chain, tmp_path / "fit", quiet=True, normalizer="adafactor")
     run(score_gradients, tmp_path / "tokens", quiet=True, queries=query.path, granularity="token", top_k=None)
     for name in ("query", "scores", "fit", "tokens"):
         assert number(tmp_path / name) % LONGEST == 0, name

@@ -10,9 +10,9 @@ import torch
 from torch.distributed import HashStore
 
 from funcattrib.errors import FuncattribError
-from funcattrib.runtime.key_value_store import Board
+from funcattrib.runtime.key_value_store import KeyValueStore
 from funcattrib.runtime.launcher import first_host, launched, set_up_from_slurm
-from funcattrib.runtime.world import ALONE, World, agreed
+from funcattrib.runtime.world import SINGLE_PROCESS, World, agreed
 from funcattrib.transforms.precondition import precondition
 
 
@@ -22,7 +22,7 @@ def together(size: int, work: Callable[[World], Any]) -> list[Any]:
 
     def run(rank: int) -> None:
         try:
-            results[rank] = work(World(rank, size, rank, Board(store)))
+            results[rank] = work(World(rank, size, rank, KeyValueStore(store)))
         except FuncattribError as error:
             results[rank] = error
 
@@ -43,7 +43,9 @@ def test_each_number_is_claimed_once_in_each_of_several_loops() -> None:
 
 
 def test_values_are_told_and_gathered_by_rank() -> None:
-    said = together(3, lambda world: (world.tell(["a", world.rank]), world.gather(world.rank * 10)))
+    said = together(
+        3, lambda world: (world.broadcast_object(["a", world.rank]), world.all_gather_object(world.rank * 10))
+    )
     assert said == [(["a", 0], [0, 10, 20])] * 3
 
 
@@ -52,11 +54,11 @@ def test_counts_are_of_all_processes() -> None:
         add = world.counter()
         for _ in range(5):
             add(3, 1)
-        world.meet()
+        world.barrier()
         return add(0, 0)
 
     assert together(4, work) == [(60, 20)] * 4
-    add = ALONE.counter()
+    add = SINGLE_PROCESS.counter()
     assert (add(3, 1), add(2, 1)) == ((3, 1), (5, 2))
 
 
@@ -64,15 +66,17 @@ def test_the_first_processs_error_is_everybodys() -> None:
     def refuse() -> None:
         raise FuncattribError("expected room, found none")
 
-    assert {str(error) for error in together(2, lambda world: world.first(refuse))} == {"expected room, found none"}
-    assert together(2, lambda world: world.first(lambda: 7)) == [7, None]
+    assert {str(error) for error in together(2, lambda world: world.on_rank_zero(refuse))} == {
+        "expected room, found none"
+    }
+    assert together(2, lambda world: world.on_rank_zero(lambda: 7)) == [7, None]
 
 
 def test_who_waits_for_one_that_failed_is_told_its_rank_and_reason() -> None:
     def work(world: World) -> Any:
         if world.rank == 1:
-            return world.fail("the disk is full")
-        return world.meet()
+            return world.report_failure("the disk is full")
+        return world.barrier()
 
     stopped, first = together(2, work)
     assert first is True
@@ -85,18 +89,18 @@ def test_a_lost_connection_is_said_in_words() -> None:
         def add(self, *_: Any) -> int:
             raise RuntimeError("Connection was likely closed")
 
-    world = World(0, 2, 0, Board(Gone()))
+    world = World(0, 2, 0, KeyValueStore(Gone()))
     with pytest.raises(FuncattribError, match="found the connection to them lost"):
-        world.meet()
-    assert world.fail("any")
+        world.barrier()
+    assert world.report_failure("any")
 
 
 def test_one_process_needs_nobody() -> None:
     tensors = {"a": torch.ones(2)}
-    assert ALONE.sum(tensors)["a"] is tensors["a"]
-    assert ALONE.share(None) is None
-    assert [part.tolist() for part in ALONE.collect(torch.ones(2))] == [[1.0, 1.0]]
-    ALONE.meet()
+    assert SINGLE_PROCESS.all_reduce(tensors)["a"] is tensors["a"]
+    assert SINGLE_PROCESS.broadcast(None) is None
+    assert [part.tolist() for part in SINGLE_PROCESS.all_gather(torch.ones(2))] == [[1.0, 1.0]]
+    SINGLE_PROCESS.barrier()
 
 
 @pytest.mark.parametrize(

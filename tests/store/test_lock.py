@@ -87,6 +87,7 @@ def test_a_process_that_ended_but_was_not_reaped_is_no_owner(tmp_path: Path) -> 
     process.communicate()
 
 
+@pytest.mark.slow
 def test_of_many_that_start_at_once_one_writes(tmp_path: Path) -> None:
     program = f"""
 import sys, time

@@ -24,6 +24,7 @@ def start(path: Path, *options: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_killed_at_five_random_moments(tmp_path: Path) -> None:
     count = 16 * 150
     whole = contents(write(tmp_path / "whole", rows=count, dtype="int8"))

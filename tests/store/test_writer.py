@@ -14,6 +14,7 @@ from funcattrib.errors import StoreError
 from funcattrib.store import create_store, differences, identity, open_store, write_shard, writer
 from funcattrib.store.manifest import Manifest
 from tests.support.store_run import contents, examples, manifest, rows, write
+from tests.support.waiting import OUTER_LIMIT, until
 
 
 def test_the_files_are_what_the_format_says(tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_writing_overlaps_computing_and_waits_when_three_shards_are_held(
     let_go, handed, real = threading.Event(), [], write_shard.write_shard
 
     def slow(*args: object) -> object:
-        let_go.wait(10)
+        let_go.wait(OUTER_LIMIT)
         return real(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(writer, "write_shard", slow)
@@ -121,7 +122,8 @@ def test_writing_overlaps_computing_and_waits_when_three_shards_are_held(
     with create_store(tmp_path / "run", manifest()) as open_writer:
         thread = threading.Thread(target=compute)
         thread.start()
-        time.sleep(0.5)
+        until(lambda: len(handed) == 3)
+        time.sleep(0.2)  # time for a fourth, were it not held back
         assert handed == [0, 1, 2]  # one being written, two waiting
         let_go.set()
         thread.join()

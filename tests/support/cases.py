@@ -129,14 +129,16 @@ HEADS = {
 """For the leaves of ``laws.VECTORS``."""
 
 
-def against(**settings) -> Transform:
+def inner_products(**settings) -> Transform:
     """Three seeded queries of whatever leaves arrive."""
 
     def queries(spec: fa.Spec) -> dict[str, Tensor]:
         generators = {name: torch.Generator().manual_seed(len(name)) for name in spec}
         return {name: torch.randn(3, *leaf.shape, generator=generators[name]) for name, leaf in spec.items()}
 
-    return fa.against({}, **settings)._replace(init=lambda spec: fa.against(queries(spec), **settings).init(spec))
+    return fa.inner_products({}, **settings)._replace(
+        init=lambda spec: fa.inner_products(queries(spec), **settings).init(spec)
+    )
 
 
 def adam_update(**settings) -> Transform:
@@ -174,8 +176,8 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "cast_float16": lambda: fa.cast("float16"),
     "cast_bfloat16": lambda: fa.cast("bfloat16"),
     "cast_int8": lambda: fa.cast("int8"),
-    "against": against,
-    "against_by_leaf": lambda: against(by="leaf"),
-    "against_unit_norm": lambda: against(unit_norm=True),
+    "inner_products": inner_products,
+    "inner_products_by_leaf": lambda: inner_products(by="leaf"),
+    "inner_products_unit_norm": lambda: inner_products(unit_norm=True),
     "self_influence": fa.self_influence,
 }

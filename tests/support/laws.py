@@ -82,15 +82,15 @@ def lowered_is_plain(transform: Transform, spec: Spec) -> None:
     values = grads(5, spec)
     state = fitted(transform, [values], spec)
     maps = transform.lower(state, spec)
-    readings = {name: how.reading for name, how in maps.items()}
+    readings = {name: how.map for name, how in maps.items()}
     by_probe: Grads = {}
     for name, how in maps.items():  # parameters that share a probe add up in it
-        by_probe[how.probe] = by_probe.get(how.probe, 0) + how.reading.of_gradient(values[name])
+        by_probe[how.probe] = by_probe.get(how.probe, 0) + how.map.from_gradient(values[name])
     close(unpack(maps, by_probe), applied(transform, state, values))
-    for name, reading in readings.items():  # ⟨C(G), θ⟩ = ⟨G, C*(θ)⟩
-        theta = torch.randn(reading.coordinates_shape(spec[name].shape), dtype=spec[name].dtype)
-        left = (reading.of_gradient(values[name]) * theta).flatten(1).sum(1)
-        right = (values[name] * reading.adjoint(theta)).flatten(1).sum(1)
+    for name, gradient_map in readings.items():  # ⟨C(G), θ⟩ = ⟨G, C*(θ)⟩
+        theta = torch.randn(gradient_map.coordinates_shape(spec[name].shape), dtype=spec[name].dtype)
+        left = (gradient_map.from_gradient(values[name]) * theta).flatten(1).sum(1)
+        right = (values[name] * gradient_map.adjoint(theta)).flatten(1).sum(1)
         close({name: left}, {name: right})
 
 
@@ -118,7 +118,7 @@ def other_leaves_do_not_matter(transform: Transform, spec: Spec) -> None:
     bound = settings(transform)
     joint = bound.get("groups", "parameter") != "parameter" or bound.get("dtype") == "int8"
     if (
-        transform.name in ("unit_norm", "sketch", "clip", "against", "self_influence") or joint
+        transform.name in ("unit_norm", "sketch", "clip", "inner_products", "self_influence") or joint
     ):  # over all leaves together, on purpose
         return
     values = grads(4, spec)

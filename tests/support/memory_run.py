@@ -142,7 +142,7 @@ def tried(folder: Path) -> dict[str, object]:
         found[name] = run(folder, "build", name, *auto, *words, most=MOST, at="gather")
     asked: list[int] = []
     curve = fake_cost(asked)
-    with mock.patch.object(budget, "_trial", return_value=curve):
+    with mock.patch.object(token_budget, "_trial", return_value=curve):
         found["made up"] = run(folder, "build", "made up", *auto, "--loss", "log_odds")
     found["asked"] = asked
     found["again"] = untried(folder, "again", *auto, "--loss", "log_odds")
@@ -161,7 +161,7 @@ def fake_cost(asked: list[int]) -> Callable[[int], token_budget.Cost]:
 
 def untried(folder: Path, out: str, *words: str) -> dict:
     """The command, which makes no trial."""
-    with mock.patch.object(budget, "search", side_effect=AssertionError("a trial was made")):
+    with mock.patch.object(token_budget, "search", side_effect=AssertionError("a trial was made")):
         return run(folder, "build", out, *words)
 
 
@@ -176,7 +176,7 @@ def continued(folder: Path) -> dict[str, object]:
             os.kill(os.getpid(), signal.SIGTERM)
         return rows_of(*args)
 
-    with mock.patch.object(budget, "token_budget", return_value=33), mock.patch.object(work, "rows_of", told):
+    with mock.patch.object(token_budget, "token_budget", return_value=33), mock.patch.object(workload, "rows_of", told):
         begun = run(folder, "build", "continued", *auto)
     dist.barrier()
     shards = len(list((folder / "continued/shards").glob("*.json")))

@@ -17,7 +17,7 @@ from funcattrib.cli.load import shards_of
 from funcattrib.models.functional import parameters_of, sharing
 from funcattrib.models.loading import load_model
 from funcattrib.weights.sharded import Gathers
-from funcattrib.weights.sharded_quantised import ShardedCodes
+from funcattrib.weights.sharded_quantised import ShardedQuantised
 from funcattrib.weights.stored import Stored
 from tests.support import cases, tiny
 from tests.support.sharded_run import CPU, SIZES, compared, watched
@@ -27,9 +27,9 @@ PRECISIONS = ["int8", "int4"]
 BUILD = ["--normalizer", "adafactor", "--rows-per-shard", "5", "--fit-documents", "0", "--dtype", "float32"]
 
 
-def in_codes(model: nn.Module) -> dict[str, ShardedCodes]:
+def in_codes(model: nn.Module) -> dict[str, ShardedQuantised]:
     stored = {name: p.held for name, p in parameters_of(model).items() if isinstance(p, Stored)}
-    return {name: held for name, held in stored.items() if isinstance(held, ShardedCodes)}
+    return {name: held for name, held in stored.items() if isinstance(held, ShardedQuantised)}
 
 
 def same_codes(sharded: nn.Module, whole: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import funcattrib as fa
 from funcattrib.kernels.experts import expert_linear
 from funcattrib.lift import Lifted, TwoSided
 from funcattrib.lift.rules import RULES
-from funcattrib.training import GradientCollector, collect, token_mean
+from funcattrib.training import GradientCollector, capture_gradients, token_mean
 from tests.support import cases, laws, tiny
 
 EVERY = [name for name in cases.CAUSAL if name != "mamba"] + [cases.TIED]
@@ -75,7 +75,7 @@ def test_rows_are_those_of_a_loop_and_the_backward_pass_keeps_its_bits(name: str
     unchanged = bits(model)
     model.zero_grad()
     before, own = tiny.state_bytes(model), dict(vars(model))
-    with collect(model, fa.compose(fa.project(3))) as grads:
+    with capture_gradients(model, fa.compose(fa.project(3))) as grads:
         assert not grads
         loss = summed(model, batch)
         loss.backward()
@@ -90,7 +90,7 @@ def test_rows_are_those_of_a_loop_and_the_backward_pass_keeps_its_bits(name: str
 
 def test_every_kind_of_parameter() -> None:
     model, batch = fresh("gpt2"), cases.batch(LENGTHS)
-    with collect(model, fa.compose(fa.project(3)), modules="all", exclude=["transformer.wpe*"]) as grads:
+    with capture_gradients(model, fa.compose(fa.project(3)), modules="all", exclude=["transformer.wpe*"]) as grads:
         summed(model, batch).backward()
     assert "transformer.wte.weight" in grads
     compare(grads, expected(model, batch, list(grads), fa.project(3)))
@@ -98,9 +98,11 @@ def test_every_kind_of_parameter() -> None:
 
 def test_a_mean_over_tokens_is_undone() -> None:
     model, batch = fresh(), cases.batch(LENGTHS)
-    with collect(model, fa.compose(fa.project(3), fa.unit_norm), loss_scale=token_mean(batch["labels"])) as normed:
+    with capture_gradients(
+        model, fa.compose(fa.project(3), fa.unit_norm), loss_scale=token_mean(batch["labels"])
+    ) as normed:
         model(**batch).loss.backward()
-    with collect(model, fa.compose(fa.project(3)), loss_scale=token_mean(batch["labels"])) as grads:
+    with capture_gradients(model, fa.compose(fa.project(3)), loss_scale=token_mean(batch["labels"])) as grads:
         (model(**batch).loss).backward()
     compare(grads, expected(model, batch, list(grads), fa.project(3)))
     compare(normed, expected(model, batch, list(grads), fa.project(3), fa.unit_norm))
@@ -169,7 +171,7 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
     plain.backward()
     unchanged, functions = bits(model), [vars(m).get("_gradient_checkpointing_func") for m in model.modules()]
     model.zero_grad()
-    with collect(model, fa.compose(fa.project(3))) as grads:
+    with capture_gradients(model, fa.compose(fa.project(3))) as grads:
         loss = summed(model, batch)
         loss.backward()
     assert unaltered(model, loss, plain)
@@ -194,9 +196,9 @@ class Own(nn.Module):
 def test_a_checkpoint_of_the_models_own_is_never_silently_wrong(reentrant: bool) -> None:
     model, x = Own(reentrant), torch.randn(3, 4)
     expected_error = fa.FuncattribError if reentrant else checkpoint.CheckpointError
-    with pytest.raises(expected_error), collect(model, modules=["*.weight"]):
+    with pytest.raises(expected_error), capture_gradients(model, modules=["*.weight"]):
         model(x).square().sum().backward()
-    with collect(model, modules=["first.weight"]) as grads:
+    with capture_gradients(model, modules=["first.weight"]) as grads:
         model(x).square().sum().backward()
     assert list(grads) == ["first.weight"]
 
@@ -204,19 +206,21 @@ def test_a_checkpoint_of_the_models_own_is_never_silently_wrong(reentrant: bool)
 def test_mixtures_of_experts_set_and_restore_their_forward() -> None:
     model, batch = fresh("mixtral"), cases.batch((9, 9, 9), masked=False)
     before = model.config._experts_implementation
-    with collect(model, fa.compose(fa.project(3)), modules=["*experts*", "*q_proj*", "*mlp.gate.weight"]) as grads:
+    with capture_gradients(
+        model, fa.compose(fa.project(3)), modules=["*experts*", "*q_proj*", "*mlp.gate.weight"]
+    ) as grads:
         assert model.config._experts_implementation == "funcattrib"
         summed(model, batch).backward()
     assert model.config._experts_implementation == before
     compare(grads, expected(model, batch, list(grads), fa.project(3)))
-    with pytest.raises(ZeroDivisionError), collect(model, modules=["*experts*"]):
+    with pytest.raises(ZeroDivisionError), capture_gradients(model, modules=["*experts*"]):
         raise ZeroDivisionError
     assert model.config._experts_implementation == before
 
 
 def test_frozen_weights_and_a_model_in_evaluation() -> None:
     model, batch = fresh(training=False).requires_grad_(False), cases.batch(LENGTHS)
-    with collect(model, fa.compose(fa.project(3))) as grads:
+    with capture_gradients(model, fa.compose(fa.project(3))) as grads:
         summed(model, batch).backward()
     assert not bits(model)
     compare(grads, expected(model.requires_grad_(True), batch, list(grads), fa.project(3)))
@@ -225,7 +229,7 @@ def test_frozen_weights_and_a_model_in_evaluation() -> None:
 def test_by_default_what_is_trained() -> None:
     model, batch = fresh(), cases.batch(LENGTHS)
     model.gpt_neox.layers[0].requires_grad_(False)
-    with collect(model) as grads:
+    with capture_gradients(model) as grads:
         summed(model, batch).backward()
     assert all(name.startswith("gpt_neox.layers.1") for name in grads)
 
@@ -233,7 +237,7 @@ def test_by_default_what_is_trained() -> None:
 def test_the_model_is_left_as_it_was_after_an_exception() -> None:
     model, batch = fresh("gpt2"), cases.batch(LENGTHS)
     own, before = dict(vars(model)), tiny.state_bytes(model)
-    with pytest.raises(ZeroDivisionError), collect(model):
+    with pytest.raises(ZeroDivisionError), capture_gradients(model):
         summed(model, batch).backward()
         raise ZeroDivisionError
     with pytest.raises(IndexError), GradientCollector(model):
@@ -241,13 +245,13 @@ def test_the_model_is_left_as_it_was_after_an_exception() -> None:
     assert vars(model) == own
     assert all(torch.equal(tensor, before[n]) for n, tensor in model.state_dict().items())
     assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
-    with pytest.raises(fa.FuncattribError, match="expected a forward pass"), collect(model):
+    with pytest.raises(fa.FuncattribError, match="expected a forward pass"), capture_gradients(model):
         pass
-    with pytest.raises(fa.FuncattribError, match="expected a backward pass"), collect(model):
+    with pytest.raises(fa.FuncattribError, match="expected a backward pass"), capture_gradients(model):
         summed(model, batch)
     with (
         pytest.raises(fa.ChainError, match="fitted state for adafactor_norm"),
-        collect(model, fa.compose(fa.adafactor_norm)),
+        capture_gradients(model, fa.compose(fa.adafactor_norm)),
     ):
         pass
 
@@ -262,7 +266,7 @@ def test_tokens_gathered_across_examples_are_refused() -> None:
             return self.layer(nn.functional.one_hot(input_ids, 4).float()[input_ids > 0])
 
     model = Gathers()
-    with pytest.raises(fa.ChainError, match="gathers tokens across examples"), collect(model, modules=["*"]):
+    with pytest.raises(fa.ChainError, match="gathers tokens across examples"), capture_gradients(model, modules=["*"]):
         model(torch.tensor([[1, 2, 0], [1, 0, 0]]))
 
 

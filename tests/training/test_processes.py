@@ -21,6 +21,9 @@ import sys, time, torch
 from pathlib import Path
 from tests.training.test_trainer import callback
 from tests.support.training import *
+from tests.support.waiting import OUTER_LIMIT, until
+
+pytestmark = pytest.mark.slow
 folder, mode = Path(sys.argv[1]), sys.argv[2]
 settings = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "data": examples(13)}
 if mode == "kill":
@@ -28,7 +31,7 @@ if mode == "kill":
         def on_step_end(self, args, state, control, **_):
             if state.global_step == 5:
                 Path(folder, "now").touch()
-                time.sleep(60)
+                time.sleep(100_000)
     import funcattrib.training.callback as module
     module._SHARD_ROWS = 3
     train(folder, callback(folder), extra=[Wait()], per_device_train_batch_size=2)
@@ -51,7 +54,7 @@ def test_two_processes(tmp_path: Path) -> None:
     for mode in ("without", "with"):
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         run = start(*launch, script, tmp_path, mode)
-        out, _ = run.communicate(timeout=240)
+        out, _ = run.communicate(timeout=OUTER_LIMIT)
         assert run.returncode == 0, out
     a, b = (torch.load(tmp_path / f"{mode}.pt", weights_only=True) for mode in ("without", "with"))
     assert a["losses"] == b["losses"]
@@ -70,10 +73,7 @@ def test_killed(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     run = start(script, tmp_path, "kill")
-    for _ in range(600):
-        if (tmp_path / "now").exists() or run.poll() is not None:
-            break
-        time.sleep(0.1)
+    until(lambda: (tmp_path / "now").exists() or run.poll() is not None)
     time.sleep(0.5)  # what was handed over is written meanwhile
     run.send_signal(signal.SIGKILL)
     run.communicate()

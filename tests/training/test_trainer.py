@@ -98,6 +98,7 @@ def test_bf16_autocast(tmp_path: Path) -> None:
         check(ran, fa.open_store(tmp_path / f"run/epoch_{epoch}"), CHAIN, tolerance=6e-2)
 
 
+@pytest.mark.slow
 def test_evaluation_in_between_and_early_stopping(tmp_path: Path) -> None:
     settings = {
         "num_train_epochs": 6,
@@ -124,6 +125,7 @@ def test_evaluation_in_between_and_early_stopping(tmp_path: Path) -> None:
     assert fa.open_store(stores[-1]).manifest.extra["unseen"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["one", "several"])
 def test_rows_of_the_evaluation_set(tmp_path: Path, kind: str) -> None:
     first, second = examples(5, seed=9), list(examples(7, seed=8))
@@ -185,6 +187,7 @@ class TokenSum(transformers.Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
+@pytest.mark.slow
 def test_a_loss_of_ones_own(tmp_path: Path) -> None:
     with pytest.raises(fa.FuncattribError, match=r"mean over labelled tokens.*\n.*loss_scale"):
         train(tmp_path, callback(tmp_path), trainer_class=TokenSum)
@@ -236,6 +239,7 @@ def test_a_classifier_of_ones_own(tmp_path: Path) -> None:
             torch.testing.assert_close(store[name].tensor(row, row + 1)[0], own[name].grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_resumed_after_a_crash(tmp_path: Path) -> None:
     # Not GPT-NeoX: transformers 5.23 does not load its head again from a Trainer's checkpoint.
     whole = train(tmp_path / "whole", callback(tmp_path / "whole"), model=fresh("llama"), num_train_epochs=3)

@@ -105,8 +105,8 @@ def test_given_moments_need_no_pass_and_are_not_settings(normalise) -> None:
 def test_a_matrix_is_scaled_entry_by_entry_and_a_vector_by_its_side() -> None:
     stage = fa.adam_norm({"w": torch.ones(3, 4), "b": torch.ones(3)})
     lowered = stage.lower(stage.init(SPEC)[0], SPEC)
-    assert isinstance(lowered["w"].reading, Scale)
-    assert not isinstance(lowered["b"].reading, Scale)
+    assert isinstance(lowered["w"].map, Scale)
+    assert not isinstance(lowered["b"].map, Scale)
 
 
 @pytest.mark.parametrize("before", ["nothing", "heads"])

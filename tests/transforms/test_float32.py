@@ -38,8 +38,8 @@ LINEAR = [
     "precondition_pseudo",
     "precondition_all",
     "precondition_groups",
-    "against",
-    "against_by_leaf",
+    "inner_products",
+    "inner_products_by_leaf",
 ]
 POSITIVE = ["unit_norm", "clip", "self_influence"]
 """Sums of squares and products: nothing cancels."""
@@ -96,7 +96,7 @@ def test_a_transform_without_cancellation(name) -> None:
 
 def test_cosines() -> None:
     """⟨g, q⟩ / ‖g‖: the product may cancel, the norm does not."""
-    found, exact, values = both(cases.TRANSFORMS["against_unit_norm"]())
+    found, exact, values = both(cases.TRANSFORMS["inner_products_unit_norm"]())
     norm = torch.stack([value.flatten(1).square().sum(1) for value in values.values()]).sum(0).sqrt()
     products = magnitudes(cases.against(), values)
     within(found, exact, {name: product / norm[:, None] for name, product in products.items()})
@@ -123,5 +123,5 @@ def test_a_cast_of_the_same_numbers_is_the_same(name) -> None:
 
 def test_every_transform_is_here() -> None:
     composed = {"project_wide", "adam_update_project"}  # nothing is computed; two of the above in turn
-    here = {*LINEAR, *POSITIVE, *composed, "against_unit_norm", "adam_update"}
+    here = {*LINEAR, *POSITIVE, *composed, "inner_products_unit_norm", "adam_update"}
     assert here == {name for name in cases.TRANSFORMS if not name.startswith("cast")}

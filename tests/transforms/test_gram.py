@@ -6,7 +6,7 @@ import torch
 
 import funcattrib as fa
 from funcattrib.errors import ChainError
-from funcattrib.transforms import gram_of, mix, precondition, spectrum
+from funcattrib.transforms import gram_matrices, mix_grams, precondition, spectrum
 from tests.support import cases, laws
 
 SIDES = {"a": 5, "b": 7}
@@ -35,7 +35,11 @@ def test_gram_is_the_mean_outer_product_before_and_after_finalize() -> None:
     # A joint block's leaves stand by name, whatever the order they come in.
     joint = torch.cat([values["layer.dense.weight"].flatten(1), values["matrix"].flatten(1)], 1).double()
     alone = values["layer.out.weight"].flatten(1).double()
-    for found in (gram_of(state), gram_of(stage.finalize(state)), gram_of((None, stage.finalize(state)))):
+    for found in (
+        gram_matrices(state),
+        gram_matrices(stage.finalize(state)),
+        gram_matrices((None, stage.finalize(state))),
+    ):
         assert list(found) == ["both", "layer.out.weight"]
         torch.testing.assert_close(found["both"], joint.T @ joint / 12, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(found["layer.out.weight"], alone.T @ alone / 12, rtol=1e-12, atol=1e-12)
@@ -50,7 +54,7 @@ def test_spectrum_pools_the_blocks() -> None:
 @pytest.mark.parametrize("k", [1, 4, 12])
 def test_the_spectra_cross_at_k(k) -> None:
     query, train = grams(0, scale=3.0), grams(1)
-    mixed = mix(query, train, k)
+    mixed = mix_grams(query, train, k)
     of_query, of_train = pooled(query)[k - 1], pooled(train)[k - 1]
     assert mixed.component == k
     assert mixed.weight * of_query == pytest.approx((1 - mixed.weight) * of_train, rel=1e-10)
@@ -61,22 +65,22 @@ def test_the_spectra_cross_at_k(k) -> None:
 
 def test_with_fewer_directions_than_k_the_last_that_both_have_decides() -> None:
     query, train = grams(0), grams(1)
-    assert mix(query, train)[1:] == mix(query, train, 12)[1:]
-    assert mix(query, train).component == 12
+    assert mix_grams(query, train)[1:] == mix_grams(query, train, 12)[1:]
+    assert mix_grams(query, train).component == 12
     few = grams(2, count=2)  # two queries: two directions in each block
-    mixed = mix(few, train, 9)
+    mixed = mix_grams(few, train, 9)
     assert mixed.component == 4
     assert mixed.weight == pytest.approx(pooled(train)[3] / (pooled(few)[3] + pooled(train)[3]), rel=1e-9)
-    assert mix(train, few, 9).weight == pytest.approx(1 - mixed.weight)
+    assert mix_grams(train, few, 9).weight == pytest.approx(1 - mixed.weight)
 
 
 def test_what_is_zero_has_no_weight() -> None:
     gram = grams(0)
     zero = {block: torch.zeros_like(matrix) for block, matrix in gram.items()}
-    assert mix(zero, gram)[1:] == (0.0, 0)
-    assert mix(gram, zero)[1:] == (1.0, 0)
-    assert mix(zero, zero)[1:] == (0.5, 0)
-    for mixed in (mix(zero, gram), mix(gram, zero)):
+    assert mix_grams(zero, gram)[1:] == (0.0, 0)
+    assert mix_grams(gram, zero)[1:] == (1.0, 0)
+    assert mix_grams(zero, zero)[1:] == (0.5, 0)
+    for mixed in (mix_grams(zero, gram), mix_grams(gram, zero)):
         torch.testing.assert_close(mixed.gram, gram)
 
 
@@ -87,9 +91,9 @@ def test_what_all_queries_share_is_divided_out() -> None:
     train = {"w": torch.randn(200, 6, generator=draw, dtype=torch.float64)}
     query = {"w": template + 0.3 * torch.randn(50, 6, generator=draw, dtype=torch.float64)}
     stage = precondition(damping=0.0)
-    mixed = mix(*(gram_of(laws.fitted(stage, [part], spec)) for part in (query, train)), k=2)
+    mixed = mix_grams(*(gram_matrices(laws.fitted(stage, [part], spec)) for part in (query, train)), k=2)
     share = []
-    for gram in (gram_of(laws.fitted(stage, [train], spec)), mixed.gram):
+    for gram in (gram_matrices(laws.fitted(stage, [train], spec)), mixed.gram):
         own = precondition(gram=gram, damping=0.0)
         row = own.apply(own.init(spec)[0], query)["w"]
         share.append(float((row[:, 0].square() / row.square().sum(1)).mean()))
@@ -109,8 +113,8 @@ def test_trackstar_from_its_parts() -> None:
         state = stage.init(spec)[0]
         for batch in data:
             state = stage.observe(state, before(loss, params, batch))
-        seen[name] = gram_of(state)
-    mixed = mix(seen["query"], seen["train"], k=10)
+        seen[name] = gram_matrices(state)
+    mixed = mix_grams(seen["query"], seen["train"], k=10)
     chain = fa.compose(before, precondition(power=-0.5, gram=mixed.gram), fa.unit_norm())
     train, query = (
         torch.cat([g.flatten(1) for g in chain(loss, params, b).values()], 1) for b in (batches[0], queries[0])
@@ -130,12 +134,12 @@ def test_trackstar_from_its_parts() -> None:
 
 
 REFUSED = {
-    "k": (lambda: mix(grams(0), grams(1), 0), "k of at least 1"),
-    "blocks": (lambda: mix(grams(0), {"a": grams(0)["a"]}), "'b' in one alone"),
-    "shapes": (lambda: mix({"a": torch.eye(2)}, {"a": torch.eye(3)}), r"\(2, 2\) and \(3, 3\)"),
-    "no such stage": (lambda: gram_of((None, {"w": torch.ones(1)})), "found 0"),
-    "two stages": (lambda: gram_of(fa.compose(precondition, precondition).init(laws.SPEC)[0]), "found 2"),
-    "nothing seen": (lambda: gram_of(precondition().init(laws.SPEC)[0]), "fit it first"),
+    "k": (lambda: mix_grams(grams(0), grams(1), 0), "k of at least 1"),
+    "blocks": (lambda: mix_grams(grams(0), {"a": grams(0)["a"]}), "'b' in one alone"),
+    "shapes": (lambda: mix_grams({"a": torch.eye(2)}, {"a": torch.eye(3)}), r"\(2, 2\) and \(3, 3\)"),
+    "no such stage": (lambda: gram_matrices((None, {"w": torch.ones(1)})), "found 0"),
+    "two stages": (lambda: gram_matrices(fa.compose(precondition, precondition).init(laws.SPEC)[0]), "found 2"),
+    "nothing seen": (lambda: gram_matrices(precondition().init(laws.SPEC)[0]), "fit it first"),
 }
 
 

@@ -147,7 +147,7 @@ def test_heads_are_read_in_one_product(name) -> None:
         chain = fa.compose(fa.per_example_grad, fa.split_heads(fa.attention_configs(model)), *stages)
         spec = fa.per_example_grad.spec(params)
         lowered, _ = lower(chain, spec, chain.init(spec)[0])
-        assert {type(how.reading) for how in lowered.values() if len(how.leaves) > 1} == {Split}
+        assert {type(how.map) for how in lowered.values() if len(how.leaves) > 1} == {Split}
 
 
 def test_heads_in_batched_autograd() -> None:
@@ -288,7 +288,7 @@ def test_a_glob_may_leave_out_the_leading_part() -> None:
 def test_one_head_is_the_whole_weight() -> None:
     spec = {"q.weight": fa.Leaf((6, 5), torch.float32)}
     split = fa.split_heads({"q": fa.AttentionConfig(1, 2, order="qkv head")})
-    assert split.lower(None, spec)["q.weight"].reading == TwoSided()
+    assert split.lower(None, spec)["q.weight"].map == TwoSided()
     grads = {"q.weight": torch.randn(3, 6, 5)}
     laws.same(split.apply(None, grads), {"q.weight#h0": grads["q.weight"]})
 

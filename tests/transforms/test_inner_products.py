@@ -8,7 +8,7 @@ import funcattrib as fa
 from funcattrib.chain.per_example import rows
 from funcattrib.chain.per_token import per_token_grad
 from funcattrib.lift.factors import OneHot, outer
-from funcattrib.lift.maps.inner_products import Against
+from funcattrib.lift.maps.inner_products import InnerProducts
 from tests.support import cases
 
 MODELS = ["gpt_neox", "gpt2", "llama_tied", "mixtral", "mamba"]
@@ -28,7 +28,7 @@ def test_one_forward_mode_pass_gives_the_same_score(name) -> None:
     loss, params, queries = setting(name, modules=None, count=1)
     batch = cases.batch()
     model = cases.causal(name)
-    scored = fa.compose(fa.per_example_grad, fa.against(queries))(loss, params, batch)["scores"][:, 0]
+    scored = fa.compose(fa.per_example_grad, fa.inner_products(queries))(loss, params, batch)["scores"][:, 0]
     direction = {n: q[0] for n, q in queries.items()}
     # The fused head and the attention kernel have no forward mode: the model's own logits and eager attention do.
     import copy
@@ -69,8 +69,8 @@ def test_what_the_backward_pass_reads_is_the_plain_form(name, before, settings, 
     queries = {
         n: torch.randn(count, *g.shape[1:], generator=torch.Generator().manual_seed(1)) for n, g in arriving.items()
     }
-    chain = fa.compose(prefix, fa.against(queries, **settings))
-    tail = fa.compose(fa.against(queries, **settings))
+    chain = fa.compose(prefix, fa.inner_products(queries, **settings))
+    tail = fa.compose(fa.inner_products(queries, **settings))
     spec = prefix.init(fa.per_example_grad.spec(params))[1]
     state = (*state, *tail.init(spec)[0])
     found, plain = chain(loss, params, batch, state), chain.plain(loss, params, batch, state)
@@ -87,7 +87,7 @@ def test_what_the_backward_pass_reads_is_the_plain_form(name, before, settings, 
 
 
 def test_a_gradient_of_zeros_scores_zero_and_nan_stays_nan() -> None:
-    stage = fa.against({"w": torch.ones(2, 3)}, unit_norm=True)
+    stage = fa.inner_products({"w": torch.ones(2, 3)}, unit_norm=True)
     chain = fa.compose(stage)
     state, _ = chain.init({"w": fa.Leaf((3,), torch.float32)})
     grads = {"w": torch.tensor([[0.0, 0.0, 0.0], [3.0, 0.0, 4.0], [float("nan"), 0.0, 0.0]])}
@@ -110,16 +110,18 @@ def test_contracting_is_forming(count, tokens, by_id) -> None:
         )
     formed = outer(rows_, cols).flatten(1)
     expected = torch.cat([formed @ queries.flatten(1).T, formed.square().sum(1, keepdim=True)], 1)
-    reading = Against(queries, norm=True)
-    torch.testing.assert_close(reading.read(rows_, cols), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(reading._replace(norm=False).read(rows_, cols), expected[:, :-1], rtol=1e-4, atol=1e-4)
+    gradient_map = InnerProducts(queries, norm=True)
+    torch.testing.assert_close(gradient_map.from_factors(rows_, cols), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        gradient_map._replace(norm=False).from_factors(rows_, cols), expected[:, :-1], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_parts_of_tokens_add_up_to_the_example() -> None:
     loss, params, queries = setting("gpt_neox", modules=None)
     batch = cases.batch()
-    whole = fa.compose(fa.per_example_grad, fa.against(queries))(loss, params, batch)["scores"]
-    tokens = fa.compose(per_token_grad, fa.against(queries))(loss, params, batch)["scores"]
+    whole = fa.compose(fa.per_example_grad, fa.inner_products(queries))(loss, params, batch)["scores"]
+    tokens = fa.compose(per_token_grad, fa.inner_products(queries))(loss, params, batch)["scores"]
     summed = tokens.unflatten(0, (len(whole), -1)).sum(1)
     torch.testing.assert_close(summed, whole, rtol=1e-4, atol=1e-4 * float(whole.abs().mean()))
 
@@ -137,8 +139,8 @@ def test_self_influence_is_the_squared_norm() -> None:
 def test_the_nearest_query_decides() -> None:
     loss, params, queries = setting("gpt2", modules=None)
     batch = cases.batch()
-    each = fa.compose(fa.per_example_grad, fa.against(queries))(loss, params, batch)["scores"]
-    nearest = fa.compose(fa.per_example_grad, fa.against(queries), fa.nearest)(loss, params, batch)["scores"]
+    each = fa.compose(fa.per_example_grad, fa.inner_products(queries))(loss, params, batch)["scores"]
+    nearest = fa.compose(fa.per_example_grad, fa.inner_products(queries), fa.max_score)(loss, params, batch)["scores"]
     assert torch.equal(nearest, each.amax(1, keepdim=True))
 
 
@@ -154,7 +156,7 @@ def test_the_nearest_query_decides() -> None:
 def test_queries_that_do_not_fit_are_refused(queries, found) -> None:
     spec = {"a": fa.Leaf((3,), torch.float32), "b": fa.Leaf((4,), torch.float32)}
     with pytest.raises(fa.ChainError, match=found):
-        fa.compose(fa.against(queries)).init(spec)
+        fa.compose(fa.inner_products(queries)).init(spec)
 
 
 @pytest.mark.parametrize("settings", [{}, {"unit_norm": True}], ids=str)
@@ -167,7 +169,7 @@ def test_scores_in_half_precision_are_float32_and_do_not_overflow(dtype, setting
 
     batch = {"x": torch.full((2, 5, 30), 30.0, dtype=dtype)}
     queries = {"w": torch.ones(2, 40, 30)}
-    chain = fa.compose(fa.per_example_grad, fa.against(queries, **settings))
+    chain = fa.compose(fa.per_example_grad, fa.inner_products(queries, **settings))
     scores = chain(loss, params, batch)["scores"]
     expected = 150.0 * 1200 / (150.0 * 1200**0.5 if settings else 1.0)
     assert scores.dtype == torch.float32

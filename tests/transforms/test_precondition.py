@@ -10,7 +10,7 @@ import torch
 import funcattrib as fa
 from funcattrib.chain import state_tree
 from funcattrib.errors import ChainError
-from funcattrib.transforms import gram_of, precondition
+from funcattrib.transforms import gram_matrices, precondition
 from funcattrib.transforms.registry import rebuild
 from tests.support import cases, laws
 
@@ -118,9 +118,9 @@ def test_float32_gradients_are_multiplied_in_float32_and_halves_are_not() -> Non
             expected = flat(given, [name]) @ (vectors / np.sqrt(values)) @ vectors.T
             assert found[name].dtype == dtype
             np.testing.assert_allclose(flat(found, [name]), expected, atol=tolerance * np.abs(expected).max())
-            reading = lowered[name].reading.to(dtype)
-            assert reading.matrix.dtype == torch.float32
-            assert torch.equal(reading.of_gradient(given[name]), found[name])
+            gradient_map = lowered[name].map.to(dtype)
+            assert gradient_map.matrix.dtype == torch.float32
+            assert torch.equal(gradient_map.from_gradient(given[name]), found[name])
 
 
 @pytest.mark.parametrize("kind", ["relative", "absolute", "pseudoinverse"])
@@ -155,7 +155,7 @@ def test_a_given_gram_is_as_good_as_a_fitted_one() -> None:
     for groups in GROUPS:
         fitted = precondition(groups=chosen(groups), power=-1, damping=0.3)
         state = laws.fitted(fitted, [seen], DOUBLE)
-        stage = precondition(groups=chosen(groups), power=-1, damping=0.3, gram=gram_of(state))
+        stage = precondition(groups=chosen(groups), power=-1, damping=0.3, gram=gram_matrices(state))
         assert not stage.fitted
         laws.same(stage.apply(stage.init(DOUBLE)[0], given), fitted.apply(state, given))
 
@@ -209,7 +209,7 @@ def test_fit_does_not_depend_on_the_batches() -> None:
     for parts in (1, 2, 7):
         size = 14 // parts
         batches = [{k: v[i : i + size] for k, v in whole.items()} for i in range(0, 14, size)]
-        states.append(gram_of(chain.fit(loss, params, batches)))
+        states.append(gram_matrices(chain.fit(loss, params, batches)))
     for other in states[1:]:
         for name, matrix in states[0].items():  # the sums agree far better; the gradients are float32
             torch.testing.assert_close(other[name], matrix, rtol=1e-6, atol=1e-6 * float(matrix.abs().max()))
@@ -235,7 +235,9 @@ def test_description_and_state_make_it_again(groups) -> None:
     state = laws.fitted(stage, [seen], DOUBLE)
     restored = state_tree.restore(again.init(DOUBLE)[0], state_tree.flatten((state,)))
     laws.same(again.apply(restored, given), stage.apply(state, given))
-    mixed = fa.compose(fa.per_example_grad, precondition(-1, chosen(groups), 0.2, "absolute", gram=gram_of(state)))
+    mixed = fa.compose(
+        fa.per_example_grad, precondition(-1, chosen(groups), 0.2, "absolute", gram=gram_matrices(state))
+    )
     assert mixed.describe() == description  # the matrices are state, not settings
     kept = state_tree.restore(again.init(DOUBLE)[0], state_tree.flatten(mixed.init(DOUBLE)[0]))
     laws.same(again.apply(kept, given), stage.apply(state, given))

@@ -65,9 +65,9 @@ def test_lowered_is_plain_behind_other_stages(model: str, before) -> None:
 def test_parts_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, cols = torch.randn(3, 6, 11), torch.randn(3, 6, 7)
     how = Sketched("w", (11, 7), 16, sparsity=2)
-    whole = how.read(rows, cols), how.of_gradient(rows.mT @ cols), how.adjoint(torch.ones(16))
+    whole = how.from_factors(rows, cols), how.from_gradient(rows.mT @ cols), how.adjoint(torch.ones(16))
     monkeypatch.setattr(maps_sketch, "_PART", 14)
-    parts = how.read(rows, cols), how.of_gradient(rows.mT @ cols), how.adjoint(torch.ones(16))
+    parts = how.from_factors(rows, cols), how.from_gradient(rows.mT @ cols), how.adjoint(torch.ones(16))
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(whole[0], whole[1], rtol=1e-5, atol=1e-5)
@@ -94,6 +94,7 @@ def test_rows_and_signs_are_even_and_unrelated() -> None:
     assert abs(float((other[1] * signs).double().mean())) < 5 / n**0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [1, 3])
 def test_inner_products_are_kept_on_average(sparsity: int) -> None:
     a, b = laws.grads(1, laws.VECTORS, 1), laws.grads(1, laws.VECTORS, 2)
@@ -125,7 +126,9 @@ def test_the_same_on_a_gpu() -> None:
         ):
             assert torch.equal(ours, theirs.cpu())
     gradient = torch.randn(3, 50_000)
-    torch.testing.assert_close(how.of_gradient(gradient), how.of_gradient(gradient.cuda()).cpu(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        how.from_gradient(gradient), how.from_gradient(gradient.cuda()).cpu(), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("settings", [{"k": 0}, {"k": 5, "sparsity": 2}, {"k": 4, "sparsity": 0}])

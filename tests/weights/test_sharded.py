@@ -23,16 +23,24 @@ from funcattrib.query import stored_loss
 from funcattrib.weights.sharded import Gathers, chunk_rows, row_range
 from funcattrib.weights.stored import Stored
 from tests.support import cases, sharded_run, tiny
+from tests.support.waiting import OUTER_LIMIT
+
+pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
-ALONE = Shards(Gathers(None), CPU)
+SINGLE_PROCESS = Shards(Gathers(None), CPU)
 
 
 def start(folder: Path, processes: int, script: str = "tests/support/sharded_run.py") -> list[dict]:
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script]
     ran = subprocess.run(
-        [sys.executable, *launch, folder], capture_output=True, text=True, env=environment, timeout=300, check=False
+        [sys.executable, *launch, folder],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=OUTER_LIMIT,
+        check=False,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
@@ -172,7 +180,7 @@ def test_a_store_of_kl_is_asked_with_its_reference_in_shards(tmp_path: Path, mon
     asked = ["w1 w2 w3"]
     rows = [
         fa.Attributor(tmp_path / "run", model=each, tokenizer=whole.tokenizer).gradients(asked)
-        for each in (load_model(str(model), device="cpu", shards=ALONE).model, whole.model)
+        for each in (load_model(str(model), device="cpu", shards=SINGLE_PROCESS).model, whole.model)
     ]
     assert torch.equal(*rows)
     assert [isinstance(next(each.model.parameters()), Stored) for each in loaded] == [True, False]
@@ -183,7 +191,7 @@ def test_a_single_process_holds_all_rows(name: str, tmp_path: Path) -> None:
     """In files of a few weights each; a mixture's experts are put together."""
     cases.causal(name).save_pretrained(tmp_path, max_shard_size="20KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
-    model, whole = (load_model(str(tmp_path), device="cpu", shards=shards).model for shards in (ALONE, None))
+    model, whole = (load_model(str(tmp_path), device="cpu", shards=shards).model for shards in (SINGLE_PROCESS, None))
     assert model_identity(model) == model_identity(whole)
     assert all(isinstance(p, Stored) for p in model.parameters() if p.ndim)
     assert not any(p.requires_grad for p in model.parameters())
@@ -196,7 +204,7 @@ def test_a_single_process_holds_all_rows(name: str, tmp_path: Path) -> None:
 def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
     def refused(name: str, message: str) -> None:
         with pytest.raises(fa.FuncattribError, match=message) as caught:
-            load_model(str(tmp_path / name), device="cpu", shards=ALONE)
+            load_model(str(tmp_path / name), device="cpu", shards=SINGLE_PROCESS)
         assert str(caught.value).count("\n") <= 1
 
     cases.causal("gpt_neox").gpt_neox.save_pretrained(tmp_path / "body")

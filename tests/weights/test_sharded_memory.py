@@ -6,7 +6,6 @@ import re
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,9 @@ from funcattrib.runs.reduce import reduce_gradients
 from funcattrib.store import GradientStore
 from tests.support import cases, tiny
 from tests.support.memory_run import FEW, LONGEST, NAMES, TEXTS
+from tests.support.waiting import OUTER_LIMIT
+
+pytestmark = pytest.mark.slow
 
 SMALL = {"projection_dim": 4, "dtype": "float32", "rows_per_shard": 5, "token_batch_size": 60, "quiet": True}
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
@@ -37,7 +39,7 @@ def start(folder: Path, models: Path, processes: int) -> list[dict]:
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     words = [sys.executable, *launch, "tests/support/memory_run.py", "all", folder]
     ran = subprocess.run(
-        words, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT}, timeout=300, check=False
+        words, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT}, timeout=OUTER_LIMIT, check=False
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
@@ -158,7 +160,7 @@ def ended(case: str, folder: Path, models: Path) -> list[tuple[int, str]]:
             subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
         )
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=OUTER_LIMIT)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -166,7 +168,6 @@ def ended(case: str, folder: Path, models: Path) -> list[tuple[int, str]]:
 
 
 def test_a_document_that_cannot_fit_ends_all(tmp_path: Path, models: Path) -> None:
-    begin = time.monotonic()
     (first, out), (second, err) = ended("one_document", tmp_path, models)
     assert (first, second) == (2, 2), out + err
     told = re.search(r"rank 1: expected memory for one document, found too little for row (\d+) of (\d+) tokens", err)
@@ -174,7 +175,6 @@ def test_a_document_that_cannot_fit_ends_all(tmp_path: Path, models: Path) -> No
     assert len(TEXTS[int(told[1])].split()) == int(told[2]) > FEW
     assert "--truncation --max-length N" in err
     assert "Traceback" not in out + err
-    assert time.monotonic() - begin < 60
 
 
 def seconds(out: str) -> float:
@@ -186,14 +186,14 @@ def test_an_order_that_differs_is_noticed(tmp_path: Path, models: Path) -> None:
     assert (first, second) == (2, 2), out + err
     assert "expected every batch to use the model's weights in one order" in err
     assert "expected the other processes of this run, found the connection to them lost" in out
-    assert max(map(seconds, (out, err))) < 20
+    assert max(map(seconds, (out, err))) < OUTER_LIMIT
 
 
 def test_a_killed_rank_is_noticed(tmp_path: Path, models: Path) -> None:
     (first, out), (second, _) = ended("killed", tmp_path, models)
     assert (first, second) == (2, -9), out
     assert "expected the other processes of this run, found the connection to them lost" in out
-    assert seconds(out) < 20
+    assert seconds(out) < OUTER_LIMIT
 
 
 def test_memory_for_nothing(tmp_path: Path, models: Path) -> None:

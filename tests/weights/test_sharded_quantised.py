@@ -17,12 +17,14 @@ from funcattrib.models.identity import model_identity
 from funcattrib.models.loading import load_model
 from funcattrib.models.quantised_loading import Layer, quantised_rows, saved_blocks
 from funcattrib.weights.sharded import Gathers, Sharded
-from funcattrib.weights.sharded_quantised import Coding, ShardedCodes
+from funcattrib.weights.sharded_quantised import QuantFormat, ShardedQuantised
 from funcattrib.weights.stored import dense
 from tests.support import cases, tiny
 from tests.support import sharded_quantised_run as run
 from tests.weights.test_quantised import CODES
-from tests.weights.test_sharded import ALONE, CPU, start
+from tests.weights.test_sharded import CPU, SINGLE_PROCESS, start
+
+pytestmark = pytest.mark.slow
 
 pytest.importorskip("bitsandbytes")
 
@@ -121,7 +123,7 @@ def test_parts_are_those_of_the_whole_weight(kind: str, shape: tuple[int, int], 
     from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_quant, quantize_4bit
 
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    coding = Coding(kind, shape, torch.float32, shape[1] if kind == "int8" else 64)
+    coding = QuantFormat(kind, shape, torch.float32, shape[1] if kind == "int8" else 64)
     for turned in (False, True):
         parts = []
         for rank in range(size):
@@ -133,7 +135,7 @@ def test_parts_are_those_of_the_whole_weight(kind: str, shape: tuple[int, int], 
         whole = torch.cat(parts)
         assert len(whole) == coding.blocks
         assert len(parts[0]) == -(-coding.blocks // size)
-        held = ShardedCodes(Sharded(whole, tuple(whole.shape), Gathers(None)), coding)
+        held = ShardedQuantised(Sharded(whole, tuple(whole.shape), Gathers(None)), coding)
         if kind == "int8":
             codes, scale, _ = int8_vectorwise_quant(weight.half())
             wanted = codes * (scale / 127)[:, None]
@@ -152,7 +154,7 @@ def test_a_single_process_holds_all_blocks(name: str, tmp_path: Path) -> None:
         model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
     for precision in run.PRECISIONS:
         settings = {"name": str(tmp_path / "model"), "device": "cpu", "precision": precision}
-        same(load_model(**settings, shards=ALONE).model, load_model(**settings).model)
+        same(load_model(**settings, shards=SINGLE_PROCESS).model, load_model(**settings).model)
 
 
 def same(sharded: torch.nn.Module, whole: torch.nn.Module) -> None:
@@ -179,7 +181,7 @@ def test_checkpoints_that_are_saved_in_codes(name: str, codes: str, tmp_path: Pa
     tiny.make_tokenizer().save_pretrained(tmp_path / "codes")
     whole = load_model(str(tmp_path / "codes"), device="cpu", precision="auto").model
     for precision in ("auto", "fp32", "int4"):  # what the files have is taken as it is
-        sharded = load_model(str(tmp_path / "codes"), device="cpu", precision=precision, shards=ALONE).model
+        sharded = load_model(str(tmp_path / "codes"), device="cpu", precision=precision, shards=SINGLE_PROCESS).model
         same(sharded, whole)
     files = load_file(tmp_path / "codes" / "model.safetensors")
     for key, held in run.in_codes(sharded).items():
@@ -194,5 +196,5 @@ def test_codes_of_another_kind_are_refused(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(fa.FuncattribError, match="in bitsandbytes' codes with --shard-params, found gptq") as caught:
-        load_model(str(folder), device="cpu", shards=ALONE)
+        load_model(str(folder), device="cpu", shards=SINGLE_PROCESS)
     assert str(caught.value).count("\n") == 1

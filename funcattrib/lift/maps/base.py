@@ -18,22 +18,22 @@ from torch import Tensor
 from funcattrib.lift.factors import Factor
 
 
-class Reading(Protocol):
+class GradientMap(Protocol):
     """How the coordinates of one weight are read off its gradient, whichever form that comes in."""
 
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the coordinates of a gradient of ``shape``."""
 
-    def keep_rows(self, rows: Factor) -> Factor:
+    def reduce_rows(self, rows: Factor) -> Factor:
         """What must be kept of the row factor until the column factor is known."""
 
-    def keep_cols(self, cols: Tensor) -> Tensor:
+    def reduce_cols(self, cols: Tensor) -> Tensor:
         """What must be kept of the column factor until the row factor is known."""
 
-    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
+    def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
         """(E, …) coordinates from kept factors; ``cols`` is None where the weight is a vector."""
 
-    def of_gradient(self, gradient: Tensor) -> Tensor:
+    def from_gradient(self, gradient: Tensor) -> Tensor:
         """(E, …) coordinates of formed gradients (E, *shape)."""
 
     def adjoint(self, theta: Tensor) -> Tensor:
@@ -42,5 +42,5 @@ class Reading(Protocol):
     def to(self, dtype: torch.dtype) -> Any:
         """The same map in ``dtype``, the weight's own, so that no operation has to convert it."""
 
-    def after(self, first: Any) -> Any:
+    def __matmul__(self, first: Any) -> Any:
         """The map that applies ``first`` and then this one."""

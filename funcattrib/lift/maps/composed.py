@@ -6,49 +6,49 @@ import torch
 from torch import Tensor
 
 from funcattrib.lift.factors import Factor
-from funcattrib.lift.maps.base import Reading
+from funcattrib.lift.maps.base import GradientMap
 
 
-class Then(NamedTuple):
+class Composed(NamedTuple):
     """Two maps in turn: ``first`` is read from the factors, ``second`` is applied to what it gives."""
 
-    first: Reading
-    second: Reading
+    first: GradientMap
+    second: GradientMap
 
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of a weight of ``shape``."""
         return self.second.coordinates_shape(self.first.coordinates_shape(shape))
 
-    def keep_rows(self, rows: Factor) -> Factor:
+    def reduce_rows(self, rows: Factor) -> Factor:
         """As the first map does."""
-        return self.first.keep_rows(rows)
+        return self.first.reduce_rows(rows)
 
-    def keep_cols(self, cols: Tensor) -> Tensor:
+    def reduce_cols(self, cols: Tensor) -> Tensor:
         """As the first map does."""
-        return self.first.keep_cols(cols)
+        return self.first.reduce_cols(cols)
 
-    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
+    def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
         """From kept factors."""
-        return self.second.of_gradient(self.first.read(rows, cols))
+        return self.second.from_gradient(self.first.from_factors(rows, cols))
 
-    def of_gradient(self, gradient: Tensor) -> Tensor:
+    def from_gradient(self, gradient: Tensor) -> Tensor:
         """From formed gradients."""
-        return self.second.of_gradient(self.first.of_gradient(gradient))
+        return self.second.from_gradient(self.first.from_gradient(gradient))
 
     def adjoint(self, theta: Tensor) -> Tensor:
         """The adjoints in reverse order."""
         return self.first.adjoint(self.second.adjoint(theta))
 
-    def to(self, dtype: torch.dtype) -> "Then":
+    def to(self, dtype: torch.dtype) -> "Composed":
         """Both maps in ``dtype``."""
-        return Then(self.first.to(dtype), self.second.to(dtype))
+        return Composed(self.first.to(dtype), self.second.to(dtype))
 
-    def after(self, first: Reading) -> Reading:
+    def __matmul__(self, first: GradientMap) -> GradientMap:
         """Behind a third map."""
-        return self.second.after(self.first.after(first))
+        return self.second @ (self.first @ first)
 
 
-def is_wide(reading: Reading) -> bool:
+def is_wide(gradient_map: GradientMap) -> bool:
     """Whether what is read has at least float32, by itself or as the last of several maps: statistics and scores.
 
     Example:
@@ -57,7 +57,7 @@ def is_wide(reading: Reading) -> bool:
         >>> is_wide(Measured(TwoSided(), torch.square)), is_wide(TwoSided())
         (True, False)
     """
-    if isinstance(reading, Then):
-        return is_wide(reading.second)
-    last = getattr(reading, "maps", (reading.inner,) if hasattr(reading, "inner") else ())
-    return getattr(reading, "wide", False) or any(is_wide(one) for one in last)
+    if isinstance(gradient_map, Composed):
+        return is_wide(gradient_map.second)
+    last = getattr(gradient_map, "maps", (gradient_map.inner,) if hasattr(gradient_map, "inner") else ())
+    return getattr(gradient_map, "wide", False) or any(is_wide(one) for one in last)

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from funcattrib.lift.factors import Factor
-from funcattrib.lift.maps.base import Reading
-from funcattrib.lift.maps.composed import Then
+from funcattrib.lift.maps.base import GradientMap
+from funcattrib.lift.maps.composed import Composed
 from funcattrib.lift.maps.measured import Measured
 from funcattrib.lift.maps.two_sided import TwoSided
 
@@ -33,21 +33,21 @@ class Kernel(NamedTuple):
         """Of a kernel of ``shape``."""
         return self.shape if self.keep else self.sides.coordinates_shape(self._flat())
 
-    def keep_rows(self, rows: Factor) -> Factor:
+    def reduce_rows(self, rows: Factor) -> Factor:
         """Rows with the left side applied."""
-        return self.sides.keep_rows(rows)
+        return self.sides.reduce_rows(rows)
 
-    def keep_cols(self, cols: Tensor) -> Tensor:
+    def reduce_cols(self, cols: Tensor) -> Tensor:
         """Patches with the right side applied."""
-        return self.sides.keep_cols(cols)
+        return self.sides.reduce_cols(cols)
 
-    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
+    def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
         """From kept factors."""
-        return self._shaped(self.sides.read(rows, cols))
+        return self._shaped(self.sides.from_factors(rows, cols))
 
-    def of_gradient(self, gradient: Tensor) -> Tensor:
+    def from_gradient(self, gradient: Tensor) -> Tensor:
         """From formed gradients (E, *shape)."""
-        return self._shaped(self.sides.of_gradient(gradient.flatten(2)))
+        return self._shaped(self.sides.from_gradient(gradient.flatten(2)))
 
     def adjoint(self, theta: Tensor) -> Tensor:
         """Of θ without example axis."""
@@ -57,13 +57,13 @@ class Kernel(NamedTuple):
         """Both sides in ``dtype``."""
         return self._replace(sides=self.sides.to(dtype))
 
-    def after(self, first: Reading) -> Reading:
+    def __matmul__(self, first: GradientMap) -> GradientMap:
         """One pair of sides where ``first`` keeps the kernel's shape; otherwise the two in turn."""
         if first == TwoSided():
             return self
         if not isinstance(first, Kernel) or not first.keep:
-            return Then(first, self)
-        merged = self.sides.after(first.sides)
+            return Composed(first, self)
+        merged = self.sides @ first.sides
         assert isinstance(merged, TwoSided)
         return self._replace(sides=merged)
 
@@ -74,13 +74,13 @@ class Kernel(NamedTuple):
         return coordinates.reshape(coordinates.shape[0], *self.shape) if self.keep else coordinates
 
 
-def reads_factors(reading: Reading) -> bool:
+def reads_factors(gradient_map: GradientMap) -> bool:
     """Whether a reading takes the factors of a flattened kernel; any other must be given G in the kernel's shape."""
-    if isinstance(reading, Then):
-        return reads_factors(reading.first)
-    if isinstance(reading, Measured):
-        return reads_factors(reading.inner)
-    return isinstance(reading, Kernel)
+    if isinstance(gradient_map, Composed):
+        return reads_factors(gradient_map.first)
+    if isinstance(gradient_map, Measured):
+        return reads_factors(gradient_map.inner)
+    return isinstance(gradient_map, Kernel)
 
 
 def patches(

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from funcattrib.lift.factors import Factor, OneHot
-from funcattrib.lift.maps.base import Reading
+from funcattrib.lift.maps.base import GradientMap
 
 Part = tuple[Factor, Tensor | None] | tuple[Tensor]
 """(rows, cols) of a use of the weight, or a formed gradient."""
 
 
-class Kept(NamedTuple):
+class SavedFactors(NamedTuple):
     """Puts aside what it is given, in ``parts``."""
 
     parts: list[Part]
@@ -24,22 +24,22 @@ class Kept(NamedTuple):
         """Of what the probe receives: one zero an example."""
         return (1,)
 
-    def keep_rows(self, rows: Factor) -> Factor:
+    def reduce_rows(self, rows: Factor) -> Factor:
         """Whole rows."""
         return rows
 
-    def keep_cols(self, cols: Tensor) -> Tensor:
+    def reduce_cols(self, cols: Tensor) -> Tensor:
         """Whole columns."""
         return cols
 
-    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
+    def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
         """Put aside as factors."""
         self.parts.append((rows, cols))
         like = rows if isinstance(rows, Tensor) else rows.weight if cols is None else cols
         examples = (rows.ids if isinstance(rows, OneHot) else rows).shape[0]
         return torch.zeros(examples, 1) if like is None else like.new_zeros(examples, 1)
 
-    def of_gradient(self, gradient: Tensor) -> Tensor:
+    def from_gradient(self, gradient: Tensor) -> Tensor:
         """Put aside as it is."""
         self.parts.append((gradient,))
         return gradient.new_zeros(gradient.shape[0], 1)
@@ -48,16 +48,16 @@ class Kept(NamedTuple):
         """There is none."""
         raise AssertionError("factors are put aside outside vmap, where W + C*(θ) is not formed")
 
-    def to(self, dtype: torch.dtype) -> "Kept":
+    def to(self, dtype: torch.dtype) -> "SavedFactors":
         """As it comes."""
         return self
 
-    def after(self, first: Any) -> Reading:
+    def __matmul__(self, first: Any) -> GradientMap:
         """Never behind another map."""
         raise AssertionError("factors are put aside as backward has them")
 
 
-def read_kept(reading: Reading, parts: list[Part], examples: int) -> Tensor | None:
+def read_saved(gradient_map: GradientMap, parts: list[Part], examples: int) -> Tensor | None:
     """(E, …) coordinates of what was put aside, summed over uses, in float32 at least; None where nothing was.
 
     Gradients formed one example at a time follow one another until they are ``examples``.
@@ -67,10 +67,10 @@ def read_kept(reading: Reading, parts: list[Part], examples: int) -> Tensor | No
     for part in parts:
         if len(part) == 2:
             rows, cols = part
-            kept = None if cols is None else reading.keep_cols(_wide(cols))  # type: ignore[arg-type]
-            waiting.append(reading.read(reading.keep_rows(_wide(rows)), kept))
+            kept = None if cols is None else gradient_map.reduce_cols(_wide(cols))  # type: ignore[arg-type]
+            waiting.append(gradient_map.from_factors(gradient_map.reduce_rows(_wide(rows)), kept))
         else:
-            waiting.append(reading.of_gradient(_wide(part[0])))  # type: ignore[arg-type]
+            waiting.append(gradient_map.from_gradient(_wide(part[0])))  # type: ignore[arg-type]
         if sum(len(each) for each in waiting) == examples:
             whole = torch.cat(waiting)
             total, waiting = whole if total is None else total + whole, []

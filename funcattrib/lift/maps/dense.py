@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from funcattrib.lift import Reading, Then, TwoSided
+from funcattrib.lift import Composed, GradientMap, TwoSided
 from funcattrib.lift.factors import Factor, outer
 
 
@@ -18,19 +18,19 @@ class Dense(NamedTuple):
         """The weight's own."""
         return shape
 
-    def keep_rows(self, rows: Factor) -> Factor:
+    def reduce_rows(self, rows: Factor) -> Factor:
         """Whole rows."""
         return rows
 
-    def keep_cols(self, cols: Tensor) -> Tensor:
+    def reduce_cols(self, cols: Tensor) -> Tensor:
         """Whole columns."""
         return cols
 
-    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
+    def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
         """From kept factors."""
-        return self.of_gradient(outer(rows, cols))
+        return self.from_gradient(outer(rows, cols))
 
-    def of_gradient(self, gradient: Tensor) -> Tensor:
+    def from_gradient(self, gradient: Tensor) -> Tensor:
         """From formed gradients."""
         return times(gradient.flatten(1), self.matrix).reshape(gradient.shape)
 
@@ -42,9 +42,9 @@ class Dense(NamedTuple):
         """In ``dtype``, or in float32 where that is wider: half precision has too few digits for H^p."""
         return Dense(self.matrix.to(torch.promote_types(dtype, torch.float32)))
 
-    def after(self, first: Reading) -> Reading:
+    def __matmul__(self, first: GradientMap) -> GradientMap:
         """The two in turn; nothing is gained by merging."""
-        return self if first == TwoSided() else Then(first, self)
+        return self if first == TwoSided() else Composed(first, self)
 
 
 def times(rows: Tensor, matrix: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from funcattrib.lift.factors import Factor, outer
-from funcattrib.lift.maps.base import Reading
-from funcattrib.lift.maps.composed import Then
+from funcattrib.lift.maps.base import GradientMap
+from funcattrib.lift.maps.composed import Composed
 from funcattrib.lift.maps.two_sided import TwoSided
 
 
@@ -27,19 +27,19 @@ class Scale(NamedTuple):
         """The weight's own."""
         return shape
 
-    def keep_rows(self, rows: Factor) -> Factor:
+    def reduce_rows(self, rows: Factor) -> Factor:
         """Whole rows."""
         return rows
 
-    def keep_cols(self, cols: Tensor) -> Tensor:
+    def reduce_cols(self, cols: Tensor) -> Tensor:
         """Whole columns."""
         return cols
 
-    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
+    def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
         """From kept factors."""
-        return self.of_gradient(outer(rows, cols))
+        return self.from_gradient(outer(rows, cols))
 
-    def of_gradient(self, gradient: Tensor) -> Tensor:
+    def from_gradient(self, gradient: Tensor) -> Tensor:
         """From formed gradients."""
         return gradient * self.factor.to(gradient.dtype)
 
@@ -51,12 +51,12 @@ class Scale(NamedTuple):
         """The factor in ``dtype``."""
         return Scale(self.factor.to(dtype))
 
-    def after(self, first: Reading) -> Reading:
+    def __matmul__(self, first: GradientMap) -> GradientMap:
         """The two in turn; nothing is gained by merging."""
-        return self if first == TwoSided() else Then(first, self)
+        return self if first == TwoSided() else Composed(first, self)
 
 
-class Entrywise(NamedTuple):
+class Elementwise(NamedTuple):
     """``function`` of formed gradients (E, *shape), entry by entry: G is formed, one weight at a time."""
 
     function: Callable[[Tensor], Tensor]
@@ -65,19 +65,19 @@ class Entrywise(NamedTuple):
         """The weight's own."""
         return shape
 
-    def keep_rows(self, rows: Factor) -> Factor:
+    def reduce_rows(self, rows: Factor) -> Factor:
         """Whole rows."""
         return rows
 
-    def keep_cols(self, cols: Tensor) -> Tensor:
+    def reduce_cols(self, cols: Tensor) -> Tensor:
         """Whole columns."""
         return cols
 
-    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
+    def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
         """From kept factors."""
-        return self.of_gradient(outer(rows, cols))
+        return self.from_gradient(outer(rows, cols))
 
-    def of_gradient(self, gradient: Tensor) -> Tensor:
+    def from_gradient(self, gradient: Tensor) -> Tensor:
         """From formed gradients."""
         return self.function(gradient)
 
@@ -85,17 +85,17 @@ class Entrywise(NamedTuple):
         """There is none."""
         raise AssertionError("a function of entries has no adjoint; single_use must have excluded this weight")
 
-    def to(self, dtype: object) -> "Entrywise":
+    def to(self, dtype: object) -> "Elementwise":
         """The function takes any type."""
         return self
 
-    def after(self, first: Reading) -> Reading:
+    def __matmul__(self, first: GradientMap) -> GradientMap:
         """Of what ``first`` reads."""
-        return self if first == TwoSided() else Then(first, self)
+        return self if first == TwoSided() else Composed(first, self)
 
 
-def is_entrywise(reading: Reading) -> bool:
+def is_elementwise(gradient_map: GradientMap) -> bool:
     """Whether a reading begins with, or contains, a function of entries: of 2 G it reads no multiple of that of G."""
-    if isinstance(reading, Then):
-        return is_entrywise(reading.first) or is_entrywise(reading.second)
-    return isinstance(reading, Entrywise)
+    if isinstance(gradient_map, Composed):
+        return is_elementwise(gradient_map.first) or is_elementwise(gradient_map.second)
+    return isinstance(gradient_map, Elementwise)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from funcattrib.lift.factors import Factor, Side, dense_along, outer, product
-from funcattrib.lift.maps.base import Reading
-from funcattrib.lift.maps.composed import Then
+from funcattrib.lift.maps.base import GradientMap
+from funcattrib.lift.maps.composed import Composed
 from funcattrib.lift.maps.heads import Each
 from funcattrib.lift.maps.measured import Measured
 from funcattrib.lift.maps.two_sided import TwoSided
@@ -38,15 +38,15 @@ class Stack(NamedTuple):
         """Of a weight of ``shape``, experts first."""
         return (shape[0], *self.sides.coordinates_shape(shape[1:]))
 
-    def keep_rows(self, rows: Factor) -> Factor:
+    def reduce_rows(self, rows: Factor) -> Factor:
         """Not without the experts' numbers: see ``rows_of``."""
         raise AssertionError("a stack is read from tokens with their experts, or from formed gradients")
 
-    def keep_cols(self, cols: Tensor) -> Tensor:
+    def reduce_cols(self, cols: Tensor) -> Tensor:
         """Not without the experts' numbers: see ``cols_of``."""
         raise AssertionError("a stack is read from tokens with their experts, or from formed gradients")
 
-    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
+    def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
         """Not without the experts' numbers."""
         raise AssertionError("a stack is read from tokens with their experts, or from formed gradients")
 
@@ -58,32 +58,32 @@ class Stack(NamedTuple):
         """(E, S, I) → (E, S, Q), each token with its expert's right side; ``expert`` (E, S)."""
         return dense_along(self.sides.right, cols if self.right is None else cols * self.right.to(cols.dtype)[expert])
 
-    def of_gradient(self, gradient: Tensor) -> Tensor:
+    def from_gradient(self, gradient: Tensor) -> Tensor:
         """From formed gradients (E, X, O, I)."""
         scaled = _diagonals(self.left, self.right, gradient)
-        return self.sides.of_gradient(scaled.flatten(0, 1)).unflatten(0, gradient.shape[:2])
+        return self.sides.from_gradient(scaled.flatten(0, 1)).unflatten(0, gradient.shape[:2])
 
     def adjoint(self, theta: Tensor) -> Tensor:
         """Of θ (X, P, Q), without example axis."""
         left, right = (side if side is None or side.ndim == 1 else side.T for side in self.sides)
-        return _diagonals(self.left, self.right, TwoSided(left, right).of_gradient(theta))
+        return _diagonals(self.left, self.right, TwoSided(left, right).from_gradient(theta))
 
     def to(self, dtype: torch.dtype) -> "Stack":
         """Every side in ``dtype``."""
         left, right = (side if side is None else side.to(dtype) for side in (self.left, self.right))
         return Stack(self.sides.to(dtype), left, right)
 
-    def after(self, first: Reading) -> Reading:
+    def __matmul__(self, first: GradientMap) -> GradientMap:
         """One map where the diagonals come first; otherwise the two in turn."""
         if first == TwoSided():
             return self
         if isinstance(first, Stack) and self.left is None and self.right is None:
-            sides = self.sides.after(first.sides)
+            sides = self.sides @ first.sides
             assert isinstance(sides, TwoSided)
             return first._replace(sides=sides)
         if isinstance(first, Stack) and first.sides == TwoSided():
             return self._replace(left=product(self.left, first.left), right=product(self.right, first.right))
-        return Then(first, self)
+        return Composed(first, self)
 
 
 class Parts(NamedTuple):
@@ -96,19 +96,19 @@ class Parts(NamedTuple):
         """Of a stack of ``shape``."""
         return (self.size if self.kept is None else len(self.kept), *shape[1:])
 
-    def keep_rows(self, rows: Factor) -> Factor:
+    def reduce_rows(self, rows: Factor) -> Factor:
         """Whole rows."""
         return rows
 
-    def keep_cols(self, cols: Tensor) -> Tensor:
+    def reduce_cols(self, cols: Tensor) -> Tensor:
         """Whole columns."""
         return cols
 
-    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
+    def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
         """From kept factors."""
-        return self.of_gradient(outer(rows, cols))
+        return self.from_gradient(outer(rows, cols))
 
-    def of_gradient(self, gradient: Tensor) -> Tensor:
+    def from_gradient(self, gradient: Tensor) -> Tensor:
         """From formed gradients (E, X, …)."""
         return gradient if self.kept is None else gradient[:, list(self.kept)]
 
@@ -123,34 +123,34 @@ class Parts(NamedTuple):
         """Nothing is held."""
         return self
 
-    def after(self, first: Reading) -> Reading:
+    def __matmul__(self, first: GradientMap) -> GradientMap:
         """Behind the map of the stack."""
-        return self if first == TwoSided() else Then(first, self)
+        return self if first == TwoSided() else Composed(first, self)
 
     def narrow(self, numbers: Sequence[int]) -> "Parts":
         """Only the entries in these places."""
         before = range(self.size) if self.kept is None else self.kept
         return self._replace(kept=tuple(before[number] for number in numbers))
 
-    def absorb(self, maps: Sequence[Reading]) -> Reading:
+    def absorb(self, maps: Sequence[GradientMap]) -> GradientMap:
         """Each entry with a map of its own behind it; sides that all share come before the parts, on the stack."""
         pairs = [one for one in maps if isinstance(one, TwoSided)]
         if len(pairs) == len(maps) and len({(id(one.left), id(one.right)) for one in pairs}) == 1:
-            return self.after(Stack(pairs[0]))
-        return Then(self, Each(tuple(maps)))
+            return self @ Stack(pairs[0])
+        return Composed(self, Each(tuple(maps)))
 
 
-def of_tokens(reading: Reading) -> tuple[Stack, Reading | None]:
+def of_tokens(gradient_map: GradientMap) -> tuple[Stack, GradientMap | None]:
     """The part of a reading that tokens' factors take, and what is left to do with the formed (E, X, P, Q)."""
-    if isinstance(reading, Stack):
-        return reading, None
-    if isinstance(reading, Then):
-        stack, rest = of_tokens(reading.first)
-        return stack, reading.second if rest is None else reading.second.after(rest)
-    if isinstance(reading, Measured):
-        stack, rest = of_tokens(reading.inner)
-        return stack, Measured(rest or TwoSided(), reading.measure)
-    return Stack(), None if reading == TwoSided() else reading
+    if isinstance(gradient_map, Stack):
+        return gradient_map, None
+    if isinstance(gradient_map, Composed):
+        stack, rest = of_tokens(gradient_map.first)
+        return stack, gradient_map.second if rest is None else gradient_map.second @ rest
+    if isinstance(gradient_map, Measured):
+        stack, rest = of_tokens(gradient_map.inner)
+        return stack, Measured(rest or TwoSided(), gradient_map.measure)
+    return Stack(), None if gradient_map == TwoSided() else gradient_map
 
 
 def _diagonals(left: Side, right: Side, gradient: Tensor) -> Tensor:

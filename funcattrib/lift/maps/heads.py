@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from funcattrib.lift.factors import Factor, OneHot, Side, along, dense_along, length, outer, product
-from funcattrib.lift.maps.base import Reading
-from funcattrib.lift.maps.composed import Then
+from funcattrib.lift.maps.base import GradientMap
+from funcattrib.lift.maps.composed import Composed
 from funcattrib.lift.maps.two_sided import TwoSided
 
 
@@ -86,28 +86,28 @@ class Split(NamedTuple):
         sides = tuple(own if axis == self.heads.axis else length(self.other, n) for axis, n in enumerate(shape))
         return (self.heads.read, *sides)
 
-    def keep_rows(self, rows: Factor) -> Factor:
+    def reduce_rows(self, rows: Factor) -> Factor:
         """Rows with their side applied, heads one after the other: (E, N, H·P)."""
         if self.heads.axis == 1:
             return along(self.other, rows)
         return rows if isinstance(rows, OneHot) else self._each(rows).flatten(-2)
 
-    def keep_cols(self, cols: Tensor) -> Tensor:
+    def reduce_cols(self, cols: Tensor) -> Tensor:
         """Columns with their side applied, heads one after the other: (E, N, H·Q)."""
         return dense_along(self.other, cols) if self.heads.axis == 0 else self._each(cols).flatten(-2)
 
-    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
+    def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
         """From kept factors."""
         formed = outer(rows, cols)
         if isinstance(rows, OneHot) and self.heads.axis == 0:  # one-hot rows do not divide into heads: rows of G do
-            return self._replace(other=None).of_gradient(formed)
+            return self._replace(other=None).from_gradient(formed)
         return formed.unflatten(1 + self.heads.axis, (self.heads.read, -1)).movedim(1 + self.heads.axis, 1)
 
-    def of_gradient(self, gradient: Tensor) -> Tensor:
+    def from_gradient(self, gradient: Tensor) -> Tensor:
         """From formed gradients (E, *shape)."""
         axis = 1 + self.heads.axis
         shared = TwoSided(None, self.other) if self.heads.axis == 0 else TwoSided(self.other)
-        parts = self._each(shared.of_gradient(gradient).movedim(axis, -1))
+        parts = self._each(shared.from_gradient(gradient).movedim(axis, -1))
         return parts.movedim((-2, -1), (1, 1 + axis))
 
     def adjoint(self, theta: Tensor) -> Tensor:
@@ -123,14 +123,14 @@ class Split(NamedTuple):
         own, other = (side if side is None else side.to(dtype) for side in (self.own, self.other))
         return self._replace(own=own, other=other)
 
-    def after(self, first: Reading) -> Reading:
+    def __matmul__(self, first: GradientMap) -> GradientMap:
         """A pair of sides before the split is taken into it, unless one mixes the heads."""
         if not isinstance(first, TwoSided):
-            return Then(first, self)
+            return Composed(first, self)
         sides = (first.left, first.right)
         divided = sides[self.heads.axis]
         if divided is not None and divided.ndim == 2:
-            return Then(first, self)
+            return Composed(first, self)
         before = None if divided is None else self.heads.take(divided)
         return self._replace(own=_product(self.own, before), other=product(self.other, sides[1 - self.heads.axis]))
 
@@ -139,14 +139,14 @@ class Split(NamedTuple):
         own = self.own if self.own is None or len(numbers) == self.heads.read else self.own[list(numbers)]
         return self._replace(heads=self.heads.only(numbers), own=own)
 
-    def absorb(self, maps: Sequence[Reading]) -> Reading:
+    def absorb(self, maps: Sequence[GradientMap]) -> GradientMap:
         """Each head's coordinates with a map of its own behind them, in one where all are alike pairs of sides."""
         pairs = [one for one in maps if isinstance(one, TwoSided)]
         own = [(pair.left, pair.right)[self.heads.axis] for pair in pairs]
         other = [(pair.right, pair.left)[self.heads.axis] for pair in pairs]
         alike = len({None if side is None else side.shape for side in own}) == 1
         if len(pairs) < len(maps) or not alike or any(side is not other[0] for side in other):
-            return Then(self, Each(tuple(maps)))
+            return Composed(self, Each(tuple(maps)))
         stacked = None if own[0] is None else torch.stack([side for side in own if side is not None])
         return self._replace(own=_product(stacked, self.own), other=product(other[0], self.other))
 
@@ -161,28 +161,28 @@ class Each(NamedTuple):
     Their coordinates are stacked again, except that one head alone is not: (E, …).
     """
 
-    maps: tuple[Reading, ...]
+    maps: tuple[GradientMap, ...]
 
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of stacked gradients of ``shape``, heads first."""
         of_one = self.maps[0].coordinates_shape(shape[1:])
         return of_one if len(self.maps) == 1 else (len(self.maps), *of_one)
 
-    def keep_rows(self, rows: Factor) -> Factor:
+    def reduce_rows(self, rows: Factor) -> Factor:
         """Whole rows."""
         return rows
 
-    def keep_cols(self, cols: Tensor) -> Tensor:
+    def reduce_cols(self, cols: Tensor) -> Tensor:
         """Whole columns."""
         return cols
 
-    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
+    def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
         """From kept factors."""
-        return self.of_gradient(outer(rows, cols))
+        return self.from_gradient(outer(rows, cols))
 
-    def of_gradient(self, gradient: Tensor) -> Tensor:
+    def from_gradient(self, gradient: Tensor) -> Tensor:
         """From formed gradients (E, H, …)."""
-        parts = [one.of_gradient(part) for one, part in zip(self.maps, gradient.unbind(1), strict=True)]
+        parts = [one.from_gradient(part) for one, part in zip(self.maps, gradient.unbind(1), strict=True)]
         return parts[0] if len(parts) == 1 else torch.stack(parts, 1)
 
     def adjoint(self, theta: Tensor) -> Tensor:
@@ -194,37 +194,37 @@ class Each(NamedTuple):
         """Every map in ``dtype``."""
         return Each(tuple(one.to(dtype) for one in self.maps))
 
-    def after(self, first: Reading) -> Reading:
+    def __matmul__(self, first: GradientMap) -> GradientMap:
         """Behind the split."""
-        return Then(first, self)
+        return Composed(first, self)
 
 
-def each(reading: Reading, maps: Sequence[Reading | None]) -> Reading:
+def each(gradient_map: GradientMap, maps: Sequence[GradientMap | None]) -> GradientMap:
     """``reading``, whose coordinates are stacked heads, with a map of its own behind each; None drops the head."""
     numbers = [number for number, one in enumerate(maps) if one is not None]
     kept = [one for one in maps if one is not None]
     if len(kept) == 1:  # one head alone is not stacked
-        return Each((kept[0],)).after(_narrow(reading, numbers))
-    return _behind(_narrow(reading, numbers), kept)
+        return Each((kept[0],)) @ _narrow(gradient_map, numbers)
+    return _behind(_narrow(gradient_map, numbers), kept)
 
 
-def _narrow(reading: Reading, numbers: Sequence[int]) -> Reading:
-    if hasattr(reading, "narrow"):
-        return reading.narrow(numbers)
-    assert isinstance(reading, Then), "heads are stacked by a split"
-    if isinstance(reading.second, Each):
-        return Then(_narrow(reading.first, numbers), Each(tuple(reading.second.maps[n] for n in numbers)))
-    return Then(reading.first, _narrow(reading.second, numbers))
+def _narrow(gradient_map: GradientMap, numbers: Sequence[int]) -> GradientMap:
+    if hasattr(gradient_map, "narrow"):
+        return gradient_map.narrow(numbers)
+    assert isinstance(gradient_map, Composed), "heads are stacked by a split"
+    if isinstance(gradient_map.second, Each):
+        return Composed(_narrow(gradient_map.first, numbers), Each(tuple(gradient_map.second.maps[n] for n in numbers)))
+    return Composed(gradient_map.first, _narrow(gradient_map.second, numbers))
 
 
-def _behind(reading: Reading, maps: Sequence[Reading]) -> Reading:
-    if hasattr(reading, "absorb"):
-        return reading.absorb(maps)
-    assert isinstance(reading, Then), "heads are stacked by a split"
-    if isinstance(reading.second, Each):
-        merged = (one.after(before) for one, before in zip(maps, reading.second.maps, strict=True))
-        return Then(reading.first, Each(tuple(merged)))
-    return _behind(reading.second, maps).after(reading.first)
+def _behind(gradient_map: GradientMap, maps: Sequence[GradientMap]) -> GradientMap:
+    if hasattr(gradient_map, "absorb"):
+        return gradient_map.absorb(maps)
+    assert isinstance(gradient_map, Composed), "heads are stacked by a split"
+    if isinstance(gradient_map.second, Each):
+        merged = (one @ before for one, before in zip(maps, gradient_map.second.maps, strict=True))
+        return Composed(gradient_map.first, Each(tuple(merged)))
+    return _behind(gradient_map.second, maps) @ gradient_map.first
 
 
 def _apply(own: Tensor | None, parts: Tensor) -> Tensor:

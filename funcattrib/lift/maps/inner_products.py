@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from funcattrib.lift.factors import Factor, OneHot, dense_along, outer
-from funcattrib.lift.maps.base import Reading
-from funcattrib.lift.maps.composed import Then
+from funcattrib.lift.maps.base import GradientMap
+from funcattrib.lift.maps.composed import Composed
 from funcattrib.lift.maps.two_sided import TwoSided
 
 _FORMING = 16
@@ -28,7 +28,7 @@ _FORMING = 16
 memory, not arithmetic."""
 
 
-class Against(NamedTuple):
+class InnerProducts(NamedTuple):
     """Products with ``queries`` (K, *shape), (K,); with ``norm`` the squared norm of G follows them, (K + 1,).
 
     With the norm the reading is a statistic: its weight must be used once (``lift.single_use``).
@@ -46,18 +46,18 @@ class Against(NamedTuple):
         """The same for every weight, so that they can share a probe."""
         return (self.queries.shape[0] + self.norm,)
 
-    def keep_rows(self, rows: Factor) -> Factor:
+    def reduce_rows(self, rows: Factor) -> Factor:
         """Whole rows."""
         return rows
 
-    def keep_cols(self, cols: Tensor) -> Tensor:
+    def reduce_cols(self, cols: Tensor) -> Tensor:
         """Whole columns."""
         return cols
 
-    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
+    def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
         """From kept factors."""
         if cols is None or self.queries.ndim != 3 or not self.contracts(cols.shape[1]):
-            return self.of_gradient(outer(rows, cols))
+            return self.from_gradient(outer(rows, cols))
         products = _contract(self.queries, rows, cols)
         return torch.cat([products, _squared_norm(rows, cols)], 1) if self.norm else products
 
@@ -65,7 +65,8 @@ class Against(NamedTuple):
         """Whether an example of ``tokens`` tokens is scored without forming its gradient.
 
         Example:
-            >>> Against(torch.zeros(1, 64, 64)).contracts(512), Against(torch.zeros(8, 64, 64)).contracts(512)
+            >>> one, eight = (InnerProducts(torch.zeros(queries, 64, 64)) for queries in (1, 8))
+            >>> one.contracts(512), eight.contracts(512)
             (True, False)
         """
         count, height, width = self.queries.shape
@@ -73,7 +74,7 @@ class Against(NamedTuple):
             return False  # the norm needs it formed
         return count * tokens <= tokens + count + _FORMING
 
-    def of_gradient(self, gradient: Tensor) -> Tensor:
+    def from_gradient(self, gradient: Tensor) -> Tensor:
         """From formed gradients."""
         flat = _wide(gradient.flatten(1))
         products = flat @ self.queries.flatten(1).to(flat).T
@@ -86,13 +87,13 @@ class Against(NamedTuple):
         assert not self.norm, "a norm has no adjoint; single_use must have excluded this weight"
         return torch.tensordot(theta, self.queries.to(theta.dtype), 1)
 
-    def to(self, dtype: torch.dtype) -> "Against":
+    def to(self, dtype: torch.dtype) -> "InnerProducts":
         """The queries in ``dtype``, or in float32 where that is wider."""
         return self._replace(queries=self.queries.to(torch.promote_types(dtype, torch.float32)))
 
-    def after(self, first: Reading) -> Reading:
+    def __matmul__(self, first: GradientMap) -> GradientMap:
         """Of what ``first`` reads."""
-        return self if first == TwoSided() else Then(first, self)
+        return self if first == TwoSided() else Composed(first, self)
 
 
 def _contract(queries: Tensor, rows: Factor, cols: Tensor) -> Tensor:
@@ -123,4 +124,4 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-__all__ = ["Against"]
+__all__ = ["InnerProducts"]

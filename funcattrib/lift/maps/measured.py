@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from funcattrib.lift.factors import Factor
-from funcattrib.lift.maps.base import Reading
+from funcattrib.lift.maps.base import GradientMap
 
 
 class Measured(NamedTuple):
@@ -17,7 +17,7 @@ class Measured(NamedTuple):
     (``lift.single_use`` finds out), or else the coordinates are read and measured afterwards.
     """
 
-    inner: Reading
+    inner: GradientMap
     measure: Callable[[Tensor], Tensor]
 
     @property
@@ -30,21 +30,21 @@ class Measured(NamedTuple):
         probe = torch.zeros(1, *self.inner.coordinates_shape(shape), device="meta")
         return tuple(self.measure(probe).shape[1:])
 
-    def keep_rows(self, rows: Factor) -> Factor:
+    def reduce_rows(self, rows: Factor) -> Factor:
         """As the inner map does."""
-        return self.inner.keep_rows(rows)
+        return self.inner.reduce_rows(rows)
 
-    def keep_cols(self, cols: Tensor) -> Tensor:
+    def reduce_cols(self, cols: Tensor) -> Tensor:
         """As the inner map does."""
-        return self.inner.keep_cols(cols)
+        return self.inner.reduce_cols(cols)
 
-    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
+    def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
         """From kept factors."""
-        return self.measure(self.inner.read(rows, cols))
+        return self.measure(self.inner.from_factors(rows, cols))
 
-    def of_gradient(self, gradient: Tensor) -> Tensor:
+    def from_gradient(self, gradient: Tensor) -> Tensor:
         """From formed gradients."""
-        return self.measure(self.inner.of_gradient(gradient))
+        return self.measure(self.inner.from_gradient(gradient))
 
     def adjoint(self, theta: Tensor) -> Tensor:
         """There is none."""
@@ -54,6 +54,6 @@ class Measured(NamedTuple):
         """The inner map in ``dtype``."""
         return Measured(self.inner.to(dtype), self.measure)
 
-    def after(self, first: Reading) -> Reading:
+    def __matmul__(self, first: GradientMap) -> GradientMap:
         """The statistic of coordinates behind another map."""
-        return Measured(self.inner.after(first), self.measure)
+        return Measured(self.inner @ first, self.measure)

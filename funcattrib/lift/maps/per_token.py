@@ -13,41 +13,41 @@ from torch import Tensor
 
 from funcattrib.errors import ChainError
 from funcattrib.lift.factors import Factor, OneHot
-from funcattrib.lift.maps.base import Reading
-from funcattrib.lift.maps.composed import Then
+from funcattrib.lift.maps.base import GradientMap
+from funcattrib.lift.maps.composed import Composed
 
 
 class PerToken(NamedTuple):
     """``inner``, read for each of ``tokens`` positions; a stage's map is behind ``inner``, not behind this."""
 
-    inner: Reading
+    inner: GradientMap
     tokens: int
 
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of a weight of ``shape``, positions first."""
         return (self.tokens, *self.inner.coordinates_shape(shape))
 
-    def keep_rows(self, rows: Factor) -> Factor:
+    def reduce_rows(self, rows: Factor) -> Factor:
         """As the inner map does, of one row a position."""
         self._check(rows.ids.shape[1] if isinstance(rows, OneHot) else rows.shape[1])
-        return self.inner.keep_rows(rows)
+        return self.inner.reduce_rows(rows)
 
-    def keep_cols(self, cols: Tensor) -> Tensor:
+    def reduce_cols(self, cols: Tensor) -> Tensor:
         """As the inner map does, of one column a position."""
         self._check(cols.shape[1])
-        return self.inner.keep_cols(cols)
+        return self.inner.reduce_cols(cols)
 
-    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
+    def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
         """(E, T, …): every position is an example of one token."""
         if isinstance(rows, OneHot):
             alone: Factor = OneHot(_alone(rows.ids), rows.size, None if rows.weight is None else _alone(rows.weight))
             examples = rows.ids.shape[0]
         else:
             alone, examples = _alone(rows), rows.shape[0]
-        coordinates = self.inner.read(alone, None if cols is None else _alone(cols))
+        coordinates = self.inner.from_factors(alone, None if cols is None else _alone(cols))
         return coordinates.unflatten(0, (examples, self.tokens))
 
-    def of_gradient(self, gradient: Tensor) -> Tensor:
+    def from_gradient(self, gradient: Tensor) -> Tensor:
         """A formed gradient has no positions left."""
         raise _refused(
             f"a parameter of shape {tuple(gradient.shape[1:])} is used in an operation without a rule for it"
@@ -61,18 +61,18 @@ class PerToken(NamedTuple):
         """The inner map in ``dtype``."""
         return self._replace(inner=self.inner.to(dtype))
 
-    def after(self, first: Reading) -> Reading:
+    def __matmul__(self, first: GradientMap) -> GradientMap:
         """Behind another map."""
-        return self._replace(inner=self.inner.after(first)) if not isinstance(first, PerToken) else Then(first, self)
+        return self._replace(inner=self.inner @ first) if not isinstance(first, PerToken) else Composed(first, self)
 
     def _check(self, positions: int) -> None:
         if positions != self.tokens:
             raise _refused(f"a parameter is used {positions} times in an example of {self.tokens} tokens")
 
 
-def summed(reading: Reading, rows: Tensor) -> Tensor:
+def summed(gradient_map: GradientMap, rows: Tensor) -> Tensor:
     """Rows of a vector's gradient (E, N, n), added up over positions unless each is read by itself."""
-    return rows if isinstance(reading, PerToken) else rows.sum(1, keepdim=True)
+    return rows if isinstance(gradient_map, PerToken) else rows.sum(1, keepdim=True)
 
 
 def _alone(x: Tensor) -> Tensor:

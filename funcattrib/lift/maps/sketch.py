@@ -18,8 +18,8 @@ from torch import Tensor
 
 from funcattrib.kernels.fold import fold, unfold
 from funcattrib.lift.factors import Factor, outer
-from funcattrib.lift.maps.base import Reading
-from funcattrib.lift.maps.composed import Then
+from funcattrib.lift.maps.base import GradientMap
+from funcattrib.lift.maps.composed import Composed
 from funcattrib.lift.maps.two_sided import TwoSided
 
 _PART = 1 << 18
@@ -41,21 +41,21 @@ class Sketched(NamedTuple):
         """The same for every weight, so that they can share a probe."""
         return (self.k,)
 
-    def keep_rows(self, rows: Factor) -> Factor:
+    def reduce_rows(self, rows: Factor) -> Factor:
         """Whole rows."""
         return rows
 
-    def keep_cols(self, cols: Tensor) -> Tensor:
+    def reduce_cols(self, cols: Tensor) -> Tensor:
         """Whole columns."""
         return cols
 
-    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
+    def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
         """From kept factors: G is formed a few rows at a time."""
         if cols is None or not isinstance(rows, Tensor):
-            return self.of_gradient(outer(rows, cols))
+            return self.from_gradient(outer(rows, cols))
         return _Sketch.apply(rows, cols, self)
 
-    def of_gradient(self, gradient: Tensor) -> Tensor:
+    def from_gradient(self, gradient: Tensor) -> Tensor:
         """From formed gradients."""
         return _Sketch.apply(gradient, None, self)
 
@@ -72,9 +72,9 @@ class Sketched(NamedTuple):
         """Nothing is held."""
         return self
 
-    def after(self, first: Reading) -> Reading:
+    def __matmul__(self, first: GradientMap) -> GradientMap:
         """Of what ``first`` reads."""
-        return self if first == TwoSided() else Then(first, self)
+        return self if first == TwoSided() else Composed(first, self)
 
 
 def buckets(how: Sketched, repetition: int, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from funcattrib.lift.factors import Factor, Side, along, dense_along, length, outer, product, transpose
-from funcattrib.lift.maps.base import Reading
-from funcattrib.lift.maps.composed import Then
+from funcattrib.lift.maps.base import GradientMap
+from funcattrib.lift.maps.composed import Composed
 
 
 class TwoSided(NamedTuple):
@@ -22,19 +22,19 @@ class TwoSided(NamedTuple):
             return shape
         return tuple(length(side, n) for side, n in zip((self.left, self.right), shape, strict=False))
 
-    def keep_rows(self, rows: Factor) -> Factor:
+    def reduce_rows(self, rows: Factor) -> Factor:
         """Rows with the left side applied."""
         return along(self.left, rows)
 
-    def keep_cols(self, cols: Tensor) -> Tensor:
+    def reduce_cols(self, cols: Tensor) -> Tensor:
         """Columns with the right side applied."""
         return dense_along(self.right, cols)
 
-    def read(self, rows: Factor, cols: Tensor | None) -> Tensor:
+    def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
         """From kept factors."""
         return outer(rows, cols)
 
-    def of_gradient(self, gradient: Tensor) -> Tensor:
+    def from_gradient(self, gradient: Tensor) -> Tensor:
         """From formed gradients (E, *shape)."""
         if gradient.ndim == 2:
             return dense_along(self.left, gradient)
@@ -56,8 +56,8 @@ class TwoSided(NamedTuple):
         """Both sides in ``dtype``."""
         return TwoSided(*(side if side is None else side.to(dtype) for side in self))
 
-    def after(self, first: Reading) -> Reading:
+    def __matmul__(self, first: GradientMap) -> GradientMap:
         """One pair of sides where ``first`` is one; otherwise the two in turn."""
         if not isinstance(first, TwoSided):
-            return Then(first, self)
+            return Composed(first, self)
         return TwoSided(product(self.left, first.left), product(self.right, first.right))

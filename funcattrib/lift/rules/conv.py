@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from funcattrib.lift.factors import outer
 from funcattrib.lift.lifted import Lifted, Rule, plain
-from funcattrib.lift.maps.base import Reading
+from funcattrib.lift.maps.base import GradientMap
 from funcattrib.lift.maps.conv import patches, reads_factors
 from funcattrib.lift.rules.linear import by_example
 from funcattrib.lift.tap import tap
@@ -35,36 +35,36 @@ def _conv(axes: int, convolve: Callable[..., Tensor], args: tuple[Any, ...], kwa
     if isinstance(weight, Lifted):
         tapped = _tap_weight(batched, tapped, weight, axes, options)
     if isinstance(bias, Lifted):
-        tapped = tap(tapped, bias.theta, partial(_read_bias, bias.reading, bias.theta.shape[0]))
+        tapped = tap(tapped, bias.theta, partial(_read_bias, bias.map, bias.theta.shape[0]))
     return tapped if x.ndim == 2 + axes else tapped[0]
 
 
 def _tap_weight(x: Tensor, y: Tensor, weight: Lifted, axes: int, options: dict[str, Any]) -> Tensor:
-    shape, reading, groups = tuple(weight.weight.shape), weight.reading, options["groups"]
+    shape, gradient_map, groups = tuple(weight.weight.shape), weight.map, options["groups"]
     stride, dilation = (_each_axis(options[name], axes) for name in ("stride", "dilation"))
     padding = _padding(options["padding"], shape[2:], dilation)
     # Groups are an axis of their own: (E, N, g, I)
     seen = [patches(part, shape[2:], stride, padding, dilation) for part in x.chunk(groups, 1)]
     cols = by_example(torch.stack(seen, 2).flatten(2), weight).unflatten(-1, (groups, -1))
-    if groups == 1 and reads_factors(reading):
-        kept: Any = reading.keep_cols(cols[:, :, 0])
-        return tap(y, weight.theta, partial(_read_factors, reading, weight.theta.shape[0]), kept)
-    return tap(y, weight.theta, partial(_read_formed, reading, shape), cols)
+    if groups == 1 and reads_factors(gradient_map):
+        kept: Any = gradient_map.reduce_cols(cols[:, :, 0])
+        return tap(y, weight.theta, partial(_read_factors, gradient_map, weight.theta.shape[0]), kept)
+    return tap(y, weight.theta, partial(_read_formed, gradient_map, shape), cols)
 
 
-def _read_factors(reading: Reading, examples: int, g: Tensor, cols: Tensor) -> Tensor:
-    return reading.read(reading.keep_rows(_by_position(g, examples)), cols)
+def _read_factors(gradient_map: GradientMap, examples: int, g: Tensor, cols: Tensor) -> Tensor:
+    return gradient_map.from_factors(gradient_map.reduce_rows(_by_position(g, examples)), cols)
 
 
-def _read_formed(reading: Reading, shape: tuple[int, ...], g: Tensor, cols: Tensor) -> Tensor:
+def _read_formed(gradient_map: GradientMap, shape: tuple[int, ...], g: Tensor, cols: Tensor) -> Tensor:
     examples, _, groups, _ = cols.shape
     rows = _by_position(g, examples).unflatten(-1, (groups, -1))
     formed = outer(rows.movedim(2, 1).flatten(0, 1), cols.movedim(2, 1).flatten(0, 1))  # (E·g, O/g, I)
-    return reading.of_gradient(formed.reshape(examples, *shape))
+    return gradient_map.from_gradient(formed.reshape(examples, *shape))
 
 
-def _read_bias(reading: Reading, examples: int, g: Tensor) -> Tensor:
-    return reading.read(reading.keep_rows(_by_position(g, examples).sum(1, keepdim=True)), None)
+def _read_bias(gradient_map: GradientMap, examples: int, g: Tensor) -> Tensor:
+    return gradient_map.from_factors(gradient_map.reduce_rows(_by_position(g, examples).sum(1, keepdim=True)), None)
 
 
 def _by_position(g: Tensor, examples: int) -> Tensor:

@@ -17,10 +17,10 @@ from funcattrib.kernels.head_tokens import Operands
 from funcattrib.kernels.logit_loss import Head
 from funcattrib.lift.factors import Side
 from funcattrib.lift.lifted import Lifted, Rule, plain
-from funcattrib.lift.maps.base import Reading
-from funcattrib.lift.maps.composed import Then
-from funcattrib.lift.maps.elementwise import is_entrywise
-from funcattrib.lift.maps.inner_products import Against
+from funcattrib.lift.maps.base import GradientMap
+from funcattrib.lift.maps.composed import Composed
+from funcattrib.lift.maps.elementwise import is_elementwise
+from funcattrib.lift.maps.inner_products import InnerProducts
 from funcattrib.lift.maps.measured import Measured
 from funcattrib.lift.maps.per_token import PerToken
 from funcattrib.lift.maps.two_sided import TwoSided
@@ -37,29 +37,29 @@ def _head(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _tap_weight(x: Operands, weight: Lifted, head: Head) -> Tensor:
-    reading = weight.reading
-    left = _left(reading)
-    if isinstance(reading, PerToken) and (left is None or left.ndim == 1):
+    gradient_map = weight.map
+    left = _left(gradient_map)
+    if isinstance(gradient_map, PerToken) and (left is None or left.ndim == 1):
         loss, rows = head_loss(x, _whole(x), head)
-        kept_whole: Any = reading.keep_cols(by_example(x.hidden, weight))
-        return tap(loss, weight.theta, partial(_read_whole, reading, weight.theta.shape[0]), rows, kept_whole)
+        kept_whole: Any = gradient_map.reduce_cols(by_example(x.hidden, weight))
+        return tap(loss, weight.theta, partial(_read_whole, gradient_map, weight.theta.shape[0]), rows, kept_whole)
     if left is not None and left.ndim == 2:
         loss, rows = head_loss(x, left, head)
-        kept: Any = reading.keep_cols(by_example(x.hidden, weight))
-        return tap(loss, weight.theta, partial(_read, reading, weight.theta.shape[0]), rows, kept)
-    if is_entrywise(reading):
+        kept: Any = gradient_map.reduce_cols(by_example(x.hidden, weight))
+        return tap(loss, weight.theta, partial(_read, gradient_map, weight.theta.shape[0]), rows, kept)
+    if is_elementwise(gradient_map):
         loss, whole = head_loss_forming(x, head, _as_it_is)
-        return tap(loss, weight.theta, partial(_read_scaled, reading), whole)
-    loss, formed = head_loss_forming(x, head, reading.of_gradient)
-    return tap(loss, weight.theta, partial(_read_formed, reading), formed)
+        return tap(loss, weight.theta, partial(_read_scaled, gradient_map), whole)
+    loss, formed = head_loss_forming(x, head, gradient_map.from_gradient)
+    return tap(loss, weight.theta, partial(_read_formed, gradient_map), formed)
 
 
 def _tap_bias(loss: Tensor, x: Operands, bias: Lifted, head: Head) -> Tensor:
     """G_b = Σ_n (∂ℓ/∂z)_n."""
-    if isinstance(bias.reading, PerToken):
+    if isinstance(bias.map, PerToken):
         rows = head_loss(x, _whole(x), head)[1]
-        return tap(loss, bias.theta, partial(_read_whole, bias.reading, bias.theta.shape[0]), rows, None)
-    return tap(loss, bias.theta, partial(_read_bias, bias.reading, head), *x)
+        return tap(loss, bias.theta, partial(_read_whole, bias.map, bias.theta.shape[0]), rows, None)
+    return tap(loss, bias.theta, partial(_read_bias, bias.map, head), *x)
 
 
 def _whole(x: Operands) -> Tensor:
@@ -67,51 +67,53 @@ def _whole(x: Operands) -> Tensor:
     return torch.eye(x.weight.shape[0], dtype=x.weight.dtype, device=x.weight.device)
 
 
-def _left(reading: Reading) -> Side:
+def _left(gradient_map: GradientMap) -> Side:
     """The left side that rows are given first."""
-    if isinstance(reading, PerToken):
-        return _left(reading.inner)
-    if isinstance(reading, Then):
-        return _left(reading.first)
-    return reading.left if isinstance(reading, TwoSided) else None
+    if isinstance(gradient_map, PerToken):
+        return _left(gradient_map.inner)
+    if isinstance(gradient_map, Composed):
+        return _left(gradient_map.first)
+    return gradient_map.left if isinstance(gradient_map, TwoSided) else None
 
 
-def _read_whole(reading: Reading, examples: int, g: Tensor, rows: Tensor, cols: Tensor | None) -> Tensor:
-    scaled: Any = reading.keep_rows((rows * g[:, None, None].to(rows.dtype)).reshape(examples, -1, rows.shape[-1]))
-    return reading.read(scaled, cols)
+def _read_whole(gradient_map: GradientMap, examples: int, g: Tensor, rows: Tensor, cols: Tensor | None) -> Tensor:
+    scaled: Any = gradient_map.reduce_rows(
+        (rows * g[:, None, None].to(rows.dtype)).reshape(examples, -1, rows.shape[-1])
+    )
+    return gradient_map.from_factors(scaled, cols)
 
 
-def _read(reading: Reading, examples: int, g: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+def _read(gradient_map: GradientMap, examples: int, g: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     scaled = rows * g[:, None, None].to(rows.dtype)
-    return reading.read(scaled.reshape(examples, -1, rows.shape[-1]), cols)
+    return gradient_map.from_factors(scaled.reshape(examples, -1, rows.shape[-1]), cols)
 
 
 def _as_it_is(gradient: Tensor) -> Tensor:
     return gradient
 
 
-def _read_scaled(reading: Reading, g: Tensor, whole: Tensor) -> Tensor:
-    return reading.of_gradient(whole * g[:, None, None].to(whole.dtype))
+def _read_scaled(gradient_map: GradientMap, g: Tensor, whole: Tensor) -> Tensor:
+    return gradient_map.from_gradient(whole * g[:, None, None].to(whole.dtype))
 
 
-def _read_formed(reading: Reading, g: Tensor, formed: Tensor) -> Tensor:
-    return rescaled(reading, formed, g)
+def _read_formed(gradient_map: GradientMap, g: Tensor, formed: Tensor) -> Tensor:
+    return rescaled(gradient_map, formed, g)
 
 
-def rescaled(reading: Reading, value: Tensor, scale: Tensor) -> Tensor:
+def rescaled(gradient_map: GradientMap, value: Tensor, scale: Tensor) -> Tensor:
     """What is read of scale · G, scale (E,), from what was read of G, (E, …)."""
-    if isinstance(reading, Then):
-        return rescaled(reading.second, value, scale)
+    if isinstance(gradient_map, Composed):
+        return rescaled(gradient_map.second, value, scale)
     factor = scale.reshape(-1, *[1] * (value.ndim - 1)).to(value.dtype)
-    if isinstance(reading, Measured):
+    if isinstance(gradient_map, Measured):
         return value * factor**2
-    if isinstance(reading, Against) and reading.norm:
+    if isinstance(gradient_map, InnerProducts) and gradient_map.norm:
         return torch.cat([value[:, :-1] * factor, value[:, -1:] * factor**2], 1)
     return value * factor
 
 
-def _read_bias(reading: Reading, head: Head, g: Tensor, *operands: Any) -> Tensor:
-    return reading.of_gradient(bias_gradients(g, Operands(*operands), head))
+def _read_bias(gradient_map: GradientMap, head: Head, g: Tensor, *operands: Any) -> Tensor:
+    return gradient_map.from_gradient(bias_gradients(g, Operands(*operands), head))
 
 
 RULES: dict[Any, Rule] = {linear_cross_entropy: _head}

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from funcattrib.lift.factors import OneHot
 from funcattrib.lift.lifted import Rule
-from funcattrib.lift.maps.base import Reading
+from funcattrib.lift.maps.base import GradientMap
 from funcattrib.lift.tap import tap
 
 
@@ -26,18 +26,22 @@ def _embedding(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     counted = None
     if (padding := options.get("padding_idx")) is not None:  # torch gives the padding row no gradient
         counted = (index != padding % size).to(leaf.weight.dtype)
-    rows = leaf.reading.keep_rows(OneHot(index, size, counted))
+    rows = leaf.map.reduce_rows(OneHot(index, size, counted))
     if isinstance(rows, Tensor):
-        return tap(y, leaf.theta, partial(_read, leaf.reading, examples), rows)
-    return tap(y, leaf.theta, partial(_read_onehot, leaf.reading, examples, size), rows.ids, rows.weight)
+        return tap(y, leaf.theta, partial(_read, leaf.map, examples), rows)
+    return tap(y, leaf.theta, partial(_read_onehot, leaf.map, examples, size), rows.ids, rows.weight)
 
 
-def _read(reading: Reading, examples: int, g: Tensor, rows: Tensor) -> Tensor:
-    return reading.read(rows, reading.keep_cols(g.reshape(examples, -1, g.shape[-1])))
+def _read(gradient_map: GradientMap, examples: int, g: Tensor, rows: Tensor) -> Tensor:
+    return gradient_map.from_factors(rows, gradient_map.reduce_cols(g.reshape(examples, -1, g.shape[-1])))
 
 
-def _read_onehot(reading: Reading, examples: int, size: int, g: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
-    return reading.read(OneHot(index, size, weight), reading.keep_cols(g.reshape(examples, -1, g.shape[-1])))
+def _read_onehot(
+    gradient_map: GradientMap, examples: int, size: int, g: Tensor, index: Tensor, weight: Tensor | None
+) -> Tensor:
+    return gradient_map.from_factors(
+        OneHot(index, size, weight), gradient_map.reduce_cols(g.reshape(examples, -1, g.shape[-1]))
+    )
 
 
 RULES: dict[Any, Rule] = {F.embedding: _embedding}

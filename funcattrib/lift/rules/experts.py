@@ -14,7 +14,7 @@ from funcattrib.errors import ChainError
 from funcattrib.kernels.experts import expert_linear, expert_outer
 from funcattrib.kernels.fold import fold, unfold
 from funcattrib.lift.lifted import Lifted, Rule
-from funcattrib.lift.maps.base import Reading
+from funcattrib.lift.maps.base import GradientMap
 from funcattrib.lift.maps.experts import Stack, of_tokens
 from funcattrib.lift.tap import tap
 
@@ -24,7 +24,7 @@ def _expert_linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if isinstance(x, Lifted):
         return NotImplemented
     y = expert_linear(x, weight.weight, expert, transposed)
-    stack, rest = of_tokens(weight.reading)
+    stack, rest = of_tokens(weight.map)
     examples = _in_order(x, weight)
     x_ESI, expert_ES = x.detach().reshape(examples, -1, x.shape[-1]), expert.reshape(examples, -1)
     kept = stack.rows_of(x_ESI, expert_ES) if transposed else stack.cols_of(x_ESI, expert_ES)
@@ -49,7 +49,7 @@ def _in_order(x: Tensor, leaf: Lifted) -> int:
 
 def _read(
     stack: Stack,
-    rest: Reading | None,
+    rest: GradientMap | None,
     experts: int,
     transposed: bool,
     examples: int,
@@ -69,7 +69,7 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def forward(rows: Tensor, cols: Tensor, expert: Tensor, rest: Any, experts: int) -> Tensor:
         formed = expert_outer(rows, cols, expert, experts)
-        return formed if rest is None else rest.of_gradient(formed)
+        return formed if rest is None else rest.from_gradient(formed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

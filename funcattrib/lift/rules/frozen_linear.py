@@ -14,33 +14,33 @@ import torch
 from torch import Tensor
 
 from funcattrib.kernels.fold import fold, unfold
-from funcattrib.lift.maps.base import Reading
+from funcattrib.lift.maps.base import GradientMap
 from funcattrib.weights.stored import Source, dense, made, source
 
 
 def frozen_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, theta: Tensor, reading: Reading, weight_is_in_out: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, theta: Tensor, gradient_map: GradientMap, weight_is_in_out: bool
 ) -> Tensor:
     """y, with θ tapped. ``weight_is_in_out``: W is stored (I, O), as HF ``Conv1D`` does, not (O, I)."""
     bias = dense(bias)
-    return _FrozenLinear.apply(x, source(weight), bias, theta, reading, weight_is_in_out, theta.shape[0])[0]
+    return _FrozenLinear.apply(x, source(weight), bias, theta, gradient_map, weight_is_in_out, theta.shape[0])[0]
 
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor, weight: Source, bias: Tensor | None, theta: Tensor, reading: Any, in_out: bool, examples: int
+        x: Tensor, weight: Source, bias: Tensor | None, theta: Tensor, gradient_map: Any, in_out: bool, examples: int
     ) -> tuple[Tensor, Tensor]:
         x_MI = x.reshape(-1, x.shape[-1])
         w_IO = made(weight) if in_out else made(weight).T
         y = x_MI @ w_IO if bias is None else torch.addmm(bias, x_MI, w_IO)
         x_ENI = x.reshape(examples, -1, x.shape[-1])
-        kept = reading.keep_rows(x_ENI) if in_out else reading.keep_cols(x_ENI)
+        kept = gradient_map.reduce_rows(x_ENI) if in_out else gradient_map.reduce_cols(x_ENI)
         return y.reshape(*x.shape[:-1], -1), kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, weight, _, _, ctx.reading, ctx.in_out, _ = inputs
+        _, weight, _, _, ctx.map, ctx.in_out, _ = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.storage, weight = (None, weight) if isinstance(weight, Tensor) else (weight, None)
         ctx.save_for_backward(weight, output[1])
@@ -50,17 +50,17 @@ class _FrozenLinear(torch.autograd.Function):
         weight, kept = ctx.saved_tensors
         wanted = ctx.needs_input_grad[0]
         weight = weight if ctx.storage is None else ctx.storage
-        d_x, d_theta = _FrozenLinearBackward.apply(g, kept, weight, ctx.reading, ctx.in_out, wanted)
+        d_x, d_theta = _FrozenLinearBackward.apply(g, kept, weight, ctx.map, ctx.in_out, wanted)
         return d_x if wanted else None, None, None, d_theta, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *operands: Any) -> tuple[Any, Any]:
-        x, weight, bias, theta, reading, in_out, examples = operands
+        x, weight, bias, theta, gradient_map, in_out, examples = operands
         size = info.batch_size
         x = x.movedim(in_dims[0], 0) if in_dims[0] is not None else x.expand(size, *x.shape)
         if in_dims[3] is not None:
             theta = fold(theta, in_dims[3], size)
-        y, kept = _FrozenLinear.apply(x, weight, bias, theta, reading, in_out, size * examples)
+        y, kept = _FrozenLinear.apply(x, weight, bias, theta, gradient_map, in_out, size * examples)
         return (y, unfold(kept, size)), (0, 0)
 
 
@@ -69,12 +69,14 @@ class _FrozenLinearBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        g: Tensor, kept: Tensor, weight: Source, reading: Any, in_out: bool, wanted: bool
+        g: Tensor, kept: Tensor, weight: Source, gradient_map: Any, in_out: bool, wanted: bool
     ) -> tuple[Tensor, Tensor]:
         g_MO = g.reshape(-1, g.shape[-1])
         g_ENO = g.reshape(kept.shape[0], -1, g.shape[-1])
         d_theta = (
-            reading.read(kept, reading.keep_cols(g_ENO)) if in_out else reading.read(reading.keep_rows(g_ENO), kept)
+            gradient_map.from_factors(kept, gradient_map.reduce_cols(g_ENO))
+            if in_out
+            else gradient_map.from_factors(gradient_map.reduce_rows(g_ENO), kept)
         )
         if not wanted:
             return g.new_empty(0).expand(*g.shape[:-1], 0), d_theta

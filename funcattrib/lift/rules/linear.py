@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from funcattrib.errors import ChainError
 from funcattrib.lift.lifted import Lifted, Rule, plain
-from funcattrib.lift.maps.base import Reading
+from funcattrib.lift.maps.base import GradientMap
 from funcattrib.lift.maps.per_token import summed
 from funcattrib.lift.rules.frozen_linear import frozen_linear
 from funcattrib.lift.tap import tap
@@ -24,12 +24,12 @@ def _linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return NotImplemented
     if _frozen(weight):
         by_example(x, weight)
-        y = frozen_linear(x, weight.weight, plain(bias), weight.theta, weight.reading, False)
+        y = frozen_linear(x, weight.weight, plain(bias), weight.theta, weight.map, False)
         return tap_bias(y, bias)
     y = F.linear(x, plain(weight), plain(bias))
     if isinstance(weight, Lifted):
-        kept: Any = weight.reading.keep_cols(by_example(x.detach(), weight))  # no graph of what only the probe reads
-        y = tap(y, weight.theta, partial(_read_rows, weight.reading, weight.theta.shape[0]), kept)
+        kept: Any = weight.map.reduce_cols(by_example(x.detach(), weight))  # no graph of what only the probe reads
+        y = tap(y, weight.theta, partial(_read_rows, weight.map, weight.theta.shape[0]), kept)
     return tap_bias(y, bias)
 
 
@@ -39,13 +39,13 @@ def _addmm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return NotImplemented
     if _frozen(weight):
         by_example(x, weight)
-        y = frozen_linear(x, weight.weight, plain(bias), weight.theta, weight.reading, True)
+        y = frozen_linear(x, weight.weight, plain(bias), weight.theta, weight.map, True)
         return tap_bias(y, bias)
     y = torch.addmm(plain(bias), x, plain(weight))
     if isinstance(weight, Lifted):
         flat = by_example(x.detach(), weight)  # HF Conv1D flattens examples in their order
-        kept: Any = weight.reading.keep_rows(flat)
-        y = tap(y, weight.theta, partial(_read_cols, weight.reading, weight.theta.shape[0]), kept)
+        kept: Any = weight.map.reduce_rows(flat)
+        y = tap(y, weight.theta, partial(_read_cols, weight.map, weight.theta.shape[0]), kept)
     return tap_bias(y, bias)
 
 
@@ -58,7 +58,7 @@ def tap_bias(y: Tensor, bias: Any) -> Tensor:
     """Taps ``y`` for a bias that was added along its last axis."""
     if not isinstance(bias, Lifted):
         return y
-    return tap(y, bias.theta, partial(_read_bias, bias.reading, bias.theta.shape[0]))
+    return tap(y, bias.theta, partial(_read_bias, bias.map, bias.theta.shape[0]))
 
 
 def by_example(x: Tensor, leaf: Lifted) -> Tensor:
@@ -85,16 +85,18 @@ def _matmul(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _linear((x.mT, weight), {}).mT if weight.ndim == 2 else NotImplemented
 
 
-def _read_rows(reading: Reading, examples: int, g: Tensor, cols: Tensor) -> Tensor:
-    return reading.read(reading.keep_rows(g.reshape(examples, -1, g.shape[-1])), cols)
+def _read_rows(gradient_map: GradientMap, examples: int, g: Tensor, cols: Tensor) -> Tensor:
+    return gradient_map.from_factors(gradient_map.reduce_rows(g.reshape(examples, -1, g.shape[-1])), cols)
 
 
-def _read_cols(reading: Reading, examples: int, g: Tensor, rows: Tensor) -> Tensor:
-    return reading.read(rows, reading.keep_cols(g.reshape(examples, -1, g.shape[-1])))
+def _read_cols(gradient_map: GradientMap, examples: int, g: Tensor, rows: Tensor) -> Tensor:
+    return gradient_map.from_factors(rows, gradient_map.reduce_cols(g.reshape(examples, -1, g.shape[-1])))
 
 
-def _read_bias(reading: Reading, examples: int, g: Tensor) -> Tensor:
-    return reading.read(reading.keep_rows(summed(reading, g.reshape(examples, -1, g.shape[-1]))), None)
+def _read_bias(gradient_map: GradientMap, examples: int, g: Tensor) -> Tensor:
+    return gradient_map.from_factors(
+        gradient_map.reduce_rows(summed(gradient_map, g.reshape(examples, -1, g.shape[-1]))), None
+    )
 
 
 def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from funcattrib.lift.lifted import Lifted, Rule, plain
-from funcattrib.lift.maps.base import Reading
+from funcattrib.lift.maps.base import GradientMap
 from funcattrib.lift.maps.per_token import summed
 from funcattrib.lift.rules.linear import tap_bias
 from funcattrib.lift.tap import tap
@@ -62,7 +62,7 @@ def _add(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return NotImplemented
     leaf, other = (first, second) if isinstance(first, Lifted) else (second, first)
     if isinstance(other, (int, float)):
-        return Lifted(leaf.weight + other, leaf.theta, leaf.reading, leaf.rules, leaf.tokens)
+        return Lifted(leaf.weight + other, leaf.theta, leaf.map, leaf.rules, leaf.tokens)
     if not isinstance(other, Tensor) or isinstance(other, Lifted) or leaf.ndim != 1 or other.ndim < 2:
         return NotImplemented
     return tap_bias(other + leaf.weight, leaf) if other.shape[-1] == leaf.shape[0] else NotImplemented
@@ -71,16 +71,16 @@ def _add(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _cast(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     leaf, *rest = args
     cast = getattr(leaf.weight, name)(*rest, **kwargs)
-    return Lifted(cast, leaf.theta, leaf.reading, leaf.rules, leaf.tokens)
+    return Lifted(cast, leaf.theta, leaf.map, leaf.rules, leaf.tokens)
 
 
 def _tap_scale(y: Tensor, x: Tensor, leaf: Lifted) -> Tensor:
-    return tap(y, leaf.theta, partial(_read_scale, leaf.reading, leaf.theta.shape[0]), x)
+    return tap(y, leaf.theta, partial(_read_scale, leaf.map, leaf.theta.shape[0]), x)
 
 
-def _read_scale(reading: Reading, examples: int, g: Tensor, x: Tensor) -> Tensor:
+def _read_scale(gradient_map: GradientMap, examples: int, g: Tensor, x: Tensor) -> Tensor:
     rows = (g * x).reshape(examples, -1, g.shape[-1])
-    return reading.read(reading.keep_rows(summed(reading, rows)), None)
+    return gradient_map.from_factors(gradient_map.reduce_rows(summed(gradient_map, rows)), None)
 
 
 RULES: dict[Any, Rule] = {
