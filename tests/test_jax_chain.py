@@ -21,7 +21,8 @@ from funcattrib.interop.jax.named import take_apart
 from tests import cases, laws
 from tests import jax_nets as nets
 
-GRADS = {name: to_jax(grad) for name, grad in laws.grads(6, laws.VECTORS).items()}
+VECTORS = {name: leaf._replace(dtype=torch.float32) for name, leaf in laws.VECTORS.items()}  # JAX's widest, as it comes
+GRADS = {name: to_jax(grad) for name, grad in laws.grads(6, VECTORS).items()}
 
 
 def as_torch(found) -> dict[str, torch.Tensor]:
@@ -30,7 +31,7 @@ def as_torch(found) -> dict[str, torch.Tensor]:
 
 def fitted(name: str):
     chain = fa.compose(cases.TRANSFORMS[name]())
-    return chain, (laws.fitted(chain.stages[0], [laws.grads(6, laws.VECTORS)], laws.VECTORS),)
+    return chain, (laws.fitted(chain.stages[0], [laws.grads(6, VECTORS)], VECTORS),)
 
 
 NAMES = [name for name in cases.TRANSFORMS if name != "split_experts"]  # which has nothing to split here
@@ -40,7 +41,7 @@ NAMES = [name for name in cases.TRANSFORMS if name != "split_experts"]  # which 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_transform_on_jax_arrays_is_the_same_on_tensors(name, callback) -> None:
     chain, state = fitted(name)
-    expected = chain.apply(state, laws.grads(6, laws.VECTORS))
+    expected = chain.apply(state, laws.grads(6, VECTORS))
     function = as_jax(chain, state, callback=callback)
     found = as_torch((jax.jit(function) if callback else function)(GRADS))
     same(found, expected)
@@ -104,7 +105,7 @@ def test_states_cross_both_ways_bit_for_bit(name) -> None:
     assert all(torch.equal(after[n], before[n]) and after[n].dtype == before[n].dtype for n in before)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(crossed))
     found = as_jax(chain, crossed)(GRADS)
-    same(as_torch(found), chain.apply(state, laws.grads(6, laws.VECTORS)))
+    same(as_torch(found), chain.apply(state, laws.grads(6, VECTORS)))
 
 
 def test_a_state_computed_in_jax_serves_a_chain_of_torch() -> None:

@@ -59,7 +59,7 @@ def test_equals_the_dense_matrix_on_a_model(sparsity: int) -> None:
 def test_lowered_is_plain_behind_other_stages(model: str, before) -> None:
     loss, params = fa.causal_lm_loss(cases.causal(model), modules="all")
     chain = fa.compose(fa.per_example_grad, before, fa.sketch(32, sparsity=2), fa.unit_norm)
-    laws.close(chain(loss, params, cases.batch()), chain.plain(loss, params, cases.batch()))
+    laws.close(chain(loss, params, cases.batch()), chain.plain(loss, params, cases.batch()), 1e-5)
 
 
 def test_parts_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:

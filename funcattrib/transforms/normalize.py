@@ -87,14 +87,13 @@ def _factors(name: str, leaf: Leaf, moment: Moment | None) -> Tensor:
 
 def _mean_squares(name: str, grad: Tensor) -> Tensor:
     """(B, …, O, I) → (B, …, O + I): mean over columns, mean over rows; (B, n) → squares."""
-    wide = torch.promote_types(grad.dtype, torch.float32)  # in float16 the squares of small gradients are zero
     if grad.ndim == 2:
-        return grad.to(wide).square()
+        return _wide(grad).square()
     if not kinds.is_stack(name, tuple(grad.shape[1:])):
         grad = grad.flatten(2)
     of_rows, of_cols = [], []
     for part in grad.split(max(1, _TILE // grad.shape[-1]), -2):  # so many rows that their squares stay in cache
-        squares = part.to(wide).square()
+        squares = _wide(part).square()
         of_rows.append(squares.mean(-1))
         of_cols.append(squares.sum(-2))
     return torch.cat([*of_rows, torch.stack(of_cols).sum(0) / grad.shape[-2]], -1)
@@ -123,7 +122,12 @@ def _inverse_root(moment: Tensor, eps: float) -> Tensor:
 
 
 def _apply_unit_norm(state: State, grads: Grads) -> Grads:
-    squares = sum(grad.flatten(1).to(torch.float32).square().sum(1) for grad in grads.values())
+    squares = sum(_wide(grad.flatten(1)).square().sum(1) for grad in grads.values())
     norm = torch.as_tensor(squares).sqrt()
     inverse = torch.where(norm > 0, 1 / norm, 0.0)
     return {n: g * inverse.to(g.dtype).reshape(-1, *[1] * (g.ndim - 1)) for n, g in grads.items()}
+
+
+def _wide(grad: Tensor) -> Tensor:
+    """In float32 at least: in float16 the squares of small gradients are zero."""
+    return grad.to(torch.promote_types(grad.dtype, torch.float32))
