@@ -5,6 +5,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import yaml
 import funcattrib as fa
 from tests.support import tiny
 from tests.support.store_run import contents
+from tests.support.waiting import until
 
 TEXTS = tiny.texts(12)
 ROOT = Path(__file__).parents[2]
@@ -192,6 +194,8 @@ def test_a_hub_that_does_not_answer(funcattrib, tmp_path: Path, model_folder: Pa
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
+    asked: list[object] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *words, **_: asked.append(words))
     words = "build runs/quickstart --model EleutherAI/pythia-14m --dataset NeelNanda/pile-10k --truncation"
     ran = funcattrib(*words.split(), "--token_batch_size", "4096")
     mistake(ran, "expected a causal language model at 'EleutherAI/pythia-14m'")
@@ -199,6 +203,7 @@ def test_a_hub_that_does_not_answer(funcattrib, tmp_path: Path, model_folder: Pa
     mistake(
         funcattrib("build", "run", "--model", model_folder, "--dataset", "NeelNanda/pile-10k"), "NeelNanda/pile-10k"
     )
+    assert asked == [], "nobody is waited for"
     assert not list(tmp_path.iterdir())
 
 
@@ -225,13 +230,17 @@ def test_a_folder_that_is_no_store(funcattrib, tmp_path: Path, model_folder: Pat
 
 
 # A process that has imported everything (which takes seconds) and forks one that runs the command at every line read.
+# The line says after how many shards it stops and waits to be killed, however late.
 FORKING = """
-import os, sys
+import itertools, os, signal, sys
 import funcattrib.runs.collect, funcattrib.cli.load
 from funcattrib.cli.main import main
-for _ in sys.stdin:
+from funcattrib.store import StoreWriter
+put, handed = StoreWriter.put, itertools.count()
+for line in sys.stdin:
     child = os.fork()
     if not child:
+        StoreWriter.put = lambda *words: put(*words) if next(handed) < int(line) else signal.pause()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os._exit(main(sys.argv[1:]))
     print(child, flush=True)
@@ -275,11 +284,10 @@ def test_killed_at_five_random_moments(tmp_path: Path, model_folder: Path) -> No
     forking = start(tmp_path / "killed/run", model_folder, *flags, program=("-c", FORKING))
     for _ in range(5):
         target = finished[-1] + moments.randint(0, 8)
-        forking.stdin.write("\n")
+        forking.stdin.write(f"{target - finished[-1] + 6}\n")
         forking.stdin.flush()
         child = int(forking.stdout.readline())
-        while not (shards.exists() and len(list(shards.glob("*.json"))) > target):
-            time.sleep(0.002)
+        until(lambda least=target: len(list(shards.glob("*.json"))) > least or forking.poll() is not None, 0.002)
         time.sleep(moments.uniform(0, 0.05))
         os.kill(child, signal.SIGKILL)
         assert int(forking.stdout.readline()) == -signal.SIGKILL

@@ -27,6 +27,7 @@ from funcattrib.jax.pytrees import take_apart, tensors_of
 from funcattrib.runs.error_hints import explained
 from funcattrib.types import Grads
 from tests.support import jax_nets as nets
+from tests.support.waiting import OUTER_LIMIT
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -524,7 +525,6 @@ def test_results_stay_on_the_device_and_several_devices_are_refused() -> None:
 
 TORCH_PATH = """
 import sys, tempfile, torch, funcattrib as fa
-from tests.support.waiting import OUTER_LIMIT
 loss = lambda params, example: torch.nn.functional.linear(example["x"], params["w"]).square().sum()
 chain = fa.compose(fa.per_example_grad, fa.project(2), fa.adafactor_norm)
 records = [{"x": [float(i), 1.0, 2.0]} for i in range(4)]

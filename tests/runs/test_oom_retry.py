@@ -14,6 +14,7 @@ from funcattrib.runs.error_hints import explained
 from funcattrib.runs.oom_retry import Pieces
 from funcattrib.runs.reduce import reduce_gradients
 from tests.support import cases, tiny
+from tests.support.waiting import OUTER_LIMIT
 
 TEXTS = tiny.texts(30)
 SMALL = {"projection_dim": 4, "dtype": "float32", "rows_per_shard": 12, "token_batch_size": 160, "quiet": True}
@@ -161,7 +162,6 @@ import logging, resource, sys
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 import funcattrib as fa
-from tests.support.waiting import OUTER_LIMIT
 
 logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(message)s")
 torch.manual_seed(0)

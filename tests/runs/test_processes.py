@@ -25,6 +25,7 @@ from funcattrib.runs.score import score_gradients
 from funcattrib.store import merge_stores, open_store, progress_files
 from tests.support import cases, store_run, tiny
 from tests.support.saved_runs import save_run
+from tests.support.waiting import OUTER_LIMIT, until
 
 SETTINGS = {"projection_dim": 4, "rows_per_shard": 4, "token_batch_size": 48, "quiet": True}
 FITTED = {**SETTINGS, "normalizer": "adafactor", "precondition": "parameter", "dtype": "float32"}
@@ -122,7 +123,6 @@ import torch.distributed as dist
 import funcattrib as fa
 from tests.support import cases
 from tests.runs.test_processes import FITTED, SETTINGS, records
-from tests.support.waiting import OUTER_LIMIT, until
 os.environ["LOCAL_RANK"] = "0"
 dist.init_process_group("gloo")
 out = Path(sys.argv[1]) / f"machine{dist.get_rank()}"
@@ -422,12 +422,13 @@ def test_sigterm_finishes_the_shard_in_hand(tmp_path: Path, files: Path, funcatt
     slow.write_text(
         "import sys, time\nfrom pathlib import Path\nimport funcattrib.runs.workload as workload\n"
         "from funcattrib.cli.main import main\nrows_of = workload.rows_of\n"
-        "def slowly(*args):\n    Path(sys.argv[1]).touch()\n    time.sleep(1.0)\n    return rows_of(*args)\n"
-        "workload.rows_of = slowly\nsys.exit(main(sys.argv[2:]))\n"
+        "def slowly(*args):\n    Path(sys.argv[1]).touch()\n    while not Path(sys.argv[2]).exists():\n"
+        "        time.sleep(0.01)\n    return rows_of(*args)\nworkload.rows_of = slowly\nsys.exit(main(sys.argv[3:]))\n"
     )
-    run = start(slow, tmp_path / "begun", *words(files, tmp_path / "run"))
+    run = start(slow, tmp_path / "begun", tmp_path / "signalled", *words(files, tmp_path / "run"))
     until(lambda: (tmp_path / "begun").exists() or run.poll() is not None)
     run.send_signal(signal.SIGTERM)
+    (tmp_path / "signalled").touch()
     out, _ = run.communicate(timeout=OUTER_LIMIT)
     assert run.returncode == 143, out
     assert "ended by SIGTERM. What is finished is kept" in out

@@ -276,7 +276,7 @@ def test_what_is_no_query_is_said_to_be_none(tmp_path, caplog) -> None:
 def test_unfinished_scores_are_not_opened(tmp_path, monkeypatch) -> None:
     model, settings = cases.causal("llama"), {**COMMON, "projection_dim": 4}
     work = __import__("funcattrib.runs.workload", fromlist=["rows_of"])
-    rows_of = workload.rows_of
+    rows_of = work.rows_of
 
     def stop(work, compute, rows, count):
         if len(rows) == 4 and rows[0] == 4:

@@ -12,6 +12,8 @@ from funcattrib.store import open_store
 from tests.store.test_resume import ROOT, start
 from tests.support.store_run import contents, write
 
+pytestmark = pytest.mark.slow
+
 # In a mount namespace of its own: no rights are needed where the kernel allows these, and nothing stays mounted.
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 
@@ -64,8 +66,6 @@ def test_a_state_that_does_not_fit(tmp_path: Path) -> None:
 import resource, torch
 from funcattrib.store import create_store
 from tests.support.store_run import manifest
-
-pytestmark = pytest.mark.slow
 with create_store({str(tmp_path / "run")!r}, manifest()) as writer:
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
     writer.save_state({{"large": torch.zeros(100_000)}})

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,11 @@ from funcattrib.errors import StoreError
 from funcattrib.store import create_store, open_store
 from tests.store.test_resume import ROOT, start
 from tests.support.store_run import manifest, write
+from tests.support.waiting import OUTER_LIMIT, until
 
 
 def test_a_second_writer_is_refused_while_the_first_lives(tmp_path: Path) -> None:
-    process = start(tmp_path / "run", "--delay", "60")
+    process = start(tmp_path / "run", "--delay", str(OUTER_LIMIT))
     assert process.stdout
     assert process.stdout.readline() == "ready\n"
     for overwrite in (False, True):
@@ -77,12 +77,11 @@ def test_a_lock_of_another_host_is_respected(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to tell processes apart")
 def test_a_process_that_ended_but_was_not_reaped_is_no_owner(tmp_path: Path) -> None:
-    process = start(tmp_path / "run", "--delay", "60")
+    process = start(tmp_path / "run", "--delay", str(OUTER_LIMIT))
     assert process.stdout
     assert process.stdout.readline() == "ready\n"
     os.kill(process.pid, signal.SIGKILL)
-    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-        time.sleep(0.01)
+    until(lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
     create_store(tmp_path / "run", manifest()).close()
     process.communicate()
 

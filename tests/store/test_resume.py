@@ -13,6 +13,7 @@ import pytest
 from funcattrib.errors import StoreError
 from funcattrib.store import atomic, create_store, open_store, verify
 from tests.support.store_run import contents, examples, fill, manifest, rows, write
+from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, "-m", "tests.support.store_run"]
@@ -33,11 +34,14 @@ def test_killed_at_five_random_moments(tmp_path: Path) -> None:
     for _ in range(5):
         # So many shards later, and then some: in the middle of a shard, whatever the machine's speed.
         target, pause = finished[-1] // 16 + moments.randint(0, 24), moments.uniform(0.0, 0.02)
-        process = start(tmp_path / "killed", "--rows", str(count), "--dtype", "int8", "--delay", "0.003")
+        # However late it is killed, it stops five shards later.
+        held = str(target - finished[-1] // 16 + 5)
+        settings = ("--rows", str(count), "--dtype", "int8", "--delay", "0.003", "--hold-after", held)
+        process = start(tmp_path / "killed", *settings)
         assert process.stdout
         assert process.stdout.readline() == "ready\n"
-        while len(list((tmp_path / "killed/shards").glob("*.json"))) < target:
-            time.sleep(0.001)
+        shards = tmp_path / "killed/shards"
+        until(lambda: len(list(shards.glob("*.json"))) >= target or process.poll() is not None, 0.001)  # noqa: B023
         time.sleep(pause)
         process.kill()
         process.communicate()

@@ -4,6 +4,7 @@ import argparse
 import json
 import resource
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -62,13 +63,15 @@ def examples(span: range) -> dict:
     }
 
 
-def fill(writer: StoreWriter, delay: float = 0.0, limit_after: int = -1) -> None:
+def fill(writer: StoreWriter, delay: float = 0.0, limit_after: int = -1, hold_after: int = -1) -> None:
     for done, shard in enumerate(writer.pending):
         if done == limit_after:
             # The rows of a shard no longer fit into one file; what was handed over before still does.
             while len(writer.finished) < done:
                 time.sleep(0.001)
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+        if done == hold_after:
+            signal.pause()  # until it is killed
         time.sleep(delay)
         writer.put(shard, rows(writer.shard_range(shard)), examples(writer.shard_range(shard)))
     writer.finish()
@@ -95,6 +98,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--limit-after", type=int, default=-1)
+    parser.add_argument("--hold-after", type=int, default=-1)
     args = parser.parse_args()
     torch.set_num_threads(1)
     try:
@@ -102,7 +106,7 @@ def main() -> int:
             print("ready", flush=True)
             writer.save_state({"moments": torch.arange(5.0)})
             writer.save_config({"seed": 0, "model": "tiny"})
-            fill(writer, args.delay, args.limit_after)
+            fill(writer, args.delay, args.limit_after, args.hold_after)
     except StoreError as error:
         print(error, file=sys.stderr)
         return 2

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,16 +13,16 @@ import funcattrib as fa
 from funcattrib.training import recover
 from funcattrib.training.assemble import read_visits
 from tests.support.training import check, examples, make
+from tests.support.waiting import OUTER_LIMIT, until
 from tests.training.test_trainer import CHAIN
+
+pytestmark = pytest.mark.slow
 
 SCRIPT = """
 import sys, time, torch
 from pathlib import Path
 from tests.training.test_trainer import callback
 from tests.support.training import *
-from tests.support.waiting import OUTER_LIMIT, until
-
-pytestmark = pytest.mark.slow
 folder, mode = Path(sys.argv[1]), sys.argv[2]
 settings = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "data": examples(13)}
 if mode == "kill":
@@ -74,10 +73,11 @@ def test_killed(tmp_path: Path) -> None:
     script.write_text(SCRIPT)
     run = start(script, tmp_path, "kill")
     until(lambda: (tmp_path / "now").exists() or run.poll() is not None)
-    time.sleep(0.5)  # what was handed over is written meanwhile
+    (journal,) = (tmp_path / "run/epoch_0/gradients").glob("epoch_*")
+    # What was handed over is written meanwhile.
+    until(lambda: len(list((journal / "shards").glob("*.json"))) == 3 or run.poll() is not None)
     run.send_signal(signal.SIGKILL)
     run.communicate()
-    (journal,) = (tmp_path / "run/epoch_0/gradients").glob("epoch_*")
     with pytest.warns(UserWarning, match="unfinished: 9 of"):
         store = fa.open_store(journal)
     assert sorted(set(store.examples["step"])) == [1, 2, 3, 4, 5]

@@ -177,23 +177,17 @@ def test_a_document_that_cannot_fit_ends_all(tmp_path: Path, models: Path) -> No
     assert "Traceback" not in out + err
 
 
-def seconds(out: str) -> float:
-    return float(out.split("after ")[-1].removesuffix(" s\n"))
-
-
 def test_an_order_that_differs_is_noticed(tmp_path: Path, models: Path) -> None:
     (first, out), (second, err) = ended("another_order", tmp_path, models)
     assert (first, second) == (2, 2), out + err
     assert "expected every batch to use the model's weights in one order" in err
     assert "expected the other processes of this run, found the connection to them lost" in out
-    assert max(map(seconds, (out, err))) < OUTER_LIMIT
 
 
 def test_a_killed_rank_is_noticed(tmp_path: Path, models: Path) -> None:
     (first, out), (second, _) = ended("killed", tmp_path, models)
     assert (first, second) == (2, -9), out
     assert "expected the other processes of this run, found the connection to them lost" in out
-    assert seconds(out) < OUTER_LIMIT
 
 
 def test_memory_for_nothing(tmp_path: Path, models: Path) -> None:
