@@ -75,7 +75,7 @@ def _bind(loss: Loss, params: Any, lowered: Readouts | None, chunk: int) -> Call
     maps = {name: readout(name, TwoSided()) for name in arrays} if lowered is None else lowered
     device = next(iter(next(iter(arrays.values())).devices()))
     split = {name: _split(how.map) for name, how in maps.items()}
-    sides = {name: _sides(pair, device) for name, (pair, _) in split.items() if pair != TwoSided()}
+    sides = {name: _sides(pair, device) for name, (pair, _) in split.items() if not pair.is_identity}
     behind = {name: rest for name, (_, rest) in split.items()}
     compute = partial(_gradients, loss, structure, tuple(arrays), tuple(maps), tuple(arrays.values()), sides)
     first: Any = None
@@ -167,7 +167,7 @@ def _split(gradient_map: GradientMap) -> tuple[TwoSided, GradientMap | None]:
 
 
 def _sides(pair: TwoSided, device: jax.Device) -> Pair:
-    left, right = (None if side is None else to_jax(side, device) for side in pair)
+    left, right = (None if side is None else to_jax(side, device) for side in (pair.left, pair.right))
     return left, right
 
 

@@ -1,8 +1,7 @@
 """Lifted parameters: leaves of the functional parameter dict that read transformed gradients off a backward pass."""
 
 from funcattrib.lift.lifted import Lifted
-from funcattrib.lift.maps.base import GradientMap
-from funcattrib.lift.maps.composed import Composed
+from funcattrib.lift.maps.base import Composed, GradientMap
 from funcattrib.lift.maps.elementwise import Scale
 from funcattrib.lift.maps.heads import Heads, Split
 from funcattrib.lift.maps.inner_products import InnerProducts

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from funcattrib.lift.lifted import Lifted
 from funcattrib.lift.maps.base import GradientMap
-from funcattrib.lift.maps.composed import is_wide
 from funcattrib.lift.maps.heads import each
 from funcattrib.lift.rules import RULES
 
@@ -64,7 +63,7 @@ def zero_probes(params: Params, lowered: Readouts, examples: int = 1) -> dict[st
         if probe not in probes:
             weight = params[name]
             shape = gradient_map.coordinates_shape(tuple(weight.shape))
-            dtype = torch.promote_types(weight.dtype, torch.float32) if is_wide(gradient_map) else weight.dtype
+            dtype = torch.promote_types(weight.dtype, torch.float32) if gradient_map.wide else weight.dtype
             probes[probe] = torch.zeros(examples, *shape, dtype=dtype, device=weight.device)
     return probes
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import funcattrib as fa
+from funcattrib import testing as laws
 from funcattrib.errors import ChainError
 from tests.models.test_families import InFloat64
-from tests.support import cases, laws
+from tests.support import cases
 
 CHAINS = {
     "plain": (),

@@ -9,7 +9,8 @@ import transformers
 from torch import nn
 
 import funcattrib as fa
-from tests.support import cases, laws
+from funcattrib import testing as laws
+from tests.support import cases
 
 
 class Small(nn.Module):

@@ -13,12 +13,13 @@ import optax
 from flax import nnx
 
 import funcattrib as fa
+from funcattrib import testing as laws
 from funcattrib.chain import state_tree
 from funcattrib.errors import ChainError, FuncattribError
 from funcattrib.jax import as_jax, optimizer_state, per_example_grad, state_to_jax, state_to_torch
 from funcattrib.jax.dlpack import to_jax, to_torch
 from funcattrib.jax.pytrees import take_apart
-from tests.support import cases, laws
+from tests.support import cases
 from tests.support import jax_nets as nets
 
 VECTORS = {name: leaf._replace(dtype=torch.float32) for name, leaf in laws.VECTORS.items()}  # JAX's widest, as it comes

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import funcattrib as fa
+from funcattrib import testing as laws
 from funcattrib.chain.per_example import spec
 from funcattrib.lift.lifted import Lifted
 from funcattrib.lift.maps.conv import patches
 from funcattrib.training.capture import collecting
-from tests.support import laws
 
 CASES = {
     "1d": (lambda: nn.Conv1d(3, 4, 3), (3, 11)),

@@ -15,13 +15,14 @@ import transformers
 from torch import Tensor
 
 import funcattrib as fa
+from funcattrib import testing as laws
 from funcattrib.models.functional import parameters_of
 from funcattrib.models.loading import load_model
 from funcattrib.recipes.trackstar import trackstar
 from funcattrib.runs.score import score_gradients
 from funcattrib.weights.stored import dense
 from tests.models.test_families import EVERY, loop, worst
-from tests.support import cases, laws, tiny
+from tests.support import cases, tiny
 
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 pytestmark = pytest.mark.parametrize("device", ["cpu", GPU])

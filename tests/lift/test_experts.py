@@ -9,11 +9,12 @@ import transformers
 from torch import Tensor, nn
 
 import funcattrib as fa
+from funcattrib import testing as laws
 from funcattrib.kernels.experts import NAME, expert_linear, expert_outer, register_experts
 from funcattrib.lift.lifted import Lifted
 from funcattrib.training.capture import collecting
 from tests.models.test_families import loop, worst
-from tests.support import cases, laws
+from tests.support import cases
 
 MIXTURES = ["mixtral", "qwen3_moe"]
 MODULES = ["*experts*", "*mlp.gate.weight", "*q_proj*"]

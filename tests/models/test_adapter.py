@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import funcattrib as fa
+from funcattrib import testing as laws
 from funcattrib.models.identity import model_identity
 from funcattrib.models.loading import load_model
 from funcattrib.models.selection import choose
@@ -17,7 +18,7 @@ from funcattrib.weights.sharded import Gathers, Sharded
 from funcattrib.weights.sharded_quantised import ShardedQuantised
 from funcattrib.weights.stored import Stored
 from tests.models.test_families import loop, worst
-from tests.support import cases, laws, tiny
+from tests.support import cases, tiny
 
 peft = pytest.importorskip("peft")
 KINDS = {

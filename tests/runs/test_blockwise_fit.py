@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import funcattrib as fa
+from funcattrib import testing as laws
 from funcattrib.chain import state_tree
 from funcattrib.errors import StoreError
 from funcattrib.runs import blockwise_fit
 from funcattrib.runs.blockwise_fit import Part, PartialStates
 from funcattrib.store.spill import Scratch
-from tests.support import laws
 
 GROUPS = {
     "parameter": "parameter",
@@ -27,8 +27,8 @@ DATA = [laws.grads(rows, seed=rows) for rows in (5, 1, 8)]
 def taken_apart(stage: fa.Transform) -> dict[str, Part]:
     assert stage.parts is not None
     return {
-        name: Part(own, {leaf: laws.SPEC[leaf] for leaf in leaves})
-        for name, (own, leaves) in stage.parts(laws.SPEC).items()
+        name: Part(own, {leaf: laws.MATRICES[leaf] for leaf in leaves})
+        for name, (own, leaves) in stage.parts(laws.MATRICES).items()
     }
 
 
@@ -38,7 +38,7 @@ def test_parts_fitted_alone_make_the_whole(groups, power) -> None:
     stage = fa.precondition(power, groups, damping=0.3, damping_kind="absolute")
     whole = state_tree.flatten(laws.fitted(stage, DATA))
     parts = taken_apart(stage)
-    assert sorted(leaf for part in parts.values() for leaf in part.spec) == sorted(laws.SPEC)
+    assert sorted(leaf for part in parts.values() for leaf in part.spec) == sorted(laws.MATRICES)
     together: dict[str, torch.Tensor] = {}
     for part in parts.values():
         some = [{leaf: rows[leaf] for leaf in part.spec} for rows in DATA]
@@ -57,7 +57,7 @@ def test_rows_that_waited_on_the_disk_give_the_same_state(most, tmp_path, monkey
             states.observe(rows)
         found = {name: states.of(name) for name in taken_apart(stage)}
     assert not [*tmp_path.iterdir()]
-    whole = stage.init(laws.SPEC)[0]
+    whole = stage.init(laws.MATRICES)[0]
     for rows in DATA:
         whole = stage.observe(whole, rows)
     for name, state in found.items():

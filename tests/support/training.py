@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import funcattrib as fa
-from tests.support import cases, laws
+from funcattrib import testing as laws
+from tests.support import cases
 from tests.training.test_collect import fresh
 
 

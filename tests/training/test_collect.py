@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 import funcattrib as fa
+from funcattrib import testing as laws
 from funcattrib.kernels.experts import expert_linear
 from funcattrib.lift import Lifted, TwoSided
 from funcattrib.lift.rules import RULES
 from funcattrib.training import GradientCollector, capture_gradients, token_mean
-from tests.support import cases, laws, tiny
+from tests.support import cases, tiny
 
 EVERY = [name for name in cases.CAUSAL if name != "mamba"] + [cases.TIED]
 LENGTHS = (9, 5, 12, 2)

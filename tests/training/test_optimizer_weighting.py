@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import funcattrib as fa
-from tests.support import laws
+from funcattrib import testing as laws
 from tests.support.training import check, examples, gradient, train
 from tests.training.test_collect import fresh
 

@@ -9,7 +9,8 @@ import transformers
 from torch import nn
 
 import funcattrib as fa
-from tests.support import cases, laws, tiny
+from funcattrib import testing as laws
+from tests.support import cases, tiny
 from tests.support.training import check, examples, gradient, make, train
 from tests.training.test_collect import fresh
 

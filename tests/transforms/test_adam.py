@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import funcattrib as fa
+from funcattrib import testing as laws
 from funcattrib.chain.chain import lower
 from funcattrib.chain.fitting import statistics
 from funcattrib.errors import ChainError
 from funcattrib.lift import Scale
-from tests.support import cases, laws
+from tests.support import cases
 
 
 def test_formula() -> None:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import funcattrib as fa
+from funcattrib import testing as laws
 from funcattrib.checkpoints.adam_state import adam_state
 from funcattrib.transforms.adam_update import AdamState, adam_update
-from tests.support import cases, laws
+from tests.support import cases
 
 BATCH = cases.batch((9, 5, 12, 2))
 

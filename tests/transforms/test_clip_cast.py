@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import funcattrib as fa
+from funcattrib import testing as laws
 from funcattrib.errors import ChainError
 from funcattrib.store import decode, encode
 from funcattrib.transforms import clip
 from funcattrib.transforms.registry import rebuild
-from tests.support import cases, laws, tiny
+from tests.support import cases, tiny
 
 
 def flat(grads: fa.Grads) -> torch.Tensor:

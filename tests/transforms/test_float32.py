@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 import funcattrib as fa
+from funcattrib import testing as laws
 from funcattrib.chain.transform import Transform, applied
-from tests.support import cases, laws
+from tests.support import cases
 
 UNIT = 2.0**-24
 ROWS = 4

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 import funcattrib as fa
+from funcattrib import testing as laws
 from funcattrib.errors import ChainError
 from funcattrib.transforms import gram_matrices, mix_grams, precondition, spectrum
-from tests.support import cases, laws
+from tests.support import cases
 
 SIDES = {"a": 5, "b": 7}
 
@@ -29,7 +30,7 @@ def pooled(gram: dict[str, torch.Tensor]) -> np.ndarray:
 def test_gram_is_the_mean_outer_product_before_and_after_finalize() -> None:
     stage = precondition(groups={"both": ["matrix", "layer.dense.weight"]})
     values = laws.grads(12)
-    state = stage.init(laws.SPEC)[0]
+    state = stage.init(laws.MATRICES)[0]
     for part in laws.split(values, [5, 7]):
         state = stage.observe(state, part)
     # A joint block's leaves stand by name, whatever the order they come in.
@@ -138,8 +139,8 @@ REFUSED = {
     "blocks": (lambda: mix_grams(grams(0), {"a": grams(0)["a"]}), "'b' in one alone"),
     "shapes": (lambda: mix_grams({"a": torch.eye(2)}, {"a": torch.eye(3)}), r"\(2, 2\) and \(3, 3\)"),
     "no such stage": (lambda: gram_matrices((None, {"w": torch.ones(1)})), "found 0"),
-    "two stages": (lambda: gram_matrices(fa.compose(precondition, precondition).init(laws.SPEC)[0]), "found 2"),
-    "nothing seen": (lambda: gram_matrices(precondition().init(laws.SPEC)[0]), "fit it first"),
+    "two stages": (lambda: gram_matrices(fa.compose(precondition, precondition).init(laws.MATRICES)[0]), "found 2"),
+    "nothing seen": (lambda: gram_matrices(precondition().init(laws.MATRICES)[0]), "fit it first"),
 }
 
 

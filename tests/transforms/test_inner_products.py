@@ -1,5 +1,7 @@
 """Scores against queries: the forms against each other, against a loop, and against forward-mode differentiation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.func import jvp, vmap
@@ -113,7 +115,7 @@ def test_contracting_is_forming(count, tokens, by_id) -> None:
     gradient_map = InnerProducts(queries, norm=True)
     torch.testing.assert_close(gradient_map.from_factors(rows_, cols), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
-        gradient_map._replace(norm=False).from_factors(rows_, cols), expected[:, :-1], rtol=1e-4, atol=1e-4
+        replace(gradient_map, norm=False).from_factors(rows_, cols), expected[:, :-1], rtol=1e-4, atol=1e-4
     )
 
 

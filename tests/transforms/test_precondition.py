@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import funcattrib as fa
+from funcattrib import testing as laws
 from funcattrib.chain import state_tree
 from funcattrib.errors import ChainError
 from funcattrib.transforms import gram_matrices, precondition
 from funcattrib.transforms.registry import rebuild
-from tests.support import cases, laws
+from tests.support import cases
 
 DOUBLE = {
     "a.weight": fa.Leaf((3, 4), torch.float64),

@@ -2,15 +2,17 @@
 
 import hashlib
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import funcattrib as fa
+from funcattrib import testing as laws
 from funcattrib.errors import ChainError
 from funcattrib.lift.maps import sketch as maps_sketch
 from funcattrib.lift.maps.sketch import Sketched, buckets
-from tests.support import cases, laws
+from tests.support import cases
 
 
 def mixed(x: int, key: int) -> int:
@@ -89,7 +91,7 @@ def test_rows_and_signs_are_even_and_unrelated() -> None:
     assert float(((counts - n / 64) ** 2 / (n / 64)).sum()) < 63 + 5 * (2 * 63) ** 0.5
     assert abs(float(signs.double().mean())) < 5 / n**0.5
     assert abs(float((signs[1:] * signs[:-1]).double().mean())) < 5 / n**0.5
-    other = buckets(how._replace(seed=1), 0, 0, n, torch.device("cpu"))
+    other = buckets(replace(how, seed=1), 0, 0, n, torch.device("cpu"))
     assert abs(float((other[0] == rows).double().mean()) - 1 / 64) < 5 * (1 / 64 / n) ** 0.5
     assert abs(float((other[1] * signs).double().mean())) < 5 / n**0.5
 

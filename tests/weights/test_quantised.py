@@ -10,11 +10,12 @@ import transformers
 from torch import nn
 
 import funcattrib as fa
+from funcattrib import testing as laws
 from funcattrib.models.functional import parameters_of
 from funcattrib.models.identity import model_identity
 from funcattrib.models.loading import load_model
 from funcattrib.weights.stored import Stored, dense
-from tests.support import cases, laws, tiny
+from tests.support import cases, tiny
 
 pytest.importorskip("bitsandbytes")
 

@@ -6,20 +6,19 @@ what serves a matrix serves a kernel. With g groups, group by group: rows of G t
 Shapes: B batch, c channels, E examples, N positions, O/I rows and columns of the flattened weight, P/Q coordinates.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from funcattrib.lift.factors import Factor
-from funcattrib.lift.maps.base import GradientMap
-from funcattrib.lift.maps.composed import Composed
-from funcattrib.lift.maps.measured import Measured
+from funcattrib.lift.maps.base import Composed, GradientMap
 from funcattrib.lift.maps.two_sided import TwoSided
 
 
-class Kernel(NamedTuple):
+@dataclass(frozen=True)
+class Kernel(GradientMap):
     """A two-sided map of a kernel of ``shape``, flattened: L G Rᵀ, (P, Q), or with ``keep`` in the kernel's own shape.
 
     With ``keep`` the sides must be diagonals or absent: normalisation keeps the shape, projection does not.
@@ -28,6 +27,10 @@ class Kernel(NamedTuple):
     sides: TwoSided
     shape: tuple[int, ...]
     keep: bool = False
+
+    @property
+    def takes_patches(self) -> bool:
+        return True
 
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of a kernel of ``shape``."""
@@ -55,32 +58,21 @@ class Kernel(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> "Kernel":
         """Both sides in ``dtype``."""
-        return self._replace(sides=self.sides.to(dtype))
+        return replace(self, sides=self.sides.to(dtype))
 
     def __matmul__(self, first: GradientMap) -> GradientMap:
         """One pair of sides where ``first`` keeps the kernel's shape; otherwise the two in turn."""
-        if first == TwoSided():
+        if first.is_identity:
             return self
         if not isinstance(first, Kernel) or not first.keep:
             return Composed(first, self)
-        merged = self.sides @ first.sides
-        assert isinstance(merged, TwoSided)
-        return self._replace(sides=merged)
+        return replace(self, sides=self.sides.merge(first.sides))
 
     def _flat(self) -> tuple[int, int]:
         return self.shape[0], torch.Size(self.shape[1:]).numel()
 
     def _shaped(self, coordinates: Tensor) -> Tensor:
         return coordinates.reshape(coordinates.shape[0], *self.shape) if self.keep else coordinates
-
-
-def reads_factors(gradient_map: GradientMap) -> bool:
-    """Whether a reading takes the factors of a flattened kernel; any other must be given G in the kernel's shape."""
-    if isinstance(gradient_map, Composed):
-        return reads_factors(gradient_map.first)
-    if isinstance(gradient_map, Measured):
-        return reads_factors(gradient_map.inner)
-    return isinstance(gradient_map, Kernel)
 
 
 def patches(

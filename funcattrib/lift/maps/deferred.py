@@ -3,7 +3,8 @@
 Outside vmap only: what is kept is put aside in backward, and the probe receives zeros.
 """
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ Part = tuple[Factor, Tensor | None] | tuple[Tensor]
 """(rows, cols) of a use of the weight, or a formed gradient."""
 
 
-class SavedFactors(NamedTuple):
+@dataclass(frozen=True)
+class SavedFactors(GradientMap):
     """Puts aside what it is given, in ``parts``."""
 
     parts: list[Part]
@@ -23,14 +25,6 @@ class SavedFactors(NamedTuple):
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of what the probe receives: one zero an example."""
         return (1,)
-
-    def reduce_rows(self, rows: Factor) -> Factor:
-        """Whole rows."""
-        return rows
-
-    def reduce_cols(self, cols: Tensor) -> Tensor:
-        """Whole columns."""
-        return cols
 
     def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
         """Put aside as factors."""
@@ -47,10 +41,6 @@ class SavedFactors(NamedTuple):
     def adjoint(self, theta: Tensor) -> Tensor:
         """There is none."""
         raise AssertionError("factors are put aside outside vmap, where W + C*(θ) is not formed")
-
-    def to(self, dtype: torch.dtype) -> "SavedFactors":
-        """As it comes."""
-        return self
 
     def __matmul__(self, first: Any) -> GradientMap:
         """Never behind another map."""

@@ -9,20 +9,19 @@ Shapes: X experts, E examples, S tokens with their expert, O/I rows and columns,
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from funcattrib.lift.factors import Factor, Side, dense_along, outer, product
-from funcattrib.lift.maps.base import GradientMap
-from funcattrib.lift.maps.composed import Composed
+from funcattrib.lift.factors import Factor, Side, dense_along, product
+from funcattrib.lift.maps.base import Composed, GradientMap
 from funcattrib.lift.maps.heads import Each
-from funcattrib.lift.maps.measured import Measured
 from funcattrib.lift.maps.two_sided import TwoSided
 
 
-class Stack(NamedTuple):
+@dataclass(frozen=True)
+class Stack(GradientMap):
     """A map for every expert's gradient; see the module.
 
     Attributes:
@@ -30,7 +29,7 @@ class Stack(NamedTuple):
         left, right: diagonals, (X, O) and (X, I), an expert's own.
     """
 
-    sides: TwoSided = TwoSided()
+    sides: TwoSided = field(default_factory=TwoSided)
     left: Side = None
     right: Side = None
 
@@ -50,6 +49,9 @@ class Stack(NamedTuple):
         """Not without the experts' numbers."""
         raise AssertionError("a stack is read from tokens with their experts, or from formed gradients")
 
+    def stack_first(self) -> tuple["Stack", None]:
+        return self, None
+
     def rows_of(self, rows: Tensor, expert: Tensor) -> Tensor:
         """(E, S, O) → (E, S, P), each token with its expert's left side; ``expert`` (E, S)."""
         return dense_along(self.sides.left, rows if self.left is None else rows * self.left.to(rows.dtype)[expert])
@@ -65,7 +67,9 @@ class Stack(NamedTuple):
 
     def adjoint(self, theta: Tensor) -> Tensor:
         """Of θ (X, P, Q), without example axis."""
-        left, right = (side if side is None or side.ndim == 1 else side.T for side in self.sides)
+        left, right = (
+            side if side is None or side.ndim == 1 else side.T for side in (self.sides.left, self.sides.right)
+        )
         return _diagonals(self.left, self.right, TwoSided(left, right).from_gradient(theta))
 
     def to(self, dtype: torch.dtype) -> "Stack":
@@ -75,18 +79,17 @@ class Stack(NamedTuple):
 
     def __matmul__(self, first: GradientMap) -> GradientMap:
         """One map where the diagonals come first; otherwise the two in turn."""
-        if first == TwoSided():
+        if first.is_identity:
             return self
         if isinstance(first, Stack) and self.left is None and self.right is None:
-            sides = self.sides @ first.sides
-            assert isinstance(sides, TwoSided)
-            return first._replace(sides=sides)
-        if isinstance(first, Stack) and first.sides == TwoSided():
-            return self._replace(left=product(self.left, first.left), right=product(self.right, first.right))
+            return replace(first, sides=self.sides.merge(first.sides))
+        if isinstance(first, Stack) and first.sides.is_identity:
+            return replace(self, left=product(self.left, first.left), right=product(self.right, first.right))
         return Composed(first, self)
 
 
-class Parts(NamedTuple):
+@dataclass(frozen=True)
+class Parts(GradientMap):
     """What is stacked taken apart: of (X, …), the entries ``kept``, all of them by default."""
 
     size: int
@@ -95,18 +98,6 @@ class Parts(NamedTuple):
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of a stack of ``shape``."""
         return (self.size if self.kept is None else len(self.kept), *shape[1:])
-
-    def reduce_rows(self, rows: Factor) -> Factor:
-        """Whole rows."""
-        return rows
-
-    def reduce_cols(self, cols: Tensor) -> Tensor:
-        """Whole columns."""
-        return cols
-
-    def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
-        """From kept factors."""
-        return self.from_gradient(outer(rows, cols))
 
     def from_gradient(self, gradient: Tensor) -> Tensor:
         """From formed gradients (E, X, …)."""
@@ -119,18 +110,10 @@ class Parts(NamedTuple):
         whole = theta.new_zeros(self.size, *theta.shape[1:])
         return whole.index_copy(0, torch.tensor(self.kept, device=theta.device), theta)
 
-    def to(self, dtype: torch.dtype) -> "Parts":
-        """Nothing is held."""
-        return self
-
-    def __matmul__(self, first: GradientMap) -> GradientMap:
-        """Behind the map of the stack."""
-        return self if first == TwoSided() else Composed(first, self)
-
     def narrow(self, numbers: Sequence[int]) -> "Parts":
         """Only the entries in these places."""
         before = range(self.size) if self.kept is None else self.kept
-        return self._replace(kept=tuple(before[number] for number in numbers))
+        return replace(self, kept=tuple(before[number] for number in numbers))
 
     def absorb(self, maps: Sequence[GradientMap]) -> GradientMap:
         """Each entry with a map of its own behind it; sides that all share come before the parts, on the stack."""
@@ -138,19 +121,6 @@ class Parts(NamedTuple):
         if len(pairs) == len(maps) and len({(id(one.left), id(one.right)) for one in pairs}) == 1:
             return self @ Stack(pairs[0])
         return Composed(self, Each(tuple(maps)))
-
-
-def of_tokens(gradient_map: GradientMap) -> tuple[Stack, GradientMap | None]:
-    """The part of a reading that tokens' factors take, and what is left to do with the formed (E, X, P, Q)."""
-    if isinstance(gradient_map, Stack):
-        return gradient_map, None
-    if isinstance(gradient_map, Composed):
-        stack, rest = of_tokens(gradient_map.first)
-        return stack, gradient_map.second if rest is None else gradient_map.second @ rest
-    if isinstance(gradient_map, Measured):
-        stack, rest = of_tokens(gradient_map.inner)
-        return stack, Measured(rest or TwoSided(), gradient_map.measure)
-    return Stack(), None if gradient_map == TwoSided() else gradient_map
 
 
 def _diagonals(left: Side, right: Side, gradient: Tensor) -> Tensor:

@@ -9,14 +9,14 @@ Shapes: E examples, N tokens, H heads, S a head's rows or columns, P/Q coordinat
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from funcattrib.lift.factors import Factor, OneHot, Side, along, dense_along, length, outer, product
-from funcattrib.lift.maps.base import GradientMap
-from funcattrib.lift.maps.composed import Composed
+from funcattrib.lift.maps.base import Composed, GradientMap
 from funcattrib.lift.maps.two_sided import TwoSided
 
 
@@ -67,7 +67,8 @@ class Heads(NamedTuple):
         return self._replace(kept=tuple(before[number] for number in numbers))
 
 
-class Split(NamedTuple):
+@dataclass(frozen=True)
+class Split(GradientMap):
     """The heads' gradients with two sides each; see the module.
 
     Attributes:
@@ -100,7 +101,7 @@ class Split(NamedTuple):
         """From kept factors."""
         formed = outer(rows, cols)
         if isinstance(rows, OneHot) and self.heads.axis == 0:  # one-hot rows do not divide into heads: rows of G do
-            return self._replace(other=None).from_gradient(formed)
+            return replace(self, other=None).from_gradient(formed)
         return formed.unflatten(1 + self.heads.axis, (self.heads.read, -1)).movedim(1 + self.heads.axis, 1)
 
     def from_gradient(self, gradient: Tensor) -> Tensor:
@@ -121,7 +122,7 @@ class Split(NamedTuple):
     def to(self, dtype: torch.dtype) -> "Split":
         """Every side in ``dtype``."""
         own, other = (side if side is None else side.to(dtype) for side in (self.own, self.other))
-        return self._replace(own=own, other=other)
+        return replace(self, own=own, other=other)
 
     def __matmul__(self, first: GradientMap) -> GradientMap:
         """A pair of sides before the split is taken into it, unless one mixes the heads."""
@@ -132,12 +133,12 @@ class Split(NamedTuple):
         if divided is not None and divided.ndim == 2:
             return Composed(first, self)
         before = None if divided is None else self.heads.take(divided)
-        return self._replace(own=_product(self.own, before), other=product(self.other, sides[1 - self.heads.axis]))
+        return replace(self, own=_product(self.own, before), other=product(self.other, sides[1 - self.heads.axis]))
 
     def narrow(self, numbers: Sequence[int]) -> "Split":
         """Only the heads in these places."""
         own = self.own if self.own is None or len(numbers) == self.heads.read else self.own[list(numbers)]
-        return self._replace(heads=self.heads.only(numbers), own=own)
+        return replace(self, heads=self.heads.only(numbers), own=own)
 
     def absorb(self, maps: Sequence[GradientMap]) -> GradientMap:
         """Each head's coordinates with a map of its own behind them, in one where all are alike pairs of sides."""
@@ -148,14 +149,15 @@ class Split(NamedTuple):
         if len(pairs) < len(maps) or not alike or any(side is not other[0] for side in other):
             return Composed(self, Each(tuple(maps)))
         stacked = None if own[0] is None else torch.stack([side for side in own if side is not None])
-        return self._replace(own=_product(stacked, self.own), other=product(other[0], self.other))
+        return replace(self, own=_product(stacked, self.own), other=product(other[0], self.other))
 
     def _each(self, x: Tensor) -> Tensor:
         """(…, n) → (…, H, P): every head's part with its own side."""
         return _apply(self.own, self.heads.take(x))
 
 
-class Each(NamedTuple):
+@dataclass(frozen=True)
+class Each(GradientMap):
     """Behind a split: a map of its own for each head of formed, stacked gradients (E, H, …).
 
     Their coordinates are stacked again, except that one head alone is not: (E, …).
@@ -163,22 +165,24 @@ class Each(NamedTuple):
 
     maps: tuple[GradientMap, ...]
 
+    @property
+    def wide(self) -> bool:
+        return any(one.wide for one in self.maps)
+
+    @property
+    def per_entry(self) -> bool:
+        return True
+
+    def narrow(self, numbers: Sequence[int]) -> "Each":
+        return Each(tuple(self.maps[number] for number in numbers))
+
+    def absorb(self, maps: Sequence[GradientMap]) -> "Each":
+        return Each(tuple(one @ before for one, before in zip(maps, self.maps, strict=True)))
+
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of stacked gradients of ``shape``, heads first."""
         of_one = self.maps[0].coordinates_shape(shape[1:])
         return of_one if len(self.maps) == 1 else (len(self.maps), *of_one)
-
-    def reduce_rows(self, rows: Factor) -> Factor:
-        """Whole rows."""
-        return rows
-
-    def reduce_cols(self, cols: Tensor) -> Tensor:
-        """Whole columns."""
-        return cols
-
-    def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
-        """From kept factors."""
-        return self.from_gradient(outer(rows, cols))
 
     def from_gradient(self, gradient: Tensor) -> Tensor:
         """From formed gradients (E, H, …)."""
@@ -194,37 +198,14 @@ class Each(NamedTuple):
         """Every map in ``dtype``."""
         return Each(tuple(one.to(dtype) for one in self.maps))
 
-    def __matmul__(self, first: GradientMap) -> GradientMap:
-        """Behind the split."""
-        return Composed(first, self)
-
 
 def each(gradient_map: GradientMap, maps: Sequence[GradientMap | None]) -> GradientMap:
     """``reading``, whose coordinates are stacked heads, with a map of its own behind each; None drops the head."""
     numbers = [number for number, one in enumerate(maps) if one is not None]
     kept = [one for one in maps if one is not None]
     if len(kept) == 1:  # one head alone is not stacked
-        return Each((kept[0],)) @ _narrow(gradient_map, numbers)
-    return _behind(_narrow(gradient_map, numbers), kept)
-
-
-def _narrow(gradient_map: GradientMap, numbers: Sequence[int]) -> GradientMap:
-    if hasattr(gradient_map, "narrow"):
-        return gradient_map.narrow(numbers)
-    assert isinstance(gradient_map, Composed), "heads are stacked by a split"
-    if isinstance(gradient_map.second, Each):
-        return Composed(_narrow(gradient_map.first, numbers), Each(tuple(gradient_map.second.maps[n] for n in numbers)))
-    return Composed(gradient_map.first, _narrow(gradient_map.second, numbers))
-
-
-def _behind(gradient_map: GradientMap, maps: Sequence[GradientMap]) -> GradientMap:
-    if hasattr(gradient_map, "absorb"):
-        return gradient_map.absorb(maps)
-    assert isinstance(gradient_map, Composed), "heads are stacked by a split"
-    if isinstance(gradient_map.second, Each):
-        merged = (one @ before for one, before in zip(maps, gradient_map.second.maps, strict=True))
-        return Composed(gradient_map.first, Each(tuple(merged)))
-    return _behind(gradient_map.second, maps) @ gradient_map.first
+        return Each((kept[0],)) @ gradient_map.narrow(numbers)
+    return gradient_map.narrow(numbers).absorb(kept)
 
 
 def _apply(own: Tensor | None, parts: Tensor) -> Tensor:

@@ -13,22 +13,21 @@ than 2·N·O·I, G is formed.
 Shapes: E examples, N tokens, O/I weight rows/columns, K queries.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from funcattrib.lift.factors import Factor, OneHot, dense_along, outer
-from funcattrib.lift.maps.base import GradientMap
-from funcattrib.lift.maps.composed import Composed
-from funcattrib.lift.maps.two_sided import TwoSided
+from funcattrib.lift.maps.base import GradientMap, like
 
 _FORMING = 16
 """What writing and reading a formed gradient costs beside its multiplications, in tokens: small matrices are bound by
 memory, not arithmetic."""
 
 
-class InnerProducts(NamedTuple):
+@dataclass(frozen=True)
+class InnerProducts(GradientMap):
     """Products with ``queries`` (K, *shape), (K,); with ``norm`` the squared norm of G follows them, (K + 1,).
 
     With the norm the reading is a statistic: its weight must be used once (``lift.single_use``).
@@ -39,20 +38,15 @@ class InnerProducts(NamedTuple):
 
     @property
     def wide(self) -> bool:
-        """What is read has at least float32."""
         return True
+
+    def rescale(self, value: Tensor, scale: Tensor) -> Tensor:
+        factor = like(scale, value)
+        return torch.cat([value[:, :-1] * factor, value[:, -1:] * factor**2], 1) if self.norm else value * factor
 
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The same for every weight, so that they can share a probe."""
         return (self.queries.shape[0] + self.norm,)
-
-    def reduce_rows(self, rows: Factor) -> Factor:
-        """Whole rows."""
-        return rows
-
-    def reduce_cols(self, cols: Tensor) -> Tensor:
-        """Whole columns."""
-        return cols
 
     def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
         """From kept factors."""
@@ -89,11 +83,7 @@ class InnerProducts(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> "InnerProducts":
         """The queries in ``dtype``, or in float32 where that is wider."""
-        return self._replace(queries=self.queries.to(torch.promote_types(dtype, torch.float32)))
-
-    def __matmul__(self, first: GradientMap) -> GradientMap:
-        """Of what ``first`` reads."""
-        return self if first == TwoSided() else Composed(first, self)
+        return replace(self, queries=self.queries.to(torch.promote_types(dtype, torch.float32)))
 
 
 def _contract(queries: Tensor, rows: Factor, cols: Tensor) -> Tensor:
@@ -122,6 +112,3 @@ def _squared_norm(rows: Factor, cols: Tensor) -> Tensor:
 def _wide(tensor: Tensor) -> Tensor:
     """In float32 at least: scores are sums over many small products."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-__all__ = ["InnerProducts"]

@@ -1,17 +1,20 @@
-"""A per-leaf statistic of the gradient, read in its place: quadratic, not linear."""
+"""Statistics of a weight's gradient, read in its place: quadratic ones, f(s g) = s² f(g)."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcattrib.lift.factors import Factor
-from funcattrib.lift.maps.base import GradientMap
+from funcattrib.lift.maps.base import GradientMap, like
+from funcattrib.lift.maps.two_sided import TwoSided
 
 
-class Measured(NamedTuple):
-    """A statistic of the coordinates, read in their place: a quadratic one, f(s g) = s² f(g).
+@dataclass(frozen=True)
+class Measured(GradientMap):
+    """A statistic of the coordinates that ``inner`` reads.
 
     It has no adjoint: its weight must reach the loss through exactly one tapped operation
     (``lift.single_use`` finds out), or else the coordinates are read and measured afterwards.
@@ -22,38 +25,38 @@ class Measured(NamedTuple):
 
     @property
     def wide(self) -> bool:
-        """What is read has at least float32."""
         return True
 
+    @property
+    def takes_patches(self) -> bool:
+        return self.inner.takes_patches
+
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of a weight of ``shape``."""
         probe = torch.zeros(1, *self.inner.coordinates_shape(shape), device="meta")
         return tuple(self.measure(probe).shape[1:])
 
     def reduce_rows(self, rows: Factor) -> Factor:
-        """As the inner map does."""
         return self.inner.reduce_rows(rows)
 
     def reduce_cols(self, cols: Tensor) -> Tensor:
-        """As the inner map does."""
         return self.inner.reduce_cols(cols)
 
     def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
-        """From kept factors."""
         return self.measure(self.inner.from_factors(rows, cols))
 
     def from_gradient(self, gradient: Tensor) -> Tensor:
-        """From formed gradients."""
         return self.measure(self.inner.from_gradient(gradient))
 
-    def adjoint(self, theta: Tensor) -> Tensor:
-        """There is none."""
-        raise AssertionError("a statistic has no adjoint; single_use must have excluded this weight")
-
     def to(self, dtype: torch.dtype) -> "Measured":
-        """The inner map in ``dtype``."""
         return Measured(self.inner.to(dtype), self.measure)
 
     def __matmul__(self, first: GradientMap) -> GradientMap:
-        """The statistic of coordinates behind another map."""
+        """The statistic of what ``first`` and then the inner map read."""
         return Measured(self.inner @ first, self.measure)
+
+    def rescale(self, value: Tensor, scale: Tensor) -> Tensor:
+        return value * like(scale, value) ** 2
+
+    def stack_first(self) -> tuple[Any, GradientMap | None]:
+        stack, rest = self.inner.stack_first()
+        return stack, Measured(rest or TwoSided(), self.measure)

@@ -6,22 +6,34 @@ The terms add up to the example's coordinates. An operation that is not applied 
 positions (a kernel, experts, a norm over each head), has no such terms to give and is refused.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from funcattrib.errors import ChainError
-from funcattrib.lift.factors import Factor, OneHot
-from funcattrib.lift.maps.base import GradientMap
-from funcattrib.lift.maps.composed import Composed
+from funcattrib.lift.factors import Factor, OneHot, Side
+from funcattrib.lift.maps.base import Composed, GradientMap
 
 
-class PerToken(NamedTuple):
+@dataclass(frozen=True)
+class PerToken(GradientMap):
     """``inner``, read for each of ``tokens`` positions; a stage's map is behind ``inner``, not behind this."""
 
     inner: GradientMap
     tokens: int
+
+    @property
+    def wide(self) -> bool:
+        return self.inner.wide
+
+    @property
+    def by_token(self) -> bool:
+        return True
+
+    @property
+    def row_side(self) -> Side:
+        return self.inner.row_side
 
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of a weight of ``shape``, positions first."""
@@ -59,11 +71,11 @@ class PerToken(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> "PerToken":
         """The inner map in ``dtype``."""
-        return self._replace(inner=self.inner.to(dtype))
+        return replace(self, inner=self.inner.to(dtype))
 
     def __matmul__(self, first: GradientMap) -> GradientMap:
         """Behind another map."""
-        return self._replace(inner=self.inner @ first) if not isinstance(first, PerToken) else Composed(first, self)
+        return replace(self, inner=self.inner @ first) if not isinstance(first, PerToken) else Composed(first, self)
 
     def _check(self, positions: int) -> None:
         if positions != self.tokens:
@@ -72,7 +84,7 @@ class PerToken(NamedTuple):
 
 def summed(gradient_map: GradientMap, rows: Tensor) -> Tensor:
     """Rows of a vector's gradient (E, N, n), added up over positions unless each is read by itself."""
-    return rows if isinstance(gradient_map, PerToken) else rows.sum(1, keepdim=True)
+    return rows if gradient_map.by_token else rows.sum(1, keepdim=True)
 
 
 def _alone(x: Tensor) -> Tensor:

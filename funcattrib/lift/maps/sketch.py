@@ -11,7 +11,8 @@ Reference: GraSS, arXiv 2505.18976; the hash is two rounds of MurmurHash3's fina
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,6 @@ from torch import Tensor
 from funcattrib.kernels.fold import fold, unfold
 from funcattrib.lift.factors import Factor, outer
 from funcattrib.lift.maps.base import GradientMap
-from funcattrib.lift.maps.composed import Composed
-from funcattrib.lift.maps.two_sided import TwoSided
 
 _PART = 1 << 18
 """Positions hashed at a time: their indices stay in cache."""
@@ -28,7 +27,8 @@ _BLOCK = 1 << 31
 """Positions counted in 32 bits; a larger weight has a key for every block of so many."""
 
 
-class Sketched(NamedTuple):
+@dataclass(frozen=True)
+class Sketched(GradientMap):
     """C(G) = S vec(G), (k,), of a leaf of ``shape`` called ``name``."""
 
     name: str
@@ -40,14 +40,6 @@ class Sketched(NamedTuple):
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The same for every weight, so that they can share a probe."""
         return (self.k,)
-
-    def reduce_rows(self, rows: Factor) -> Factor:
-        """Whole rows."""
-        return rows
-
-    def reduce_cols(self, cols: Tensor) -> Tensor:
-        """Whole columns."""
-        return cols
 
     def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
         """From kept factors: G is formed a few rows at a time."""
@@ -67,14 +59,6 @@ class Sketched(NamedTuple):
             entries = [buckets(self, r, start, min(start + _PART, size), theta.device) for r in range(self.sparsity)]
             parts.append(torch.stack([theta[rows] * signs.to(theta.dtype) for rows, signs in entries]).sum(0))
         return (torch.cat(parts) * self.sparsity**-0.5).reshape(self.shape)
-
-    def to(self, dtype: torch.dtype) -> "Sketched":
-        """Nothing is held."""
-        return self
-
-    def __matmul__(self, first: GradientMap) -> GradientMap:
-        """Of what ``first`` reads."""
-        return self if first == TwoSided() else Composed(first, self)
 
 
 def buckets(how: Sketched, repetition: int, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:

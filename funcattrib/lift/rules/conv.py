@@ -2,7 +2,7 @@
 
 y[:, n] = W patch_n + b        G_W = Σ_n g_n patch_nᵀ        G_b = Σ_n g_n
 
-Stride, padding, dilation and groups decide what a patch is (``lift/patches.py``). A grouped kernel is small: its G is
+Stride, padding, dilation and groups decide what a patch is (``lift/maps/conv.py``). A grouped kernel is small: its G is
 formed and read. With one group, G is read from its factors like a linear layer's.
 """
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from funcattrib.lift.factors import outer
 from funcattrib.lift.lifted import Lifted, Rule, plain
 from funcattrib.lift.maps.base import GradientMap
-from funcattrib.lift.maps.conv import patches, reads_factors
+from funcattrib.lift.maps.conv import patches
 from funcattrib.lift.rules.linear import by_example
 from funcattrib.lift.tap import tap
 
@@ -46,7 +46,7 @@ def _tap_weight(x: Tensor, y: Tensor, weight: Lifted, axes: int, options: dict[s
     # Groups are an axis of their own: (E, N, g, I)
     seen = [patches(part, shape[2:], stride, padding, dilation) for part in x.chunk(groups, 1)]
     cols = by_example(torch.stack(seen, 2).flatten(2), weight).unflatten(-1, (groups, -1))
-    if groups == 1 and reads_factors(gradient_map):
+    if groups == 1 and gradient_map.takes_patches:
         kept: Any = gradient_map.reduce_cols(cols[:, :, 0])
         return tap(y, weight.theta, partial(_read_factors, gradient_map, weight.theta.shape[0]), kept)
     return tap(y, weight.theta, partial(_read_formed, gradient_map, shape), cols)

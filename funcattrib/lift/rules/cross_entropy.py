@@ -15,15 +15,8 @@ from funcattrib.kernels.cross_entropy import head_loss, head_loss_forming, linea
 from funcattrib.kernels.head_gradient import bias_gradients
 from funcattrib.kernels.head_tokens import Operands
 from funcattrib.kernels.logit_loss import Head
-from funcattrib.lift.factors import Side
 from funcattrib.lift.lifted import Lifted, Rule, plain
 from funcattrib.lift.maps.base import GradientMap
-from funcattrib.lift.maps.composed import Composed
-from funcattrib.lift.maps.elementwise import is_elementwise
-from funcattrib.lift.maps.inner_products import InnerProducts
-from funcattrib.lift.maps.measured import Measured
-from funcattrib.lift.maps.per_token import PerToken
-from funcattrib.lift.maps.two_sided import TwoSided
 from funcattrib.lift.rules.linear import by_example
 from funcattrib.lift.tap import tap
 from funcattrib.weights.stored import dense
@@ -38,8 +31,8 @@ def _head(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _tap_weight(x: Operands, weight: Lifted, head: Head) -> Tensor:
     gradient_map = weight.map
-    left = _left(gradient_map)
-    if isinstance(gradient_map, PerToken) and (left is None or left.ndim == 1):
+    left = gradient_map.row_side
+    if gradient_map.by_token and (left is None or left.ndim == 1):
         loss, rows = head_loss(x, _whole(x), head)
         kept_whole: Any = gradient_map.reduce_cols(by_example(x.hidden, weight))
         return tap(loss, weight.theta, partial(_read_whole, gradient_map, weight.theta.shape[0]), rows, kept_whole)
@@ -47,7 +40,7 @@ def _tap_weight(x: Operands, weight: Lifted, head: Head) -> Tensor:
         loss, rows = head_loss(x, left, head)
         kept: Any = gradient_map.reduce_cols(by_example(x.hidden, weight))
         return tap(loss, weight.theta, partial(_read, gradient_map, weight.theta.shape[0]), rows, kept)
-    if is_elementwise(gradient_map):
+    if not gradient_map.homogeneous:
         loss, whole = head_loss_forming(x, head, _as_it_is)
         return tap(loss, weight.theta, partial(_read_scaled, gradient_map), whole)
     loss, formed = head_loss_forming(x, head, gradient_map.from_gradient)
@@ -56,7 +49,7 @@ def _tap_weight(x: Operands, weight: Lifted, head: Head) -> Tensor:
 
 def _tap_bias(loss: Tensor, x: Operands, bias: Lifted, head: Head) -> Tensor:
     """G_b = Σ_n (∂ℓ/∂z)_n."""
-    if isinstance(bias.map, PerToken):
+    if bias.map.by_token:
         rows = head_loss(x, _whole(x), head)[1]
         return tap(loss, bias.theta, partial(_read_whole, bias.map, bias.theta.shape[0]), rows, None)
     return tap(loss, bias.theta, partial(_read_bias, bias.map, head), *x)
@@ -65,15 +58,6 @@ def _tap_bias(loss: Tensor, x: Operands, bias: Lifted, head: Head) -> Tensor:
 def _whole(x: Operands) -> Tensor:
     """A left side that keeps the gradients of the logits as they are."""
     return torch.eye(x.weight.shape[0], dtype=x.weight.dtype, device=x.weight.device)
-
-
-def _left(gradient_map: GradientMap) -> Side:
-    """The left side that rows are given first."""
-    if isinstance(gradient_map, PerToken):
-        return _left(gradient_map.inner)
-    if isinstance(gradient_map, Composed):
-        return _left(gradient_map.first)
-    return gradient_map.left if isinstance(gradient_map, TwoSided) else None
 
 
 def _read_whole(gradient_map: GradientMap, examples: int, g: Tensor, rows: Tensor, cols: Tensor | None) -> Tensor:
@@ -97,19 +81,7 @@ def _read_scaled(gradient_map: GradientMap, g: Tensor, whole: Tensor) -> Tensor:
 
 
 def _read_formed(gradient_map: GradientMap, g: Tensor, formed: Tensor) -> Tensor:
-    return rescaled(gradient_map, formed, g)
-
-
-def rescaled(gradient_map: GradientMap, value: Tensor, scale: Tensor) -> Tensor:
-    """What is read of scale · G, scale (E,), from what was read of G, (E, …)."""
-    if isinstance(gradient_map, Composed):
-        return rescaled(gradient_map.second, value, scale)
-    factor = scale.reshape(-1, *[1] * (value.ndim - 1)).to(value.dtype)
-    if isinstance(gradient_map, Measured):
-        return value * factor**2
-    if isinstance(gradient_map, InnerProducts) and gradient_map.norm:
-        return torch.cat([value[:, :-1] * factor, value[:, -1:] * factor**2], 1)
-    return value * factor
+    return gradient_map.rescale(formed, g)
 
 
 def _read_bias(gradient_map: GradientMap, head: Head, g: Tensor, *operands: Any) -> Tensor:

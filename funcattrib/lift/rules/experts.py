@@ -15,7 +15,7 @@ from funcattrib.kernels.experts import expert_linear, expert_outer
 from funcattrib.kernels.fold import fold, unfold
 from funcattrib.lift.lifted import Lifted, Rule
 from funcattrib.lift.maps.base import GradientMap
-from funcattrib.lift.maps.experts import Stack, of_tokens
+from funcattrib.lift.maps.experts import Stack
 from funcattrib.lift.tap import tap
 
 
@@ -24,7 +24,8 @@ def _expert_linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if isinstance(x, Lifted):
         return NotImplemented
     y = expert_linear(x, weight.weight, expert, transposed)
-    stack, rest = of_tokens(weight.map)
+    found, rest = weight.map.stack_first()
+    stack = found or Stack()
     examples = _in_order(x, weight)
     x_ESI, expert_ES = x.detach().reshape(examples, -1, x.shape[-1]), expert.reshape(examples, -1)
     kept = stack.rows_of(x_ESI, expert_ES) if transposed else stack.cols_of(x_ESI, expert_ES)
