@@ -34,7 +34,8 @@ from funcattrib.runtime.assignment import owned
 from funcattrib.runtime.memory import release
 from funcattrib.runtime.world import world
 from funcattrib.store import Manifest, StoreWriter, create_store, lay_out, open_store, share_store
-from funcattrib.transforms import mix_grams, precondition
+from funcattrib.transforms import precondition
+from funcattrib.transforms.mixed_gram import mix_grams
 
 _BATCH = 16
 

@@ -46,10 +46,8 @@ if TYPE_CHECKING:
     from funcattrib.transforms import adam_update as adam_update
     from funcattrib.transforms import cast as cast
     from funcattrib.transforms import clip as clip
-    from funcattrib.transforms import gram_matrices as gram_matrices
     from funcattrib.transforms import inner_products as inner_products
     from funcattrib.transforms import max_score as max_score
-    from funcattrib.transforms import mix_grams as mix_grams
     from funcattrib.transforms import precondition as precondition
     from funcattrib.transforms import project as project
     from funcattrib.transforms import select as select
@@ -58,6 +56,8 @@ if TYPE_CHECKING:
     from funcattrib.transforms import split_experts as split_experts
     from funcattrib.transforms import split_heads as split_heads
     from funcattrib.transforms import unit_norm as unit_norm
+    from funcattrib.transforms.gram import gram_matrices as gram_matrices
+    from funcattrib.transforms.mixed_gram import mix_grams as mix_grams
     from funcattrib.types import Grads as Grads
     from funcattrib.types import Leaf as Leaf
     from funcattrib.types import Spec as Spec
@@ -87,12 +87,12 @@ _EXPORTS = {
     "GradientCollector": "training",
     "GradientCollectorCallback": "training",
     "Grads": "types",
-    "gram_matrices": "transforms",
+    "gram_matrices": "transforms.gram",
     "inner_products": "transforms",
     "Leaf": "types",
     "less": "recipes.less",
     "max_score": "transforms",
-    "mix_grams": "transforms",
+    "mix_grams": "transforms.mixed_gram",
     "open_scores": "scores",
     "open_store": "store",
     "optimizer_state": "checkpoints.optimizer_state",

@@ -34,8 +34,10 @@ from funcattrib.runtime.world import world
 from funcattrib.scores import Scores, open_scores, scores_manifest
 from funcattrib.store import GradientStore, require_shared, share_store
 from funcattrib.store.create import PARTS
-from funcattrib.transforms import adafactor_norm, gram_matrices, mix_grams, precondition, project, split_experts
+from funcattrib.transforms import adafactor_norm, precondition, project, split_experts
+from funcattrib.transforms.gram import gram_matrices
 from funcattrib.transforms.leaf_shapes import is_stack
+from funcattrib.transforms.mixed_gram import mix_grams
 from funcattrib.types import Leaf, Spec
 
 _BLOCK_ROWS = 1024
@@ -65,13 +67,26 @@ def trackstar(
         data, queries: as in ``collect_gradients``; ``query_columns`` and ``query_split`` are the queries' own.
         path: folder for the scores; the gradients lie in its sub-folder ``gradients``.
         score: a column for every query, or one for their mean gradient.
+        projection_dim: coordinates on each side of a projected matrix.
         mixing_rank: k of the mixed preconditioner.
         damping: in units of the mean eigenvalue.
         moments: Adafactor moments of an optimizer (``optimizer_state``) in place of a pass over the data.
+        config: what ``config.yaml`` keeps, to repeat the run.
+        overwrite: begin again where ``path`` holds other scores.
         settings: further ones of ``collect_gradients``: tokenizer, columns, loss, modules, token_batch_size, dtype, …
 
     Raises:
         FuncattribError: bad input of any kind; what is finished is kept.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+        >>> model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=11, max_position_embeddings=8, **sizes)).eval()
+        >>> data = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6, 7]}]
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     trackstar(model, data, data[:1], path=out, projection_dim=2, quiet=True).shape
+        (2, 1)
     """
     path, here = Path(path), world()
     require_shared(path, here)

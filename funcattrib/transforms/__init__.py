@@ -6,10 +6,8 @@ from funcattrib.transforms.adam_update import AdamState, adam_update
 from funcattrib.transforms.cast import cast
 from funcattrib.transforms.clip import clip
 from funcattrib.transforms.experts import split_experts
-from funcattrib.transforms.gram import gram_matrices, spectrum
 from funcattrib.transforms.heads import split_heads
 from funcattrib.transforms.inner_products import inner_products, max_score, self_influence
-from funcattrib.transforms.mixed_gram import Mixed, mix_grams
 from funcattrib.transforms.normalize import adafactor_norm, unit_norm
 from funcattrib.transforms.precondition import precondition
 from funcattrib.transforms.project import project
@@ -19,22 +17,18 @@ from funcattrib.transforms.sketch import sketch
 __all__ = [
     "AdamState",
     "AttentionConfig",
-    "Mixed",
     "adafactor_norm",
     "adam_norm",
     "adam_update",
     "inner_products",
     "cast",
     "clip",
-    "gram_matrices",
-    "mix_grams",
     "max_score",
     "precondition",
     "project",
     "select",
     "self_influence",
     "sketch",
-    "spectrum",
     "split_experts",
     "split_heads",
     "unit_norm",

@@ -42,7 +42,7 @@ def gram_matrices(state: Preconditioner | Sequence[object]) -> dict[str, Tensor]
 
 
 def spectrum(gram: Gram) -> Float[Tensor, "D"]:
-    """Eigenvalues of all blocks together, largest first, float64; what rounding leaves of a zero is 0.
+    """Return the eigenvalues of all blocks of ``gram``, largest first, float64; what rounding leaves of a zero is 0.
 
     Example:
         >>> spectrum({"a": torch.diag(torch.tensor([1.0, 3.0])), "b": torch.tensor([[2.0]])})

@@ -27,6 +27,10 @@ class Mixed(NamedTuple):
         gram: block → H, (D, D) float64, for ``precondition(gram=…)``.
         weight: a, between 0 and 1.
         component: the k at which the spectra cross; smaller than asked where there were not so many.
+
+    Example:
+        >>> Mixed({"w": torch.eye(2)}, weight=0.5, component=2).weight
+        0.5
     """
 
     gram: dict[str, Tensor]

@@ -76,8 +76,8 @@ def patterns() -> dict[str, re.Pattern[str]]:
 VAGUE = {
     "…: expected …, found ….": "cli/config_file.py",
     "…: …": "store/manifest.py",
-    "stage … (…) …": "compose.py",
-    "expected one of …, found …": "losses.py",
+    "stage … (…) …": "chain/chain.py",
+    "expected one of …, found …": "losses/causal_lm.py",
     "expected …; found no …": "data/read.py",
     "expected …, found: …": "data/read.py",
     "expected …, found …, which cannot be read": "data/read.py",

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.waiting import OUTER_LIMIT
+
 pytest.importorskip("jax", reason="jax is not installed; it comes with the dev extra")
 pytest.importorskip("flax", reason="flax is not installed; it comes with the dev extra")
 pytest.importorskip("equinox", reason="equinox is not installed; it comes with the dev extra")

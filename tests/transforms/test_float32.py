@@ -99,7 +99,7 @@ def test_cosines() -> None:
     """⟨g, q⟩ / ‖g‖: the product may cancel, the norm does not."""
     found, exact, values = both(cases.TRANSFORMS["inner_products_unit_norm"]())
     norm = torch.stack([value.flatten(1).square().sum(1) for value in values.values()]).sum(0).sqrt()
-    products = magnitudes(cases.against(), values)
+    products = magnitudes(cases.inner_products(), values)
     within(found, exact, {name: product / norm[:, None] for name, product in products.items()})
 
 

@@ -7,7 +7,9 @@ import torch
 import funcattrib as fa
 from funcattrib import testing as laws
 from funcattrib.errors import ChainError
-from funcattrib.transforms import gram_matrices, mix_grams, precondition, spectrum
+from funcattrib.transforms import precondition
+from funcattrib.transforms.gram import gram_matrices, spectrum
+from funcattrib.transforms.mixed_gram import mix_grams
 from tests.support import cases
 
 SIDES = {"a": 5, "b": 7}

@@ -11,7 +11,8 @@ import funcattrib as fa
 from funcattrib import testing as laws
 from funcattrib.chain import state_tree
 from funcattrib.errors import ChainError
-from funcattrib.transforms import gram_matrices, precondition
+from funcattrib.transforms import precondition
+from funcattrib.transforms.gram import gram_matrices
 from funcattrib.transforms.registry import rebuild
 from tests.support import cases
 
