@@ -29,7 +29,6 @@ from funcattrib.jax.pytrees import take_apart, tensors_of
 from funcattrib.runs.error_hints import explained
 from funcattrib.types import Grads
 from tests.support import jax_nets as nets
-from tests.support.waiting import OUTER_LIMIT
 
 ROOT = Path(__file__).resolve().parents[2]
 
