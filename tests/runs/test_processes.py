@@ -70,9 +70,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from funcattrib.cli.main import main
-import funcattrib.runs.fold as parts
-import funcattrib.runs.workload as work
-parts._SAVE_EVERY = 0.0
+from funcattrib.runs import fold, workload
+fold._SAVE_EVERY = 0.0
 lives, rows_of, seen = Path(sys.argv[1]), workload.rows_of, []
 def killed(*args):
     seen.append(1)
@@ -90,13 +89,13 @@ KILLED_FITTING = """
 import os, signal, sys
 from funcattrib.cli.main import main
 from funcattrib.runs import blockwise_fit
-save, seen = by_owner.save_tensors, []
+save, seen = blockwise_fit.save_tensors, []
 def killed(*args):
     seen.append(1)
     if len(seen) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     save(*args)
-by_owner.save_tensors = killed
+blockwise_fit.save_tensors = killed
 sys.exit(main(sys.argv[1:]))
 """
 
