@@ -2,7 +2,7 @@
 
 A made-up loss with wide leaves stands for a large model. Two ways to have them are measured:
 
-* ``fit``: a ``precondition`` stage inside a chain, fitted by each process with all blocks (``together``) and with the
+* ``fit``: a ``precondition`` stage inside a chain, fitted by each process with all blocks (``fit_all_reduced``) and with the
   blocks that it owns (``by_owner``), and then applied to a batch;
 * ``trackstar``: moments of finished gradients, each process with the leaves that it owns.
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks.anonymous import anonymous, most_memory
 from benchmarks.report import write_result
 from funcattrib.chain.chain import compose
-from funcattrib.chain.fitting import passes, together
+from funcattrib.chain.fitting import fit_all_reduced, passes
 from funcattrib.chain.per_example import per_example_grad
 from funcattrib.chain.state_tree import flatten, restore
 from funcattrib.recipes.trackstar import gram_of_store
@@ -71,7 +71,7 @@ def of_chain(how: str, path: Path, a: argparse.Namespace) -> None:
     release(torch.device("cpu"))
     with share_store(path, manifest(a), here) as writer, most_memory() as most:
         before, start = anonymous(), time.perf_counter()
-        fold = partial(by_owner, writer) if how == "by_owner" else together
+        fold = partial(by_owner, writer) if how == "by_owner" else fit_all_reduced
         (state,) = passes(chain, loss, params, batches, world=here, fold=fold)
         seconds = time.perf_counter() - start
         state = saved(writer, chain.init(per_example_grad.spec(params))[0], state) if how == "by_owner" else state
