@@ -2,7 +2,7 @@
 
 A made-up loss with wide leaves stands for a large model. Two ways to have them are measured:
 
-* ``fit``: a ``precondition`` stage inside a chain, fitted by each process with all blocks (``fit_all_reduced``) and with the
+* ``fit``: a ``precondition`` stage inside a chain, fitted by all with every block (``fit_all_reduced``) and with the
   blocks that it owns (``by_owner``), and then applied to a batch;
 * ``trackstar``: moments of finished gradients, each process with the leaves that it owns.
 
