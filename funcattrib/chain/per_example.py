@@ -30,7 +30,7 @@ class Source(NamedTuple):
         name: of the framework, for messages.
         bind: (loss, params, lowered maps or None) → gradients and losses as a function of the batch.
         named: parameters as the framework has them → name → tensor, in the order of the gradients; nothing is copied.
-        measurable: (loss, params, names, batch) → those of the names whose gradients a reading that is not linear may
+        measurable: (loss, params, names, batch) → those of the names whose gradients a map that is not linear may
             be given for: it is read once, off the whole gradient.
     """
 

@@ -19,7 +19,7 @@ def reader(
 
     Args:
         maps: the linear maps before, by parameter.
-        statistics: leaf → the reading of what comes out of them, linear or not.
+        statistics: leaf → the map of what comes out of them, linear or not.
         batch: any batch: its first example shows which weights are used once.
     """
     behind = extend(maps, statistics)

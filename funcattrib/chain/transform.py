@@ -43,7 +43,7 @@ class Transform(NamedTuple):
             given, the statistic is read in the backward pass and the gradients are never held together. A statistic is
             quadratic, f(s g) = s² f(g): second moments.
         precedes: names of stages that this one can only stand before; ``compose`` moves it before the first of them.
-        condense: a reading, linear or not, of each incoming leaf by itself, from which alone ``apply`` works: it then
+        condense: a map, linear or not, of each incoming leaf by itself, from which alone ``apply`` works: it then
             receives those in place of gradients, which are never held together.
         parts: names of leaves → part → the stage that fits that part alone, and its leaves. For a state that may be
             large: the parts' states, flattened and put together, are the stage's, so that several processes can fit

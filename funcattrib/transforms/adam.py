@@ -73,10 +73,10 @@ def _apply(state: State, grads: Grads, eps: float) -> Grads:
 
 
 def _lower(state: State, spec: Spec, eps: float) -> Readouts:
-    return {name: readout(name, _reading(_factor(state["sums"][name], eps))) for name in spec}
+    return {name: readout(name, _as_map(_factor(state["sums"][name], eps))) for name in spec}
 
 
-def _reading(factor: Tensor) -> GradientMap:
+def _as_map(factor: Tensor) -> GradientMap:
     return TwoSided(factor) if factor.ndim == 1 else Scale(factor)
 
 

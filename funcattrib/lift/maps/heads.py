@@ -158,7 +158,7 @@ class Split(GradientMap):
 
 @dataclass(frozen=True)
 class Each(GradientMap):
-    """Behind a split: a map of its own for each head of formed, stacked gradients (E, H, …).
+    """After a split: one map for each head of formed, stacked gradients (E, H, …).
 
     Their coordinates are stacked again, except that one head alone is not: (E, …).
     """
@@ -200,7 +200,7 @@ class Each(GradientMap):
 
 
 def each(gradient_map: GradientMap, maps: Sequence[GradientMap | None]) -> GradientMap:
-    """``reading``, whose coordinates are stacked heads, with a map of its own behind each; None drops the head."""
+    """Return ``gradient_map``, which stacks heads, followed by one map for each; None drops the head."""
     numbers = [number for number, one in enumerate(maps) if one is not None]
     kept = [one for one in maps if one is not None]
     if len(kept) == 1:  # one head alone is not stacked

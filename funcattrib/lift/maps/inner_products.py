@@ -30,7 +30,7 @@ memory, not arithmetic."""
 class InnerProducts(GradientMap):
     """Products with ``queries`` (K, *shape), (K,); with ``norm`` the squared norm of G follows them, (K + 1,).
 
-    With the norm the reading is a statistic: its weight must be used once (``lift.single_use``).
+    With the norm this is a statistic: its weight must be used once (``lift.single_use``).
     """
 
     queries: Tensor

@@ -1,6 +1,6 @@
 """A matrix product by a frozen weight, with its tap, as one ``autograd.Function``.
 
-Forward makes y = x Wᵀ + b and what the reading keeps of x; backward makes dx = g W and dθ = C read off (g, kept).
+Forward makes y = x Wᵀ + b and what the map keeps of x; backward makes dx = g W and dθ = C read off (g, kept).
 The vmapped axis is folded into the rows of one ``addmm``, where vmap by itself would multiply, then add, then tap.
 Equal to the operation followed by ``tap``, which serves weights that are trained. A stored weight is made dense for
 each of the two passes, and dropped after it.
