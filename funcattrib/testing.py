@@ -1,5 +1,6 @@
 """Laws that every transform obeys, to check one of your own: ``check_transform(transform)``.
 
+    plain settings     they survive JSON, as a manifest keeps them
     row by row         row b of the result depends on row b alone
     announced          ``init`` announces the shapes and dtypes that ``apply`` produces
     lowered is plain   the map of ``lower`` gives what ``apply`` gives, and its adjoint is one: ⟨C(G), θ⟩ = ⟨G, C*(θ)⟩
@@ -10,6 +11,7 @@
 They are about mathematics and hold in float64, where rounding is far below any mistake.
 """
 
+import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +59,7 @@ def check_transform(transform: Transform, *, joint: bool = False, spec: Spec | N
         AssertionError: project breaks the law 'announced spec is produced' on matrix, layer.dense.weight, ...
     """
     laws: list[Callable[[Transform, Spec], None]] = [
+        settings_are_plain,
         apply_is_row_by_row,
         announced_spec_is_produced,
         lowered_is_plain,
@@ -105,6 +108,15 @@ def close(a: Mapping[str, Tensor], b: Mapping[str, Tensor], tolerance: float = 1
     for name in a:
         digits = max(tolerance, torch.finfo(b[name].dtype).eps)
         torch.testing.assert_close(a[name], b[name], rtol=digits, atol=tolerance * float(b[name].abs().max()))
+
+
+def settings_are_plain(transform: Transform, spec: Spec) -> None:
+    """Check that the settings are values that a manifest can keep."""
+    try:
+        kept = json.loads(json.dumps(transform.describe()))
+    except TypeError as error:
+        raise AssertionError(str(error)) from error
+    assert list(kept) == list(transform.describe()), "names of settings are text"
 
 
 def apply_is_row_by_row(transform: Transform, spec: Spec) -> None:

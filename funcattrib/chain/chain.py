@@ -18,7 +18,7 @@ from funcattrib.chain.fitting import fit
 from funcattrib.chain.per_example import Source, spec
 from funcattrib.chain.state_tree import map_tensors
 from funcattrib.chain.statistics import reader
-from funcattrib.chain.transform import State, Transform, applied, settings
+from funcattrib.chain.transform import State, Transform, applied
 from funcattrib.errors import ChainError
 from funcattrib.lift import Readouts, TwoSided, extend, readout
 from funcattrib.models.functional import device_of
@@ -98,7 +98,7 @@ class Chain(NamedTuple):
 
     def describe(self) -> list[dict[str, Any]]:
         """Name and settings of every stage, as the manifest keeps them."""
-        return [{"name": stage.name, **settings(stage)} for stage in self.stages]
+        return [stage.describe() for stage in self.stages]
 
     def lowered(self, params: Params, state: tuple[State, ...] | None = None) -> tuple[Readouts, int]:
         """The longest linear prefix as one map per parameter, and how many stages it covers; see ``lower``."""

@@ -1,7 +1,6 @@
 """A transform of per-example gradients: a small tuple of pure functions on explicit state."""
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -32,6 +31,7 @@ class Transform(NamedTuple):
 
     Attributes:
         name: as in the manifest and in error messages.
+        settings: the hyper-parameters as plain values, which the manifest keeps; None without any.
         init: spec → (state, spec of the result); shapes and random draws, no data; raises ChainError on a spec
             that does not fit.
         observe: folds one batch of incoming gradients (or of what ``measure`` makes of them) into the state. It adds to
@@ -58,6 +58,7 @@ class Transform(NamedTuple):
     """
 
     name: str
+    settings: Mapping[str, Any] | None = None
     init: Callable[[Spec], tuple[State, Spec]] = stateless
     observe: Callable[[State, Grads], State] = observe_nothing
     finalize: Callable[[State], State] = finalize_nothing
@@ -73,6 +74,10 @@ class Transform(NamedTuple):
         """Whether this transform needs a pass over data."""
         return self.observe is not observe_nothing
 
+    def describe(self) -> dict[str, Any]:
+        """Return name and settings, as the manifest keeps them."""
+        return {"name": self.name, **(self.settings or {})}
+
 
 def applied(stage: Transform, state: State, grads: Grads) -> Grads:
     """One stage on gradients that are already there."""
@@ -80,16 +85,3 @@ def applied(stage: Transform, state: State, grads: Grads) -> Grads:
         return stage.apply(state, grads)
     maps = stage.condense(state, {name: Leaf(tuple(grad.shape[1:]), grad.dtype) for name, grad in grads.items()})
     return stage.apply(state, {name: maps[name].map.from_gradient(grad) for name, grad in grads.items()})
-
-
-def settings(stage: Transform) -> dict[str, Any]:
-    """The hyper-parameters bound to a transform's functions with ``partial``, as plain values."""
-    bound: dict[str, Any] = {}
-    for function in (stage.init, stage.finalize, stage.apply):
-        if isinstance(function, partial):
-            bound |= {key: value for key, value in function.keywords.items() if _is_plain(value)}
-    return bound
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str, list, tuple, Mapping))

@@ -42,6 +42,7 @@ def adam_norm(moments: Moments | None = None, eps: float = 1e-8) -> Transform:
     given = moments is not None
     return Transform(
         "adam_norm",
+        settings={"eps": eps},
         init=partial(_init, moments),
         observe=observe_nothing if given else add_up,
         finalize=finalize_nothing if given else average,

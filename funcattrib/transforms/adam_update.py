@@ -11,12 +11,12 @@ References: LESS, arXiv 2402.04333; Adam, arXiv 1412.6980.
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from funcattrib.chain.transform import State, Transform, settings
+from funcattrib.chain.transform import State, Transform
 from funcattrib.errors import ChainError
 from funcattrib.lift import Readouts, readout
 from funcattrib.lift.maps.elementwise import Elementwise
@@ -59,17 +59,15 @@ def adam_update(states: Mapping[str, AdamState], then: Transform | None = None) 
     """
     if then is not None and then.lower is None:
         raise ChainError(f"expected a linear map behind adam_update, found {then.name}; put it after it in the chain")
-    described = None if then is None else {"name": then.name, **settings(then)}
     return Transform(
         "adam_update",
-        init=partial(_init, dict(states), then, then=described),
+        settings={"then": None if then is None else then.describe()},
+        init=partial(_init, dict(states), then),
         condense=partial(_updates, then),
     )
 
 
-def _init(
-    states: Mapping[str, AdamState], behind: Transform | None, spec: Spec, then: Mapping[str, Any] | None
-) -> tuple[State, Spec]:
+def _init(states: Mapping[str, AdamState], then: Transform | None, spec: Spec) -> tuple[State, Spec]:
     """Of each leaf (a m + b g) / (√(c v + d g²) + ε): m and v as they are, and b, d, ε, a, c. And the map's state."""
     kept = {}
     for name, leaf in spec.items():
@@ -81,9 +79,11 @@ def _init(
         of_first, of_second = (1 - beta ** (step + 1) for beta in (beta1, beta2))
         rates = [(1 - beta1) / of_first, (1 - beta2) / of_second, eps, beta1 / of_first, beta2 / of_second]
         kept[name] = {"first": first, "second": second, "rates": torch.tensor(rates, dtype=torch.float64)}
-    following, result = (None, spec) if behind is None else behind.init(spec)
-    if list(result) != list(spec):
-        raise ChainError(f"needs a map of each leaf by itself behind it, found {then}, which joins or divides them")
+    following, result = (None, spec) if then is None else then.init(spec)
+    if then is not None and list(result) != list(spec):
+        raise ChainError(
+            f"needs a map of each leaf by itself behind it, found {then.describe()}, which joins or divides them"
+        )
     return {"adam": kept, "then": following}, result
 
 

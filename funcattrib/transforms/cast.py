@@ -37,7 +37,9 @@ def cast(dtype: Precision = "float16") -> Transform:
     """
     if dtype not in get_args(Precision):
         raise ChainError(f"expected a dtype of {', '.join(get_args(Precision))}, found {dtype!r}")
-    return Transform("cast", init=partial(_init, dtype=dtype), apply=partial(_apply, dtype=dtype))
+    return Transform(
+        "cast", settings={"dtype": dtype}, init=partial(_init, dtype=dtype), apply=partial(_apply, dtype=dtype)
+    )
 
 
 def saturate(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -32,7 +32,7 @@ def clip(max_norm: float) -> Transform:
     """
     if not 0 < max_norm < math.inf:
         raise ChainError(f"expected a positive length to clip to, found {max_norm}")
-    return Transform("clip", apply=partial(_apply, max_norm=max_norm))
+    return Transform("clip", settings={"max_norm": max_norm}, apply=partial(_apply, max_norm=max_norm))
 
 
 def _apply(state: State, grads: Grads, max_norm: float) -> Grads:

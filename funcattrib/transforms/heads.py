@@ -46,6 +46,7 @@ def split_heads(config: Mapping[str, AttentionConfig | Mapping[str, Any]]) -> Tr
     plain = {glob: asdict(one) for glob, one in given.items()}
     return Transform(
         "split_heads",
+        settings={"config": plain},
         init=partial(_init, config=plain),
         apply=partial(_apply, config=plain),
         lower=partial(_lower, config=plain),

@@ -48,10 +48,12 @@ def inner_products(
     """
     if by not in ("example", "leaf"):
         raise ChainError(f"expected scores by example or leaf, found {by!r}")
-    start = partial(_init, dict(queries), by=by, unit_norm=unit_norm)
+    made = Transform(
+        "inner_products", settings={"by": by, "unit_norm": unit_norm}, init=partial(_init, dict(queries), by=by)
+    )
     if unit_norm:
-        return Transform("inner_products", init=start, condense=_with_norm, apply=partial(_divide, by=by))
-    return Transform("inner_products", init=start, lower=partial(_lower, by=by), apply=partial(_products, by=by))
+        return made._replace(condense=_with_norm, apply=partial(_divide, by=by))
+    return made._replace(lower=partial(_lower, by=by), apply=partial(_products, by=by))
 
 
 def self_influence() -> Transform:
@@ -75,7 +77,7 @@ def max_score() -> Transform:
     return Transform("max_score", init=_init_nearest, apply=_largest)
 
 
-def _init(queries: Mapping[str, Tensor], spec: Spec, by: str, unit_norm: bool) -> tuple[State, Spec]:
+def _init(queries: Mapping[str, Tensor], spec: Spec, by: str) -> tuple[State, Spec]:
     if missing := [name for name in spec if name not in queries]:
         raise ChainError(f"needs a query gradient for each of {len(spec)} leaves; found none for {missing[0]}")
     if extra := [name for name in queries if name not in spec]:

@@ -45,6 +45,7 @@ def adafactor_norm(moments: Moments | None = None, eps: float = 1e-30) -> Transf
     given = moments is not None
     return Transform(
         "adafactor_norm",
+        settings={"eps": eps},
         init=partial(_init_adafactor, moments),
         observe=observe_nothing if given else add_up,
         finalize=finalize_nothing if given else average,

@@ -94,6 +94,7 @@ def precondition(
     given = None if gram is None else _powered(gram, float(power), damping, damping_kind)
     return Transform(
         "precondition",
+        settings={"groups": groups, "power": float(power), "damping": damping, "damping_kind": damping_kind},
         init=partial(_init, given, groups=groups),
         observe=partial(_observe, groups=groups) if given is None else observe_nothing,
         finalize=partial(_finalize, power=float(power), damping=damping, damping_kind=damping_kind),

@@ -49,7 +49,13 @@ def project(k: int = 16, kind: Kind = "rademacher", seed: int = 0) -> Transform:
         raise ChainError(f"expected a projection dimension of at least 1, found {k}")
     if kind not in _DRAW:
         raise ChainError(f"expected a projection of kind {' or '.join(_DRAW)}, found {kind!r}")
-    return Transform("project", init=partial(_init, k=k, kind=kind, seed=seed), apply=_apply, lower=_lower)
+    return Transform(
+        "project",
+        settings={"k": k, "kind": kind, "seed": seed},
+        init=partial(_init, k=k, kind=kind, seed=seed),
+        apply=_apply,
+        lower=_lower,
+    )
 
 
 def _init(spec: Spec, k: int, kind: Kind, seed: int) -> tuple[State, Spec]:

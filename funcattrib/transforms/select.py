@@ -25,6 +25,7 @@ def select(include: Iterable[str] = ("*",), exclude: Iterable[str] = ()) -> Tran
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     return Transform(
         "select",
+        settings={"include": include, "exclude": exclude},
         init=partial(_init, include=include, exclude=exclude),
         apply=partial(_apply, include=include, exclude=exclude),
         lower=partial(_lower, include=include, exclude=exclude),

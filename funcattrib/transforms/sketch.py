@@ -42,6 +42,7 @@ def sketch(k: int = 4096, seed: int = 0, sparsity: int = 1) -> Transform:
         raise ChainError(f"expected a sketch of k ≥ 1 in blocks of equal height, found k={k}, sparsity={sparsity}")
     return Transform(
         "sketch",
+        settings={"k": k, "seed": seed, "sparsity": sparsity},
         init=partial(_init, k=k, seed=seed, sparsity=sparsity),
         apply=partial(_apply, k=k, seed=seed, sparsity=sparsity),
         lower=partial(_lower, k=k, seed=seed, sparsity=sparsity),

@@ -62,6 +62,12 @@ def test_a_transform_that_breaks_a_law_is_named(law) -> None:
         laws.check_transform(broken)
 
 
+@pytest.mark.parametrize("settings", [{"scale": torch.ones(2)}, {1: "one"}], ids=["tensor", "number as a name"])
+def test_settings_that_no_manifest_can_keep_are_named(settings) -> None:
+    with pytest.raises(AssertionError, match="breaks the law 'settings are plain'"):
+        laws.check_transform(fa.project(4)._replace(settings=settings))
+
+
 def chains():
     names = ["project", "project_normal", "adafactor_norm", "unit_norm", "select", "cast_float16"]
     yield from ((name,) for name in names)
