@@ -18,12 +18,12 @@ class FuncattribError(Exception):
 
 
 class DataError(FuncattribError):
-    """The data set cannot be used as it is: a missing file or column, text that is not text, a row too long."""
+    """A data set that cannot be used as it is: a missing file or column, text that is not text, a row too long."""
 
 
 class StoreError(FuncattribError):
-    """The gradient store cannot be opened, written or continued."""
+    """A gradient store that cannot be opened, written or continued."""
 
 
 class ChainError(FuncattribError):
-    """The stages of a chain do not fit each other, or the state does not fit the chain."""
+    """Stages of a chain that do not fit each other, or a state that does not fit the chain."""

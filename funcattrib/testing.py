@@ -1,4 +1,4 @@
-"""Laws that every transform obeys, to check one of your own: ``check_transform(transform)``.
+"""Laws that every transform obeys, to check a new one: ``check_transform(transform)``.
 
     plain settings     they survive JSON, as a manifest keeps them
     row by row         row b of the result depends on row b alone
@@ -44,7 +44,7 @@ def check_transform(transform: Transform, *, joint: bool = False, spec: Spec | N
 
     Args:
         transform: as it stands in a chain; a fitted one is fitted here.
-        joint: it joins leaves on purpose (as ``unit_norm`` does): the law of leaves is left out.
+        joint: it joins leaves on purpose (as ``unit_norm`` does): the law of leaves is skipped.
         spec: the leaves to check it on, in float64; by default ``MATRICES``, ``VECTORS`` and ``KERNELS``.
 
     Raises:

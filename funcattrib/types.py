@@ -34,11 +34,11 @@ class Leaf(NamedTuple):
 
 
 Spec = dict[str, Leaf]
-"""Name of a leaf → its shape and dtype, in the parameters' order: what a stage is told of the gradients to come."""
+"""Name of a leaf → its shape and dtype, in the parameters' order: the gradients that a stage receives."""
 
 
 class PerExample(NamedTuple):
-    """What one batch yields: ``grads`` name → (B, *shape), and ``losses`` (B,), in nats."""
+    """Results of one batch: ``grads`` name → (B, *shape), and ``losses`` (B,), in nats."""
 
     grads: Grads
     losses: Tensor

@@ -30,7 +30,7 @@ def attention(
     scale: float | None = None,
     causal: bool = False,
 ) -> Float[Tensor, "E H T D"]:
-    """softmax(scale · Q Kᵀ + mask) V, per example and head.
+    """Compute softmax(scale · Q Kᵀ + mask) V, per example and head.
 
     Args:
         mask: True where a key is seen, or a float added to the logits. Not together with ``causal``.
@@ -49,7 +49,7 @@ def attention(
 
 
 def register_attention() -> str:
-    """Register the kernel and its mask with transformers; returns the name for ``attn_implementation``."""
+    """Register the kernel and its mask with transformers; return the name for ``attn_implementation``."""
     AttentionInterface.register(NAME, _interface)
     AttentionMaskInterface.register(NAME, _mask)
     return NAME
@@ -69,7 +69,7 @@ def _interface(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The calling convention of transformers; returns (E, T, H, D)."""
+    """Adapt to the calling convention of transformers; return (E, T, H, D)."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     if dropout or softcap is not None or s_aux is not None or position_bias is not None:
@@ -89,7 +89,7 @@ def _mask(
     allow_is_bidirectional_skip: bool = False,
     **rest: Any,
 ) -> Tensor | None:
-    """The mask that transformers asks for, built without looking at the padding's values (vmap forbids that)."""
+    """Return the mask that transformers asks for, built without looking at the padding's values (vmap forbids that)."""
     whole = attention_mask is None and q_length == kv_length and (local_size is None or kv_length <= local_size)
     if whole and (allow_is_causal_skip or allow_is_bidirectional_skip):
         return None
@@ -105,7 +105,7 @@ def _mask(
 
 
 class _Attention(torch.autograd.Function):
-    """Returns the output and, for backward, the log-sum-exp of the logits (an empty tensor where it is not kept)."""
+    """Attention, and the log-sum-exp of the logits for backward (an empty tensor where it is not kept)."""
 
     @staticmethod
     def forward(
@@ -191,7 +191,7 @@ class _AttentionBackward(torch.autograd.Function):
 
 
 def _fold_operands(tensors: Any, axes: Any, size: int, mask_at: int) -> list[Tensor | None]:
-    """``fold`` for all; a mask that no example owns stays (1, …) and broadcasts instead of being copied."""
+    """Apply ``fold`` to all; a mask that no example owns stays (1, …) and broadcasts instead of being copied."""
     shared = (
         {mask_at} if axes[mask_at] is None and tensors[mask_at] is not None and tensors[mask_at].shape[0] == 1 else ()
     )
@@ -217,7 +217,7 @@ def _maths(
     position_bias: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """The plain formula, for what the fused kernels cannot serve; every step has a batching rule."""
+    """Compute the plain formula, for what the fused kernels cannot serve; every step has a batching rule."""
     groups = query.shape[1] // key.shape[1]
     logits = query @ _repeat(key, groups).transpose(-1, -2) * scale
     if softcap is not None:
@@ -238,17 +238,17 @@ def _maths(
 
 
 def _repeat(heads: Tensor, groups: int) -> Tensor:
-    """(E, G, S, D) → (E, G·groups, S, D)."""
+    """Repeat heads, (E, G, S, D) → (E, G·groups, S, D)."""
     return heads if groups == 1 else heads.repeat_interleave(groups, dim=1)
 
 
 def _regroup(grad: Tensor, groups: int) -> Tensor:
-    """Adjoint of ``_repeat``: sums the gradients of the query heads that share a key/value head."""
+    """Sum the gradients of the query heads that share a key/value head: the adjoint of ``_repeat``."""
     return grad if groups == 1 else grad.unflatten(1, (-1, groups)).sum(2)
 
 
 def _bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """The CPU kernel adds its mask: booleans become 0 and −∞."""
+    """Convert a mask to the bias that the CPU kernel adds: booleans become 0 and −∞."""
     if mask is None or mask.dtype != torch.bool:
         return mask if mask is None else mask.to(query.dtype)
     return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, float("-inf"))

@@ -23,7 +23,7 @@ CROSS_ENTROPY = Head()
 
 
 class Reference(NamedTuple):
-    """Where the distributions that ``kl`` compares with come from: hidden states (E, N, d'), W (V, d'), b (V,)."""
+    """Source of the distributions that ``kl`` compares with: hidden states (E, N, d'), W (V, d'), b (V,)."""
 
     hidden: Tensor
     weight: Tensor
@@ -59,13 +59,13 @@ def linear_cross_entropy(
 
 
 def head_loss(x: Operands, left: Tensor | None, head: Head) -> tuple[Tensor, Tensor]:
-    """The losses (E,), and ∂loss/∂z · leftᵀ, (E, N, P), for ``left`` (P, V); (E, N, 0) where it is None."""
+    """Compute the losses (E,), and ∂loss/∂z · leftᵀ, (E, N, P), for ``left`` (P, V); (E, N, 0) where it is None."""
     loss, _, rows, _ = _Head.apply(*x, left, head, None)
     return loss, rows
 
 
 def head_loss_forming(x: Operands, head: Head, function: Function) -> tuple[Tensor, Tensor]:
-    """The losses (E,), and ``function`` of each example's G_W (1, V, d), (E, …): formed one example at a time."""
+    """Compute the losses (E,), and ``function`` of each example's G_W (1, V, d), (E, …), formed one at a time."""
     loss, _, _, formed = _Head.apply(*x, None, head, function)
     return loss, formed
 

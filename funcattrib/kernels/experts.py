@@ -30,7 +30,7 @@ def expert_linear(
     expert: Int[Tensor, " S"],
     transposed: bool = False,
 ) -> Float[Tensor, "S O"]:
-    """Each token times its expert's matrix, stored (O, I), or (I, O) where ``transposed``.
+    """Multiply each token with its expert's matrix, stored (O, I), or (I, O) where ``transposed``.
 
     Example:
         >>> weight = torch.stack([torch.eye(2), 3 * torch.eye(2)])
@@ -47,7 +47,7 @@ def expert_linear(
 def expert_outer(
     rows: Float[Tensor, "E S P"], cols: Float[Tensor, "E S Q"], expert: Int[Tensor, "E S"], experts: int
 ) -> Float[Tensor, "E X P Q"]:
-    """Σ rows_s cols_sᵀ over each example's tokens of each expert. Looks at ``expert``: not inside vmap.
+    """Sum rows_s cols_sᵀ over each example's tokens of each expert. Looks at ``expert``: not inside vmap.
 
     Example:
         >>> expert_outer(torch.ones(1, 3, 1), torch.ones(1, 3, 1), torch.tensor([[0, 2, 0]]), 3).flatten()
@@ -70,13 +70,13 @@ def expert_outer(
 
 
 def register_experts() -> str:
-    """Register the experts' forward with transformers; returns the name for ``experts_implementation``."""
+    """Register the experts' forward with transformers; return the name for ``experts_implementation``."""
     ExpertsInterface.register(NAME, _interface)
     return NAME
 
 
 def _interface(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The calling convention of transformers: (tokens, width), (tokens, k), (tokens, k) → (tokens, width)."""
+    """Adapt to the calling convention of transformers: (tokens, width), (tokens, k), (tokens, k) → (tokens, width)."""
     if getattr(module, "_is_expert_parallel", False):
         raise FuncattribError("expected every expert on this process, found expert parallelism; load without it")
     tokens, k = top_k_index.shape
@@ -143,7 +143,7 @@ class _ExpertOuter(torch.autograd.Function):
 
 
 def _by_expert(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
-    """(S, I), (X, I, O) → (S, O): one product an expert that has tokens."""
+    """Multiply by expert, (S, I), (X, I, O) → (S, O): one product an expert that has tokens."""
     order = expert.argsort(stable=True)
     counts = torch.bincount(expert, minlength=weight.shape[0]).tolist()
     parts = x[order].split(counts)

@@ -8,7 +8,9 @@ from torch import Tensor
 
 
 def fold(tensor: Tensor | None, axis: int | None, size: int) -> Tensor | None:
-    """(…, V at ``axis``, …) → (V·E, …); an operand without a vmapped axis is repeated V times."""
+    """Fold the vmapped axis into the first, (…, V at ``axis``, …) → (V·E, …); an operand without one is repeated V
+    times.
+    """
     if tensor is None:
         return None
     first = tensor.unsqueeze(0).expand(size, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
@@ -16,5 +18,5 @@ def fold(tensor: Tensor | None, axis: int | None, size: int) -> Tensor | None:
 
 
 def unfold(tensor: Tensor, size: int) -> Tensor:
-    """(V·E, …) → (V, E, …)."""
+    """Divide the first axis, (V·E, …) → (V, E, …)."""
     return tensor.unflatten(0, (size, tensor.shape[0] // size))

@@ -18,13 +18,13 @@ from funcattrib.kernels.head_tokens import Operands, chunks, labelled
 from funcattrib.kernels.logit_loss import Head
 
 _SURE = 0.9
-"""Of p_y: beyond it, log-odds are made from the logits."""
+"""Bound of p_y: beyond it, log-odds are computed from the logits."""
 _FIRST = 128
 """Labelled tokens by which it is judged how many are like that."""
 
 
 def serves(x: Operands, head: Head) -> bool:
-    """Whether the kernel computes this loss."""
+    """Return whether the kernel computes this loss."""
     plain = head.kind in ("ce", "log_odds") and not head.smoothing and head.softcap is None and x.bias is None
     return plain and x.hidden.device.type == "cpu"
 
@@ -73,7 +73,7 @@ def by_attention(
 def by_logits(
     x: Operands, at: Tensor, left: Tensor | None, head: Head, per_token: Tensor, d_hidden: Tensor, rows: Tensor
 ) -> Tensor:
-    """The same through the logits, for the tokens at ``at``; returns their losses before their weights."""
+    """Fill the same through the logits, for the tokens at ``at``; return their losses before their weights."""
     if not len(at):
         return per_token.new_zeros(0)
     chosen = torch.full_like(x.target, -100).reshape(-1).index_copy_(0, at, x.target.reshape(-1)[at])
@@ -89,5 +89,5 @@ def by_logits(
 
 
 def _log_odds(p: float) -> float:
-    """The loss of a token of probability p."""
+    """Compute the loss of a token of probability p."""
     return float(torch.tensor((1 - p) / p).log())

@@ -19,8 +19,8 @@ Function = Callable[[Tensor], Tensor]
 
 
 def form(x: Operands, head: Head, function: Function, per_token: Tensor, d_hidden: Tensor) -> Tensor:
-    """``function`` of each example's gradient of W, (1, V, d), formed one example at a time, in the pass that makes the
-    losses (E·N,) and ∂loss/∂hidden (E·N, d), which are filled.
+    """Compute ``function`` of each example's gradient of W, (1, V, d), formed one example at a time, in the pass that
+    computes the losses (E·N,) and ∂loss/∂hidden (E·N, d), which are filled.
     """
     w, tokens = x.weight.to(per_token.dtype), x.hidden.shape[1]
     read: list[Tensor] = []
@@ -39,19 +39,19 @@ def form(x: Operands, head: Head, function: Function, per_token: Tensor, d_hidde
 
 
 def weight_gradient(scale: Tensor, x: Operands, head: Head) -> Tensor:
-    """Σ_e scale_e G_W(e), (V, d)."""
+    """Compute Σ_e scale_e G_W(e), (V, d)."""
     whole: Tensor = _Weight.apply(scale, *x, head, 1)
     return whole[0]
 
 
 def bias_gradients(scale: Tensor, x: Operands, head: Head) -> Tensor:
-    """scale_e Σ_n (∂ℓ/∂z)_n of each example, (E, V)."""
+    """Compute scale_e Σ_n (∂ℓ/∂z)_n of each example, (E, V)."""
     rows: Tensor = _Bias.apply(scale, *x, head, len(scale))
     return rows
 
 
 def bias_gradient(scale: Tensor, x: Operands, head: Head) -> Tensor:
-    """The same summed over the examples, (V,)."""
+    """Compute the same summed over the examples, (V,)."""
     whole: Tensor = _Bias.apply(scale, *x, head, 1)
     return whole[0]
 
@@ -107,13 +107,13 @@ class _Bias(torch.autograd.Function):
 
 
 def _groups(scale: Tensor, x: Operands, groups: int) -> Iterator[tuple[Operands, Tensor]]:
-    """The examples of each group, and their scales."""
+    """Yield the examples of each group, and their scales."""
     size = len(scale) // groups
     for start in range(0, len(scale), size):
         yield x.examples(start, start + size), scale[start : start + size]
 
 
 def _scaled(parts: Iterator[Chunk], scale: Tensor, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(positions, gradients of the logits times their example's scale)."""
+    """Yield positions, and the gradients of the logits times their example's scale."""
     for at, _, d_logits in parts:
         yield at, d_logits.mul_(scale[at // tokens, None].to(d_logits.dtype))

@@ -19,7 +19,7 @@ IGNORED = -100
 
 
 class Operands(NamedTuple):
-    """What the loss of a head is computed from.
+    """Operands of the loss of a head.
 
     Attributes:
         hidden: (E, N, d).
@@ -40,11 +40,11 @@ class Operands(NamedTuple):
     reference_bias: Tensor | None = None
 
     def examples(self, start: int, stop: int) -> "Operands":
-        """Some of the examples."""
+        """Return some of the examples."""
         return self._by_example(lambda name, tensor: tensor[start:stop])
 
     def folded(self, axes: "Operands", size: int) -> "Operands":
-        """The axis that vmap hides folded into the examples; the heads are shared by all of them."""
+        """Fold the axis that vmap hides into the examples; the heads are shared by all of them."""
         return self._by_example(lambda name, tensor: fold(tensor, getattr(axes, name), size))
 
     def _by_example(self, change: Callable[[str, Tensor], Tensor | None]) -> "Operands":
@@ -62,7 +62,7 @@ class Chunk(NamedTuple):
 
 
 def labelled(target: Tensor, token_weights: Tensor | None) -> Tensor:
-    """Flat positions of the tokens that have a label and a weight."""
+    """Return flat positions of the tokens that have a label and a weight."""
     flat = target.reshape(-1) != IGNORED
     if token_weights is not None:
         flat = flat & (token_weights.reshape(-1) != 0)
@@ -70,12 +70,12 @@ def labelled(target: Tensor, token_weights: Tensor | None) -> Tensor:
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """In which losses and gradients of logits are computed."""
+    """Return the dtype in which losses and gradients of logits are computed."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 def chunks(x: Operands, head: Head) -> Iterator[Chunk]:
-    """The labelled tokens in order, some at a time."""
+    """Yield the labelled tokens in order, some at a time."""
     compute, at = compute_dtype(x.hidden), labelled(x.target, x.token_weights)
 
     def rows(tokens: Tensor | None) -> Tensor | None:

@@ -20,7 +20,7 @@ Kind = Literal["ce", "kl", "log_odds"]
 
 
 class Head(NamedTuple):
-    """What the head does to its products, and the loss taken of them; ``reference`` as the head of ``kl``'s q.
+    """Scale and cap of the head's products, and the loss taken of them; ``reference`` as the head of ``kl``'s q.
 
     Attributes:
         kind: of the loss.
@@ -38,7 +38,7 @@ class Head(NamedTuple):
 
 
 def loss_in_place(x: Tensor, y: Tensor, bias: Tensor | None, head: Head, reference: Tensor | None) -> Tensor:
-    """Losses (N,); ``x`` (N, V) goes in as raw products and comes out as ∂loss/∂x.
+    """Compute losses (N,); ``x`` (N, V) goes in as raw products and comes out as ∂loss/∂x.
 
     Args:
         y: targets, (N, 1).
@@ -54,7 +54,7 @@ def loss_in_place(x: Tensor, y: Tensor, bias: Tensor | None, head: Head, referen
 
 
 def logits_in_place(x: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor | None:
-    """Raw products to logits; returns the slope of the cap at each, where there is one."""
+    """Convert raw products to logits; return the slope of the cap at each, where there is one."""
     if bias is not None:
         x.add_(bias)
     if scale != 1.0:
@@ -68,7 +68,7 @@ def logits_in_place(x: Tensor, bias: Tensor | None, scale: float, softcap: float
 
 
 def _of_target(z: Tensor, y: Tensor, head: Head) -> Tensor:
-    """Cross-entropy and log-odds."""
+    """Compute cross-entropy and log-odds."""
     z_y = z.gather(1, y)[:, 0]
     target, mean = z_y, z.mean(1) if head.smoothing else None
     if head.kind == "log_odds":
@@ -85,7 +85,7 @@ def _of_target(z: Tensor, y: Tensor, head: Head) -> Tensor:
 
 
 def _divergence(z: Tensor, r: Tensor) -> Tensor:
-    """KL(softmax(z) ‖ softmax(r)). From normalised logarithms: the difference of raw logits loses digits."""
+    """Compute KL(softmax(z) ‖ softmax(r)). From normalised logarithms: the difference of raw logits loses digits."""
     torch.log_softmax(z, 1, out=z)
     torch.log_softmax(r, 1, out=r)
     ratio = torch.sub(z, r, out=r)

@@ -1,10 +1,10 @@
-"""Euclidean lengths as what rows are divided by."""
+"""Euclidean lengths as divisors of rows."""
 
 from torch import Tensor
 
 
 def divisors(lengths: Tensor) -> Tensor:
-    """The lengths, and 1 for that of a zero row, which so stays zero.
+    """Return the lengths, and 1 for that of a zero row, which so stays zero.
 
     Example:
         >>> import torch

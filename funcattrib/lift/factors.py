@@ -23,7 +23,7 @@ Side = Tensor | None
 
 
 def along(side: Side, factor: Factor) -> Factor:
-    """``side`` applied to the last axis of every token's vector."""
+    """Apply ``side`` to the last axis of every token's vector."""
     if isinstance(factor, Tensor):
         return dense_along(side, factor)
     if side is None:
@@ -36,7 +36,7 @@ def along(side: Side, factor: Factor) -> Factor:
 
 
 def dense_along(side: Side, x: Tensor) -> Tensor:
-    """``side`` applied to the last axis of ``x``."""
+    """Apply ``side`` to the last axis of ``x``."""
     if side is None:
         return x
     side = side.to(x.dtype)
@@ -44,19 +44,19 @@ def dense_along(side: Side, x: Tensor) -> Tensor:
 
 
 def outer(rows: Factor, cols: Tensor | None) -> Tensor:
-    """Σ_n rows_n colsᵀ_n, (E, P, Q), or Σ_n rows_n, (E, P), without columns."""
+    """Compute Σ_n rows_n colsᵀ_n, (E, P, Q), or Σ_n rows_n, (E, P), without columns."""
     if cols is None:
         return _scatter(rows, None) if isinstance(rows, OneHot) else rows.sum(1)
     return _scatter(rows, cols) if isinstance(rows, OneHot) else rows.transpose(-1, -2) @ cols
 
 
 def transpose(side: Side) -> Side:
-    """The side's adjoint."""
+    """Return the side's adjoint."""
     return side if side is None or side.ndim == 1 else side.T
 
 
 def product(second: Side, first: Side) -> Side:
-    """The side that applies ``first``, then ``second``."""
+    """Return the side that applies ``first``, then ``second``."""
     if second is None or first is None:
         return first if second is None else second
     if second.ndim == 1:
@@ -68,12 +68,12 @@ def product(second: Side, first: Side) -> Side:
 
 
 def length(side: Side, n: int) -> int:
-    """What becomes of an axis of length ``n``."""
+    """Return the length that an axis of length ``n`` has after ``side``."""
     return n if side is None else side.shape[0]
 
 
 def _scatter(rows: OneHot, values: Tensor | None) -> Tensor:
-    """Σ_n e_{id_n} valuesᵀ_n by scattered addition: no one-hot matrix is formed."""
+    """Compute Σ_n e_{id_n} valuesᵀ_n by scattered addition: no one-hot matrix is formed."""
     scale = rows.weight
     if values is None:
         ones = torch.ones_like(rows.ids, dtype=torch.float32) if scale is None else scale

@@ -43,7 +43,7 @@ class Lifted(Tensor):
         rules: Mapping[Any, Rule],
         tokens: int | None = None,
     ) -> "Lifted":
-        """A tensor that shares W's storage and metadata."""
+        """Create a tensor that shares W's storage and metadata."""
         leaf = Tensor._make_subclass(cls, weight, weight.requires_grad)
         leaf.weight, leaf.theta, leaf.map, leaf.rules, leaf.tokens = weight, theta, gradient_map, rules, tokens
         return leaf
@@ -62,7 +62,7 @@ class Lifted(Tensor):
         return func(*_densify(args, func), **_densify(kwargs, func))
 
     def dense(self, operation: str = "this operation") -> Tensor:
-        """W + C*(θ) as a plain tensor.
+        """Return W + C*(θ) as a plain tensor.
 
         Raises:
             ChainError: there is one probe an example (batched autograd) and no single W.
@@ -79,7 +79,7 @@ class Lifted(Tensor):
 
 
 def plain(value: Any) -> Any:
-    """W of a lifted leaf, anything else as it is."""
+    """Return W of a lifted leaf, anything else as it is."""
     return value.weight if isinstance(value, Lifted) else value
 
 

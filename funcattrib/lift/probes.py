@@ -13,7 +13,7 @@ from funcattrib.lift.rules import RULES
 
 
 class Readout(NamedTuple):
-    """How one parameter is read.
+    """The readout of one parameter.
 
     Attributes:
         map: the linear map.
@@ -28,19 +28,19 @@ class Readout(NamedTuple):
 
 
 Readouts = Mapping[str, Readout]
-"""Parameter → how it is read; those left out are not differentiated."""
+"""Parameter → its readout; parameters without one are not differentiated."""
 Params = Mapping[str, Tensor]
 
 
 def readout(name: str, gradient_map: GradientMap) -> Readout:
-    """The usual lowering: a probe and a leaf of the parameter's own name."""
+    """Return the usual readout: a probe and a leaf of the parameter's own name."""
     return Readout(gradient_map, name, (name,))
 
 
 def lift(
     params: Params, lowered: Readouts, probes: Mapping[str, Tensor], tokens: int | None = None
 ) -> dict[str, Tensor]:
-    """``params`` with a lifted leaf for every name in ``lowered``.
+    """Return ``params`` with a lifted leaf for every name in ``lowered``.
 
     Args:
         tokens: of every example, where a batch of them is known to be the model's input.
@@ -54,7 +54,7 @@ def lift(
 
 
 def zero_probes(params: Params, lowered: Readouts, examples: int = 1) -> dict[str, Tensor]:
-    """θ₀ = 0, (E, *coordinates), one for every probe that ``lowered`` names, in the weight's type.
+    """Return θ₀ = 0, (E, *coordinates), one for every probe that ``lowered`` names, in the weight's type.
 
     Statistics and scores have at least float32: squares of what float16 can just hold are nothing there.
     """
@@ -69,7 +69,7 @@ def zero_probes(params: Params, lowered: Readouts, examples: int = 1) -> dict[st
 
 
 def unpack(lowered: Readouts, coordinates: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Coordinates by probe, (B, …) each, as leaves in the parameters' order."""
+    """Convert coordinates by probe, (B, …) each, to leaves in the parameters' order."""
     leaves: dict[str, Tensor] = {}
     for _, probe, names in lowered.values():
         parts = (coordinates[probe],) if len(names) == 1 else coordinates[probe].unbind(1)
@@ -78,11 +78,11 @@ def unpack(lowered: Readouts, coordinates: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def extend(maps: Mapping[str, Readout], stage: Readouts) -> dict[str, Readout] | None:
-    """Every parameter's map with a stage's behind it; None where the two do not combine.
+    """Compose every parameter's map with a stage's after it; None where the two do not combine.
 
     Args:
         maps: parameter → its map so far.
-        stage: leaf → its map; parameters none of whose leaves are in it are left out.
+        stage: leaf → its map; parameters none of whose leaves are in it are dropped.
     """
     extended = {}
     for name, how in maps.items():

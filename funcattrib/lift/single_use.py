@@ -1,4 +1,4 @@
-"""Which weights reach the loss through exactly one tapped operation.
+"""Weights that reach the loss through exactly one tapped operation.
 
 A statistic of a gradient is not linear: where a weight is used twice (tied, or a module called twice) or through an
 operation without a rule, its statistic must be taken of the summed gradient, not summed over uses.
@@ -22,7 +22,7 @@ def single_use(
     names: Iterable[str],
     example: Mapping[str, Tensor],
 ) -> set[str]:
-    """Names whose probe has one consumer in the loss's graph, a tap. One forward pass over ``example``."""
+    """Find the names whose probe has one consumer in the loss's graph, a tap. One forward pass over ``example``."""
     readings = {name: readout(name, TwoSided()) for name in names}
     probes = {name: probe.requires_grad_() for name, probe in zero_probes(params, readings).items()}
     with torch.enable_grad():

@@ -1,6 +1,6 @@
 """The tap: y' = y, and in backward dθ = C read off (g, what was kept).
 
-It stands behind an operation that ran as the model would run it. The gradient of y passes through untouched;
+It follows an operation that ran as the model would run it. The gradient of y passes through untouched;
 the probe θ receives its coordinates. ``read`` is a pure function of g and of the kept tensors, and every
 operation in it has a batching rule, so that the same code serves ``vmap(grad(...))`` and batched autograd.
 """
@@ -17,7 +17,7 @@ Read = Callable[..., Tensor]
 
 
 def tap(y: Tensor, theta: Tensor, read: Read, *kept: Tensor | None) -> Tensor:
-    """``y`` unchanged; the gradient of ``theta`` becomes ``read(g, *kept)``.
+    """Return ``y`` unchanged; the gradient of ``theta`` becomes ``read(g, *kept)``.
 
     Example:
         >>> theta = torch.zeros(2, requires_grad=True)
@@ -58,5 +58,5 @@ class _Tap(torch.autograd.Function):
 
 
 def _read_each(read: Read, over: tuple[int | None, ...], g: Tensor, *kept: Tensor | None) -> Tensor:
-    """``read`` for every entry of the axis that vmap hid."""
+    """Call ``read`` for every entry of the axis that vmap hid."""
     return vmap(read, in_dims=over)(g, *kept)

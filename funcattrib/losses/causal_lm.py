@@ -29,7 +29,9 @@ Reduction = Literal["sum", "mean"]
 
 
 class _Settings(NamedTuple):
-    """Of the loss: what is taken of the logits, how tokens are added up, and the model that ``kl`` compares with."""
+    """Settings of the loss: what is taken of the logits, how tokens are added up, and the model that ``kl`` compares
+    with.
+    """
 
     head: Head
     reduction: Reduction
@@ -46,7 +48,7 @@ def causal_lm_loss(
     modules: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
 ) -> tuple[Loss, dict[str, Tensor]]:
-    """The loss of a Hugging Face causal language model, and the parameters to attribute.
+    """Return the loss of a Hugging Face causal language model, and the parameters to attribute.
 
     The head and the loss are fused (no logits in memory) where that reproduces the model's own logits, which
     is checked here on a few tokens; otherwise the model's logits are used.
@@ -122,7 +124,7 @@ def _causal_loss(model: LanguageModel, settings: _Settings, params: Params, exam
 
 
 def _reference(parts: Functional, reference: nn.Module | None) -> LanguageModel:
-    """The model that ``kl`` compares with."""
+    """Return the model that ``kl`` compares with."""
     if reference is None:
         described = without_adapter(parts)
         if described is None:
@@ -152,7 +154,7 @@ def _constant(compute: Callable[..., Tensor], model: LanguageModel, inputs: Mapp
 
 
 def _vocabulary(model: nn.Module) -> int | None:
-    """The width of the logits, where the model says."""
+    """Return the width of the logits, where the model has an output layer."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     return None if output is None else int(output.weight.shape[0])
 
@@ -160,7 +162,7 @@ def _vocabulary(model: nn.Module) -> int | None:
 def _logits_loss(
     logits: Tensor, target: Tensor, token_weights: Tensor | None, head: Head, reference: Tensor | None
 ) -> Tensor:
-    """The plain form of the fused head: the same formulas on logits (E, N, V)."""
+    """Compute the loss on logits (E, N, V), by the formulas of the fused head."""
     z = logits if logits.dtype == torch.float64 else logits.float()
     counted = target != IGNORED
     y = target.clamp(min=0)[..., None]

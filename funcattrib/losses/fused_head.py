@@ -1,4 +1,4 @@
-"""A causal language model as its base and its head: hidden states, and what the head makes of them.
+"""A causal language model as its base and its head: hidden states, and the logits that the head computes of them.
 
     logits = cap(scale · (W h + b)),        h the base model's last hidden states
 
@@ -61,7 +61,7 @@ def describe(parts: Functional) -> LanguageModel:
 
 
 def hidden_states(model: LanguageModel, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
-    """The base model's last hidden states (1, T, d)."""
+    """Compute the base model's last hidden states (1, T, d)."""
     prefix = f"{model.prefix}."
     inside = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     base = model.parts.skeleton.get_submodule(model.prefix or "")
@@ -69,12 +69,12 @@ def hidden_states(model: LanguageModel, weights: Mapping[str, Tensor], inputs: I
 
 
 def own_logits(model: LanguageModel, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
-    """The model's own logits (1, T, V)."""
+    """Compute the model's own logits (1, T, V)."""
     return torch.func.functional_call(model.parts.skeleton, dict(weights), (), dict(inputs), strict=True).logits
 
 
 def without_adapter(parts: Functional) -> LanguageModel | None:
-    """The model as it computes with its adapter off (peft's ``disable_adapter``); None where it has no such switch."""
+    """Return the model with its adapter off (peft's ``disable_adapter``); None where it has no such switch."""
     if not callable(getattr(parts.skeleton, "disable_adapter", None)):
         return None
     # The switch is thrown once and held, as peft's sets requires_grad, which no torch.func transform allows; and on
@@ -87,7 +87,7 @@ def without_adapter(parts: Functional) -> LanguageModel | None:
 
 
 def _with_head(skeleton: nn.Module) -> tuple[str, nn.Module, nn.Linear] | None:
-    """Name of the base, the model around it, and its head; a wrapper, such as an adapter's, has the model inside."""
+    """Find the base's name, the model around it, and its head; a wrapper (an adapter's) has the model inside."""
     for path, module in skeleton.named_modules():
         if isinstance(module, PreTrainedModel) and isinstance(output := module.get_output_embeddings(), nn.Linear):
             return f"{path}.{module.base_model_prefix}".lstrip("."), module, output
@@ -95,7 +95,7 @@ def _with_head(skeleton: nn.Module) -> tuple[str, nn.Module, nn.Linear] | None:
 
 
 def _logit_transform(config: Any) -> dict[str, Any]:
-    """What the configuration says the head does to its products: logit_scale, logits_scaling, soft-capping."""
+    """Read how the head transforms its products off the configuration: logit_scale, logits_scaling, soft-capping."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     scale = getattr(text, "logit_scale", None)
     divisor = getattr(text, "logits_scaling", None)

@@ -1,6 +1,6 @@
-"""The loss of a run: a kind of ``causal_lm_loss`` by its name, or a function of the user's own.
+"""The loss of a run: a kind of ``causal_lm_loss`` by its name, or a user's function.
 
-A user's function is told by its required arguments:
+A user's function is recognised by its required arguments:
 
     loss(params, example) -> scalar          two: the loss itself
     factory(model) -> loss                   one: makes it from the model
@@ -43,7 +43,7 @@ def loss_of(
     modules: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
 ) -> tuple[Loss, dict[str, Tensor]]:
-    """The loss that ``loss`` names, and the parameters to attribute.
+    """Return the loss that ``loss`` names, and the parameters to attribute.
 
     Args:
         loss: ``ce``, ``kl``, ``log_odds``, or a function of the user's own: itself, or as ``package.module:function``.
@@ -77,7 +77,7 @@ def loss_of(
 
 
 def name_of(loss: str | Own) -> str:
-    """What the manifest calls a loss: ``package.module:function``."""
+    """Return the manifest's name of a loss: ``package.module:function``."""
     if isinstance(loss, str):
         return loss
     of = loss.func if isinstance(loss, partial) else loss
@@ -143,7 +143,7 @@ def _own_loss(
 
 
 def _required(function: Own, name: str) -> int:
-    """Arguments that must be given: 1 of a factory, 2 of a loss."""
+    """Count the arguments that must be given: 1 of a factory, 2 of a loss."""
     try:
         arguments = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -161,7 +161,7 @@ def _required(function: Own, name: str) -> int:
 def _chosen(
     loss: Loss, params: dict[str, Tensor], modules: list[str] | None, exclude: list[str], name: str
 ) -> tuple[Loss, dict[str, Tensor]]:
-    """Those of a factory's parameters that the globs select; the others stay as they are."""
+    """Select a factory's parameters that match the globs; the others stay as they are."""
     include = ["*"] if modules is None or modules == ["all"] else modules
 
     def wanted(parameter: str) -> bool:
@@ -183,7 +183,7 @@ def _with_rest(loss: Loss, rest: Params, params: Params, example: Example) -> Te
 
 
 def _checked(name: str, loss: Loss, params: Params, example: Example) -> Tensor:
-    """The user's loss; what it returns must be a scalar."""
+    """Compute the user's loss; what it returns must be a scalar."""
     try:
         value: Any = loss(params, example)
     except KeyError as error:

@@ -1,4 +1,4 @@
-"""PEFT adapters: which base an adapter's folder names, and the model with the adapter on it.
+"""PEFT adapters: the base that an adapter's folder names, and the model with the adapter on it.
 
 peft is imported only for an adapter.
 """
@@ -22,7 +22,7 @@ class Base(NamedTuple):
 
 
 def base_of(source: Path | str, revision: str | None) -> Base | None:
-    """The base of the adapter at a folder or hub id; None where that is no adapter.
+    """Find the base of the adapter at a folder or hub id; None where that is no adapter.
 
     Raises:
         FuncattribError: an adapter that names no base.
@@ -41,7 +41,7 @@ def base_of(source: Path | str, revision: str | None) -> Base | None:
 
 
 def adapter_on(base: nn.Module, source: Path | str, revision: str | None) -> nn.Module:
-    """``base`` with the adapter of a folder or hub id on it.
+    """Return ``base`` with the adapter of a folder or hub id on it.
 
     Raises:
         FuncattribError: peft is not installed; an adapter of prompts, or one that is not kept as safetensors.
@@ -65,9 +65,9 @@ def adapter_on(base: nn.Module, source: Path | str, revision: str | None) -> nn.
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """Names of the parameters that peft's layers hold for their adapters; none where the model has no adapter.
+    """List the parameters that peft's layers hold for their adapters; none where the model has no adapter.
 
-    Matrices alone where there are any: vectors of magnitudes are left out, as biases are elsewhere.
+    Matrices alone where there are any: vectors of magnitudes are not listed, as biases are not elsewhere.
     """
     found: dict[str, int] = {}
     for prefix, module in model.named_modules():

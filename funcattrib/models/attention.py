@@ -1,4 +1,4 @@
-"""How the attention heads of a transformers model lie in its weights, read off its modules and configuration."""
+"""Layout of a transformers model's attention heads in its weights, read off its modules and configuration."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ Order = Literal["head", "head qkv", "qkv head"]
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """How the heads lie along an axis of one weight.
+    """Layout of the heads along an axis of one weight.
 
     Attributes:
         num_heads: heads that this weight has: with grouped queries, keys and values have fewer than queries.
@@ -53,7 +53,7 @@ _SIZE = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 
 
 def attention_configs(model: nn.Module) -> dict[str, AttentionConfig]:
-    """How heads lie in every attention weight of ``model``, as ``split_heads`` takes it.
+    """Return the layout of heads in every attention weight of ``model``, as ``split_heads`` takes it.
 
     Query, key and value (apart, with grouped queries or not, or fused) by rows, with their biases; the output
     projection by the columns that read a head. Where blocks of a fused weight have their own numbers of heads (Phi-3),
@@ -85,7 +85,7 @@ def attention_configs(model: nn.Module) -> dict[str, AttentionConfig]:
 
 
 def _of_attention(model: nn.Module, name: str, module: nn.Module, size: int) -> Iterator[tuple[str, AttentionConfig]]:
-    """The weights of one attention module; nothing where ``module`` is none."""
+    """Yield the weights of one attention module; nothing where ``module`` is none."""
     children = dict(module.named_children())
     prefix = f"{name}." if name else ""
     apart = next((names for names in _APART if children.keys() >= set(names)), None)
@@ -118,7 +118,7 @@ def _of_attention(model: nn.Module, name: str, module: nn.Module, size: int) -> 
 def _outputs(
     name: str, layer: Any, heads: int, size: int, order: Order = "head"
 ) -> Iterator[tuple[str, AttentionConfig]]:
-    """Weight and bias of a layer whose outputs are heads, where they fill them."""
+    """Yield weight and bias of a layer whose outputs are heads, where they fill them."""
     if heads * size * (1 if order == "head" else 3) != _features(layer)[0] or not heads:
         return
     yield f"{name}.weight", AttentionConfig(heads, size, 1 if _is_conv1d(layer) else 0, order)
@@ -127,7 +127,7 @@ def _outputs(
 
 
 def _features(layer: Any) -> tuple[int, int]:
-    """Outputs and inputs of a layer with a weight matrix; zeros for anything else."""
+    """Return outputs and inputs of a layer with a weight matrix; zeros for anything else."""
     if _is_conv1d(layer):
         return layer.weight.shape[1], layer.weight.shape[0]
     return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else (0, 0)
@@ -138,7 +138,7 @@ def _is_conv1d(layer: Any) -> bool:
 
 
 def _head_size(module: nn.Module, model: nn.Module) -> int | None:
-    """What the module says, else the configuration."""
+    """Return the size of a head that the module states, else the configuration."""
     config = getattr(module, "config", getattr(model, "config", None))
     for source in (module, config):
         if size := next((size for key in _SIZE if isinstance(size := getattr(source, key, None), int)), None):
@@ -148,7 +148,7 @@ def _head_size(module: nn.Module, model: nn.Module) -> int | None:
 
 
 def _by_glob(found: Mapping[str, AttentionConfig]) -> dict[str, AttentionConfig]:
-    """Layers that are alike under one glob, the most specific glob first."""
+    """Join layers that are alike under one glob, the most specific glob first."""
     globs: dict[str, dict[str, AttentionConfig]] = {}
     for name, config in found.items():
         globs.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), {})[name] = config

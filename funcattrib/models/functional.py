@@ -1,7 +1,7 @@
 """A module as a pure function of an explicit parameter dict.
 
 ``functionalize(model)`` gives a skeleton (the module tree, sharing the model's tensors, with a configuration of its
-own) and the parameters in two dicts: those to attribute and the frozen rest. The model itself is left as it was.
+own) and the parameters in two dicts: those to attribute and the frozen rest. The model itself stays as it was.
 
 What a model that went through ``fully_shard`` has of its parameters is this rank's rows, and one loaded by bitsandbytes
 has codes: these are in the dicts as ``lift.weights.Stored``, made dense where they are used.
@@ -26,7 +26,7 @@ from funcattrib.weights.stored import Stored
 
 
 def device_of(params: Params) -> torch.device:
-    """Where the parameters are."""
+    """Return the device of the parameters."""
     return next(iter(params.values())).device
 
 
@@ -44,7 +44,7 @@ class Functional(NamedTuple):
     frozen: dict[str, Tensor]
 
     def call(self, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """The module's forward with ``params`` in the place of its own."""
+        """Call the module's forward with ``params`` in the place of its own."""
         return torch.func.functional_call(self.skeleton, {**self.frozen, **params}, args, kwargs, strict=True)
 
 
@@ -58,7 +58,7 @@ def functionalize(model: nn.Module, modules: Iterable[str] | None = None, exclud
         exclude: globs over parameter names to leave out.
 
     Raises:
-        FuncattribError: a glob matches no parameter, or nothing is left; a model sharded in a way that is not known.
+        FuncattribError: a glob matches no parameter, or none remains; a model sharded in a way that is not known.
 
     Example:
         >>> parts = functionalize(nn.Sequential(nn.Linear(2, 3)), modules=["*.weight"])
@@ -76,7 +76,8 @@ def functionalize(model: nn.Module, modules: Iterable[str] | None = None, exclud
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter once, detached, in the model's order; stored where only shards or codes of it are here.
+    """Return every parameter once, detached, in the model's order; stored where only shards or quantised values of it
+    are here.
 
     Raises:
         FuncattribError: a parameter that is sharded otherwise than ``fully_shard`` does by default.
@@ -99,7 +100,7 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def sharing(*params: Params) -> Gathers | None:
-    """The gathers of the group of ranks that hold these parameters together; None where each has them all.
+    """Return the gathers of the group of ranks that hold these parameters together; None where each has them all.
 
     Raises:
         FuncattribError: some are held by another group than others.
@@ -115,6 +116,8 @@ def sharing(*params: Params) -> Gathers | None:
 
 
 def a_shard(params: Params) -> Sharded | None:
-    """The first parameter in shards, which shows for all of them who holds them and where; None where there is none."""
+    """Return the first parameter in shards, which shows for all of them who holds them and where; None where there is
+    none.
+    """
     storages = (tensor.held for tensor in params.values() if isinstance(tensor, Stored))
     return next((held for held in storages if isinstance(held, Sharded)), None)

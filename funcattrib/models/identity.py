@@ -1,4 +1,4 @@
-"""What tells one model from another: a name, and a fingerprint of its weights."""
+"""The identity of a model: a name, and a fingerprint of its weights."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ _SAMPLES = 1024
 
 
 def model_identity(model: nn.Module, name: str | None = None, revision: str | None = None) -> dict[str, Any]:
-    """What the manifest keeps of a model: its name, and a fingerprint of its configuration and weights.
+    """Return the manifest's entry for a model: its name, and a fingerprint of its configuration and weights.
 
     The fingerprint hashes up to 1024 values of each parameter, evenly spaced: it tells checkpoints apart without
     reading terabytes, and is the same on every device. Of a model in shards, parameters are gathered one at a time,
@@ -38,7 +38,7 @@ def model_identity(model: nn.Module, name: str | None = None, revision: str | No
 
 
 def fingerprint(params: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes, dtypes and evenly spaced values of every parameter."""
+    """Compute SHA-256 over names, shapes, dtypes and evenly spaced values of every parameter."""
     whole = hashlib.sha256()
     for name, tensor in params.items():
         whole.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())

@@ -1,4 +1,4 @@
-"""What a model can be given: its vocabulary and its longest document."""
+"""Limits of a model's input: its vocabulary and its longest document."""
 
 from torch import nn
 from transformers import (
@@ -10,7 +10,7 @@ from funcattrib.errors import FuncattribError
 
 
 def vocabulary(model: nn.Module) -> int | None:
-    """The number of tokens the model knows, where it says."""
+    """Return the number of tokens in the model's vocabulary; None where the model has no input embedding."""
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     return embedding.weight.shape[0] if embedding is not None else None
 
@@ -18,7 +18,7 @@ def vocabulary(model: nn.Module) -> int | None:
 def context_length(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, *, asked: int | None = None
 ) -> int:
-    """The longest document in tokens: what is asked for, else the model's context, the tokenizer's, or 2048.
+    """Return the longest document in tokens: what is asked for, else the model's context, the tokenizer's, or 2048.
 
     Raises:
         FuncattribError: more is asked for than the model's configuration allows.
@@ -33,7 +33,7 @@ def context_length(
 
 
 def own_context(config: PretrainedConfig | None) -> int | None:
-    """The longest document that a model's configuration allows, where it says."""
+    """Return the longest document that a model's configuration allows, where it states one."""
     text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
     names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
     return next((value for name in names if isinstance(value := getattr(text, name, None), int) and value > 0), None)

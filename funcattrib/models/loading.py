@@ -41,7 +41,7 @@ _TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "spiece*", "tekke
 
 
 class Loaded(NamedTuple):
-    """A model, its tokenizer (None where the folder has none) and what it is called: a hub id, or a folder's path.
+    """A model, its tokenizer (None where the folder has none) and its name: a hub id, or a folder's path.
 
     ``reference`` is a model to compare it with, where one was asked for.
     """
@@ -109,7 +109,7 @@ def load_model(
 def _whole(
     name: str, source: Path | str, precision: str, target: torch.device, options: Mapping[str, Any]
 ) -> nn.Module:
-    """The model on one device."""
+    """Load the model on one device."""
     settings: dict[str, Any] = {"dtype": _DTYPES.get(precision, "auto"), **options}
     if (quantisation := _codes(precision)) is not None:
         settings |= {"quantization_config": quantisation, "device_map": {"": target}}
@@ -128,7 +128,7 @@ def _whole(
 
 
 def _codes(precision: str) -> BitsAndBytesConfig | None:
-    """What quantises a model in this precision; None where nothing does."""
+    """Return the configuration that quantises a model in this precision; None where nothing does."""
     if precision not in _CODES:
         return None
     for package in ("bitsandbytes", "accelerate"):
@@ -149,7 +149,7 @@ def _own_tokenizer(name: str, tokenizer: str | None, options: Mapping[str, Any])
 
 
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
-    """A model's configuration alone; its weights need not be there.
+    """Load a model's configuration alone; its weights need not be there.
 
     Raises:
         FuncattribError: no configuration that can be read.
@@ -160,7 +160,7 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
 
 
 def load_tokenizer(name: str, options: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model; None where a local folder has none (data that is tokenised already needs none)."""
+    """Load the tokenizer of a model; None where a local folder has none (data that is tokenised already needs none)."""
     source = locate(name)
     # Where there are no files, transformers makes a tokenizer that knows no words.
     if isinstance(source, Path) and not any(found for glob in _TOKENIZER_FILES for found in source.glob(glob)):
@@ -179,7 +179,7 @@ def load_tokenizer(name: str, options: Mapping[str, Any]) -> PreTrainedTokenizer
 
 @torch.no_grad()
 def is_causal(model: nn.Module) -> bool:
-    """Whether the logits of earlier tokens are independent of later ones, tried on eight tokens."""
+    """Return whether the logits of earlier tokens are independent of later ones, tried on eight tokens."""
     ids = torch.arange(2, 10, device=next(model.parameters()).device)[None] % (vocabulary(model) or 10)
     changed = ids.clone()
     changed[0, -1] = ids[0, 0]

@@ -1,4 +1,4 @@
-"""Where a checkpoint is, a folder or the hub, and reading what others wrote there.
+"""Locating a checkpoint, in a folder or on the hub, and reading what others wrote there.
 
 Quietly, without waiting for a hub that does not answer, and with an error in words for whatever is wrong with it.
 """
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def locate(name: str) -> Path | str:
-    """A folder's path, or a hub id as it is."""
+    """Return a folder's path, or a hub id as it is."""
     folder = Path(name).expanduser()
     if folder.exists():
         if not folder.is_dir() or not any(folder.glob("*.json")):
@@ -32,7 +32,7 @@ def locate(name: str) -> Path | str:
 
 @contextmanager
 def quietly(source: Path | str) -> Iterator[None]:
-    """Quietly; and without waiting for a hub that does not answer: what is in the cache will do."""
+    """Silence transformers, and use the cache alone where the hub does not answer."""
     shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -51,7 +51,7 @@ def quietly(source: Path | str) -> Iterator[None]:
 
 @contextmanager
 def readable(name: str, source: Path | str, files: str = "config.json and model.safetensors") -> Iterator[None]:
-    """Whatever a file written by others makes its reader raise, in words; ``files`` are what is read."""
+    """Raise, in words, whatever a file written by others makes its reader raise; ``files`` are what is read."""
     try:
         with quietly(source):
             yield

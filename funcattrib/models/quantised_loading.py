@@ -1,4 +1,4 @@
-"""Which layers of a model are quantised, and this rank's blocks of their codes.
+"""The quantised layers of a model, and this rank's blocks of their values.
 
     rows of a float weight in the files → the numbers of this rank's blocks → their codes
     codes and scales in the files       → this rank's
@@ -39,7 +39,7 @@ class Layer(NamedTuple):
 
 
 def saved_settings(config: PretrainedConfig) -> Any:
-    """What a checkpoint in bitsandbytes' codes says of them; None of one in floating point.
+    """Return the quantisation settings of a checkpoint quantised by bitsandbytes; None of one in floating point.
 
     Raises:
         FuncattribError: codes of another kind.
@@ -59,7 +59,8 @@ def saved_settings(config: PretrainedConfig) -> Any:
 
 
 def quantised_layers(model: PreTrainedModel, settings: Any, saved: bool, dtype: torch.dtype) -> dict[str, Layer]:
-    """By the names of their weights; in the model they become plain linear layers, (out, in), without values.
+    """Find quantised layers by the names of their weights; in the model they become plain linear layers, without
+    values.
 
     Args:
         settings: of bitsandbytes, as transformers has them.
@@ -83,7 +84,7 @@ def quantised_layers(model: PreTrainedModel, settings: Any, saved: bool, dtype: 
 
 
 def quantised_rows(layer: Layer, weight: Any, dtype: torch.dtype, gathers: Gathers, device: torch.device) -> Tensor:
-    """This rank's blocks of a float weight.
+    """Quantise this rank's blocks of a float weight.
 
     Args:
         weight: as the files have it, or a slice that reads nothing yet.
@@ -101,7 +102,7 @@ def quantised_rows(layer: Layer, weight: Any, dtype: torch.dtype, gathers: Gathe
 def saved_blocks(
     layer: Layer, key: str, tensors: Mapping[str, Any], gathers: Gathers, device: torch.device
 ) -> tuple[Tensor, QuantFormat]:
-    """This rank's blocks of codes that the files have, and how they are coded.
+    """Read this rank's blocks of quantised values that the files have, and their format.
 
     Args:
         key: of the codes in the files.

@@ -11,7 +11,7 @@ from funcattrib.models.adapter import adapter_names
 
 
 def choose(model: nn.Module, modules: Iterable[str] | None = None, exclude: Iterable[str] = ()) -> set[str]:
-    """Names of the parameters that the globs select; a tied parameter answers to each of its names."""
+    """Select the parameters whose names match the globs; a tied parameter answers to each of its names."""
     include, exclude = [modules] if isinstance(modules, str) else modules, list(exclude)
     include = ["*"] if include is not None and list(include) == ["all"] else include
     aliases = [(name, tensor) for name, tensor in model.named_parameters(remove_duplicate=False)]
@@ -42,7 +42,7 @@ def _no_match(glob: str, names: list[str]) -> str:
 
 
 def _block_matrices(model: nn.Module) -> set[str]:
-    """Matrices of linear layers and mixtures in repeated blocks (``nn.ModuleList``), or all where nothing repeats.
+    """List matrices of linear layers and mixtures in repeated blocks (``nn.ModuleList``), or all where nothing repeats.
 
     Of a model with an adapter, the adapter's.
     """
@@ -61,7 +61,7 @@ def _block_matrices(model: nn.Module) -> set[str]:
 
 
 def _mixture(prefix: str, module: nn.Module) -> list[str]:
-    """A mixture's stacks of experts (x, o, i), and its router's matrix, a parameter of no linear layer."""
+    """List a mixture's stacks of experts (x, o, i), and its router's matrix, a parameter of no linear layer."""
     own = {
         f"{child}.{name}": tensor.ndim
         for child, each in module.named_children()

@@ -40,7 +40,7 @@ from funcattrib.weights.stored import Stored
 
 
 class Shards(NamedTuple):
-    """Who holds the model, and where.
+    """The group that holds the model, and its devices.
 
     Attributes:
         gathers: of the group of ranks that hold one copy together.
@@ -54,14 +54,14 @@ class Shards(NamedTuple):
 
 
 class _Origin(NamedTuple):
-    """Where a weight comes from: tensors of the files, by the pattern that a converter knows them by."""
+    """Origin of a weight: tensors of the files, by the pattern that a converter knows them by."""
 
     parts: list[tuple[str, str]]
     converter: WeightConverter | None
 
 
 class _Part(NamedTuple):
-    """What this rank keeps of a weight: its rows, or its blocks of codes; a buffer or a single number whole."""
+    """This rank's part of a weight: its rows, or its quantised blocks; a buffer or a single number whole."""
 
     rows: Tensor
     coding: QuantFormat | None = None
@@ -74,7 +74,7 @@ def load_sharded(
     options: Mapping[str, Any],
     quantisation: BitsAndBytesConfig | None = None,
 ) -> nn.Module:
-    """The model of a folder or hub id, in eval mode, its parameters in shards.
+    """Load the model of a folder or hub id, in eval mode, its parameters in shards.
 
     Args:
         dtype: of the weights; ``auto`` takes what the configuration or else the files say, as codes in the files do.
@@ -116,7 +116,7 @@ def load_sharded(
 
 
 def _tensors(source: str | Path, opened: ExitStack, revision: str | None) -> dict[str, Any]:
-    """Name in the files → a slice that reads nothing yet."""
+    """Return name in the files → a slice that reads nothing yet."""
     index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
     if index is None:
         files = [cached_file(source, SAFE_WEIGHTS_NAME, revision=revision)]
@@ -131,7 +131,7 @@ def _tensors(source: str | Path, opened: ExitStack, revision: str | None) -> dic
 
 @contextmanager
 def _parameters_without_values() -> Iterator[None]:
-    """Modules made inside have parameters on the meta device, and buffers as they make them."""
+    """Create modules inside with parameters on the meta device, and buffers as they make them."""
     original = nn.Module.register_parameter
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -147,7 +147,7 @@ def _parameters_without_values() -> Iterator[None]:
 
 
 def _origins(model: PreTrainedModel, tensors: Mapping[str, Any]) -> dict[str, _Origin]:
-    """The model's names of what the files have, by transformers' own rules of renaming and conversion."""
+    """Map the model's names to tensors of the files, by transformers' own rules of renaming and conversion."""
     mapping = get_model_conversion_mapping(model) or []
     renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
     converters = [each for each in mapping if isinstance(each, WeightConverter)]
@@ -165,7 +165,7 @@ def _origins(model: PreTrainedModel, tensors: Mapping[str, Any]) -> dict[str, _O
 
 
 def _places(model: nn.Module) -> list[list[str]]:
-    """The names of every parameter and saved buffer; several where it is tied."""
+    """List the names of every parameter and saved buffer; several where it is tied."""
     names: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
@@ -182,7 +182,7 @@ def _complete(model: nn.Module, source: str | Path) -> None:
 
 
 def _dtypes(model: PreTrainedModel, dtype: Any) -> Any:
-    """Of each parameter: some models keep a few in float32."""
+    """Return a function from a parameter's name to its dtype: some models keep a few in float32."""
     plan = model._get_dtype_plan(dtype)
     found = build_glob_alternation(list(plan))[0] if plan else None
     own = {name: tensor.dtype for name, tensor in model.state_dict().items()}
@@ -198,7 +198,7 @@ def _read(
     wanted: Callable[[str], torch.dtype],
     shards: Shards,
 ) -> dict[str, _Part]:
-    """This rank's part of a weight; of several, where one conversion makes them together."""
+    """Read this rank's part of a weight; of several, where one conversion makes them together."""
     whole = model.state_dict()
     gathers, device = shards.gathers, shards.device
 
@@ -255,7 +255,7 @@ def _read(
 
 
 def _by_expert(converter: WeightConverter) -> bool:
-    """Whether what is made of some experts' tensors is those experts' rows of what is made of all of them."""
+    """Return whether a conversion of some experts' tensors gives those experts' rows of the whole."""
     first, *rest = converter.operations
     stacked = isinstance(first, MergeModulelist) and first.dim == 0
     return stacked and all(isinstance(one, Concatenate) and one.dim > 0 for one in rest)
@@ -267,7 +267,7 @@ def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _put(model: nn.Module, name: str, places: list[list[str]], part: _Part, shards: Shards) -> None:
-    """The part in every place of the parameter; a buffer or a single number as it is."""
+    """Set the part in every place of the parameter; a buffer or a single number as it is."""
     rows, coding = part
     module, key = _holder(model, name)
     if key in module._buffers:

@@ -1,4 +1,4 @@
-"""A copy of a module tree that shares every tensor: what ``functional_call`` runs with other parameters in place.
+"""A copy of a module tree that shares every tensor, for ``functional_call`` to run with other parameters in place.
 
 FSDP2 and bitsandbytes are taken off the copy: layers that ``fully_shard`` has changed are their own class again,
 without its hooks; quantised layers are plain linear ones. The tree that is copied stays as it is.
@@ -18,7 +18,7 @@ _HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:
-    """The copy, in ``eval`` mode, with configurations of its own, under which vmap can trace it."""
+    """Return the copy, in ``eval`` mode, with configurations of its own, under which vmap can trace it."""
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     for module in model.modules():
         _bare(module, memo)
@@ -32,12 +32,12 @@ def skeleton_of(model: nn.Module) -> nn.Module:
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """The class that a module had before ``fully_shard`` made one of its own of it."""
+    """Return the class that a module had before ``fully_shard`` changed it."""
     return type(module).__mro__[module._orig_cls_mro_index] if isinstance(module, FSDPModule) else type(module)
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether this is one of bitsandbytes' linear layers, its weight in codes."""
+    """Return whether this is one of bitsandbytes' linear layers, its weight quantised."""
     return type(module._parameters.get("weight")).__name__ in CLASSES
 
 
@@ -68,7 +68,7 @@ def _plain_linear(module: Any) -> nn.Linear:
 
 
 def _holds_state(value: Any) -> bool:
-    """Whether this is what torch.distributed keeps on a module: dictionaries of its own objects."""
+    """Return whether this is state that torch.distributed keeps on a module: dictionaries of its own objects."""
     return (
         isinstance(value, dict)
         and bool(value)
@@ -77,7 +77,7 @@ def _holds_state(value: Any) -> bool:
 
 
 def _without_fsdp(hooks: Any) -> Any:
-    """The hooks that are not FSDP's."""
+    """Return the hooks that are not FSDP's."""
     return type(hooks)((key, hook) for key, hook in hooks.items() if not _is_fsdp(hook))
 
 
@@ -94,7 +94,7 @@ def _is_distributed(value: object) -> bool:
 
 
 def _prepare(model: PreTrainedModel) -> None:
-    """Settings under which a transformers model is a function that vmap can trace."""
+    """Apply the settings under which a transformers model is a function that vmap can trace."""
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     # With a pad token and no mask it warns by looking at the tokens' values; its embedding keeps its own padding_idx.

@@ -1,4 +1,4 @@
-"""Which process owns which block: its second moments are summed, decomposed and applied there, and nowhere else."""
+"""Assignment of blocks to processes: a block's second moments are summed, decomposed and applied by its owner alone."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,7 @@ from funcattrib.runtime.world import World
 
 
 def owners(sizes: Mapping[str, int], processes: int) -> dict[str, int]:
-    """Block → the rank of its owner: the largest first, each to the process that has least.
+    """Assign each block the rank of its owner: the largest first, each to the process that has least.
 
     Args:
         sizes: block → what it takes, in any unit.
@@ -24,7 +24,7 @@ def owners(sizes: Mapping[str, int], processes: int) -> dict[str, int]:
 
 
 def owned(sides: Mapping[str, int], world: World) -> list[str]:
-    """The blocks of this process, in their order.
+    """Return the blocks of this process, in their order.
 
     Args:
         sides: block → D; what it takes is D × D.

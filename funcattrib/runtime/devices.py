@@ -1,4 +1,4 @@
-"""Choosing the device of a process."""
+"""The device of a process."""
 
 import torch
 
@@ -8,7 +8,7 @@ from funcattrib.runtime.launcher import launched, local_rank
 
 
 def pick_device(device: str) -> torch.device:
-    """``auto`` is a GPU where there is one; of several processes on a machine, each has its own.
+    """Return the device; ``auto`` is a GPU where there is one, and each process of a machine has its own.
 
     Raises:
         FuncattribError: a device that torch does not know or that is not there.

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub: is it reachable, is there a cached copy, and quietly."""
+"""The Hugging Face hub: whether it answers, its caches alone, its progress bars silenced."""
 
 import contextlib
 import threading
@@ -13,9 +13,9 @@ _PROBE_SECONDS = 10.0
 
 
 def hub_reachable(seconds: float = _PROBE_SECONDS) -> bool:
-    """Whether the hub answers within some seconds; False at once in offline mode (HF_HUB_OFFLINE).
+    """Return whether the hub answers within some seconds; False at once in offline mode (HF_HUB_OFFLINE).
 
-    Asked first because the hub's client, left to itself, retries for 23 seconds where a name does not resolve, and for
+    Asked first because the hub's client by itself retries for 23 seconds where a name does not resolve, and for
     more than a minute where packets are dropped.
     """
     if datasets.config.HF_HUB_OFFLINE or huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -64,7 +64,7 @@ def quiet() -> Iterator[None]:
 
 
 def why(error: BaseException) -> str:
-    """The reason of an error, for a sentence."""
+    """Return the reason of an error, for a sentence."""
     links = [error]
     while (cause := links[-1].__cause__) is not None:
         links.append(cause)
@@ -74,7 +74,7 @@ def why(error: BaseException) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what an exception says, or its type; the one that caused it goes before it."""
+    """Return the first line of an exception's message, or its type; the exception that caused it goes before it."""
     while error.__cause__ is not None:  # libraries wrap the reason in general words
         error = error.__cause__
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

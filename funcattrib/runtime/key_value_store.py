@@ -1,4 +1,4 @@
-"""What the processes of a run read and write: short texts and counts, by names that mean the same to all of them."""
+"""Short texts and counts shared by the processes of a run, by names that mean the same to all of them."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,11 +10,11 @@ import torch.distributed as dist
 from funcattrib.errors import FuncattribError
 
 FAILED = "failed"
-"""Where a process that stops leaves word."""
+"""Key under which a process that stops writes its message."""
 
 
 class KeyValueStore:
-    """What the processes of a run read and write: torch's key-value store, with names that are given out in order.
+    """Short texts and counts shared by the processes of a run: torch's key-value store, with names given out in order.
 
     Every process asks for the same names in the same order, so that a name means the same to all of them.
     """
@@ -23,12 +23,12 @@ class KeyValueStore:
         self._store, self._given = store, 0
 
     def name(self, what: str) -> str:
-        """A name that was not given before."""
+        """Return a name that was not given before."""
         self._given += 1
         return f"{self._given}/{what}"
 
     def add(self, key: str, amount: int) -> int:
-        """Add to a count and give its sum."""
+        """Add to a count and return its sum."""
         return int(self._asked(lambda: self._store.add(key, amount)))
 
     def set(self, key: str, text: str) -> None:
@@ -36,15 +36,15 @@ class KeyValueStore:
         self._asked(lambda: self._store.set(key, text))
 
     def get(self, key: str) -> str:
-        """A text that is there."""
+        """Read a text that is there."""
         return str(self._asked(lambda: self._store.get(key)).decode())
 
     def has(self, key: str) -> bool:
-        """Whether it is."""
+        """Return whether a text is there."""
         return bool(self._asked(lambda: self._store.check([key])))
 
     def until(self, done: Callable[["KeyValueStore"], bool], waiting: Callable[[], object] = lambda: None) -> None:
-        """Look again and again, up to half a second apart, until ``done``."""
+        """Poll, up to half a second apart, until ``done``."""
         pause = 0.001
         while not done(self):
             self.check()
@@ -53,7 +53,7 @@ class KeyValueStore:
             pause = min(2 * pause, 0.5)
 
     def check(self) -> None:
-        """Raise what another process said that stopped."""
+        """Raise the message of another process that stopped."""
         if self.has(FAILED):
             raise FuncattribError(
                 f"expected all processes to go on, found that one stopped\n{self.get(FAILED)}\n"
@@ -62,7 +62,7 @@ class KeyValueStore:
 
     @contextmanager
     def connected(self) -> Iterator[None]:
-        """Collectives that fail inside because another process is gone say so, and why, where that is known.
+        """Raise, for collectives that fail inside because another process is gone, that it is, and why where known.
 
         Raises:
             FuncattribError: the other's own words, or that the connection is lost.

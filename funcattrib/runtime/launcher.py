@@ -1,26 +1,26 @@
-"""What torchrun or srun says of this process: whether there are others, and which of them it is."""
+"""The environment that torchrun or srun sets: whether there are other processes, and which of them this one is."""
 
 import os
 import re
 
 
 def launched() -> bool:
-    """Whether a launcher has started more than one process for this run."""
+    """Return whether a launcher has started more than one process for this run."""
     return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", 1))) > 1
 
 
 def rank() -> int:
-    """This process's number, from 0; 0 where no launcher says one."""
+    """Return this process's number, from 0; 0 where no launcher sets one."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
 
 
 def local_rank() -> int:
-    """This process's number on its machine, from 0; 0 where no launcher says one."""
+    """Return this process's number on its machine, from 0; 0 where no launcher sets one."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
 
 
 def local_size() -> int:
-    """How many of the run's processes are on this machine; 1 where no launcher says so."""
+    """Return the number of the run's processes on this machine; 1 where no launcher sets it."""
     said = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
     return max(1, int(re.match(r"\d*", said)[0] or 1))  # type: ignore[index]  # SLURM's "2(x3),1" is of the first nodes
 
@@ -36,7 +36,7 @@ def set_up_from_slurm() -> None:
 
 
 def first_host(nodes: str) -> str:
-    """The first of a list of hosts as SLURM writes it.
+    """Return the first host of a list as SLURM writes it.
 
     Example:
         >>> first_host("node[07-09,12],login1"), first_host("a,b")

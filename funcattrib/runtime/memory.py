@@ -1,4 +1,4 @@
-"""What memory a process has: how much is left, how much was taken at the most, and giving it back.
+"""The memory of a process: how much is available, its peak, and giving it back.
 
 Batches of many shapes leave glibc's heap in pieces: what a process holds grows with the number of batches although what
 it uses does not. ``trim`` returns the free pages; elsewhere than on glibc it does nothing.
@@ -42,7 +42,7 @@ def release(device: torch.device) -> None:
 
 
 def is_short(error: BaseException) -> bool:
-    """Whether an error says that memory was short, on a GPU or on the CPU.
+    """Return whether an error means that memory was short, on a GPU or on the CPU.
 
     Example:
         >>> is_short(torch.OutOfMemoryError("CUDA out of memory")), is_short(RuntimeError("shapes differ"))
@@ -59,7 +59,7 @@ def is_short(error: BaseException) -> bool:
 
 
 def available(device: torch.device) -> int:
-    """Bytes that this process can still take: free ones, and those that it holds without using them.
+    """Return the bytes that this process can still take: free ones, and those that it holds without using them.
 
     On the CPU within its container's and its own limit; the processes of a run that are on one machine divide them.
     """
@@ -70,14 +70,14 @@ def available(device: torch.device) -> int:
 
 
 def total(device: torch.device) -> int:
-    """Bytes of the device's memory."""
+    """Return the bytes of the device's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def in_use(device: torch.device) -> int:
-    """Bytes that this process has on the device; from here on ``peak`` counts anew, where that can be asked for."""
+    """Return the bytes that this process has on the device, and reset ``peak`` where the system can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -87,7 +87,7 @@ def in_use(device: torch.device) -> int:
 
 
 def peak(device: torch.device) -> int:
-    """The most bytes that this process had on the device, since ``in_use`` was called or since it began."""
+    """Return the most bytes that this process had on the device, since ``in_use`` was called or since it began."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
 
 
@@ -112,7 +112,7 @@ def _address_space() -> int | None:
 
 
 def _status(name: str) -> int:
-    """A size of this process in bytes; on other systems than Linux the most it ever had."""
+    """Return a size of this process in bytes; on other systems than Linux the most it ever had."""
     if found := _number(Path("/proc/self/status"), name):
         return found
     import resource
@@ -121,7 +121,7 @@ def _status(name: str) -> int:
 
 
 def _number(file: Path, name: str) -> int:
-    """A line ``name: 123 kB`` of a file, in bytes; 0 where there is none."""
+    """Read a line ``name: 123 kB`` of a file, in bytes; 0 where there is none."""
     with suppress(OSError):
         if found := re.search(rf"^{name}:\s+(\d+) kB", file.read_text(), re.MULTILINE):
             return 1024 * int(found[1])

@@ -122,7 +122,7 @@ def _speed(tokens: int, seconds: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Two units are enough: 42s, 5m 12s, 3h 05m, 2d 04h."""
+    """Format a time in two units: 42s, 5m 12s, 3h 05m, 2d 04h."""
     whole = max(0, round(seconds))
     minutes, hours, days = whole // 60, whole // 3600, whole // 86400
     if days:

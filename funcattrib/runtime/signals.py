@@ -1,4 +1,4 @@
-"""SIGTERM, as schedulers send it before they kill: what is in hand is finished first.
+"""SIGTERM, as schedulers send it before they kill: work in progress is finished first.
 
 The command line turns the signal into ``Terminated``. A block that ``defer_sigterm`` guards (one shard) is not broken
 off: the signal waits for its end.
@@ -15,12 +15,12 @@ EXIT_CODE = 143
 
 
 class Terminated(BaseException):
-    """SIGTERM was received."""
+    """The exception of a SIGTERM that was received."""
 
 
 @contextmanager
 def terminating() -> Iterator[None]:
-    """SIGTERM raises ``Terminated`` inside the block, in the main thread."""
+    """Raise ``Terminated`` where SIGTERM arrives inside the block, in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -33,7 +33,7 @@ def terminating() -> Iterator[None]:
 
 @contextmanager
 def defer_sigterm() -> Iterator[None]:
-    """SIGTERM waits for the end of the block; where nobody handles it, it ends the process at once as ever."""
+    """Defer SIGTERM to the end of the block; where nobody handles it, it ends the process at once as ever."""
     handler = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield

@@ -50,11 +50,11 @@ class World(NamedTuple):
 
     @property
     def is_rank_zero(self) -> bool:
-        """Whether this is rank 0."""
+        """Return whether this is rank 0."""
         return self.rank == 0
 
     def claims(self, count: int) -> Iterator[int]:
-        """Numbers below ``count``, in order, each given to one process: whoever asks next.
+        """Yield numbers below ``count``, in order, each on one process: whichever asks next.
 
         SIGTERM waits until what was given is done, and the next one is asked for.
 
@@ -77,7 +77,7 @@ class World(NamedTuple):
             yield self.key_value_store.add(key, 1) - 1
 
     def counter(self) -> Callable[[int, int], tuple[int, int]]:
-        """A function that adds to two counts and gives the sums over all processes."""
+        """Return a function that adds to two counts and returns the sums over all processes."""
         if self.key_value_store is None:
             total = [0, 0]
 
@@ -94,7 +94,7 @@ class World(NamedTuple):
         return lambda first, second: (key_value_store.add(keys[0], first), key_value_store.add(keys[1], second))
 
     def barrier(self, waiting: Callable[[], object] = lambda: None) -> None:
-        """Go on when all processes are here; ``waiting`` is called now and then.
+        """Wait until all processes are here; ``waiting`` is called now and then.
 
         Raises:
             FuncattribError: another process failed.
@@ -105,7 +105,7 @@ class World(NamedTuple):
             self.key_value_store.until(lambda key_value_store: key_value_store.add(key, 0) >= self.size, waiting)
 
     def broadcast_object(self, value: Any = None, source: int = 0) -> Any:
-        """One process's value, a JSON one, on every process; what the others give is not looked at."""
+        """Return one process's value, a JSON one, on every process; the values of the others are ignored."""
         if self.key_value_store is None:
             return value
         key = self.key_value_store.name("tell")
@@ -116,7 +116,7 @@ class World(NamedTuple):
         return json.loads(self.key_value_store.get(key))
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Every process's value, JSON ones, by rank."""
+        """Return every process's value, JSON ones, by rank."""
         if self.key_value_store is None:
             return [value]
         key = self.key_value_store.name("gather")
@@ -126,7 +126,7 @@ class World(NamedTuple):
         return [json.loads(self.key_value_store.get(each)) for each in keys]
 
     def on_rank_zero(self, function: Callable[[], T]) -> T | None:
-        """What ``function`` gives on rank 0; the others wait for it and have None.
+        """Return the result of ``function``, called on rank 0; the others wait for it and have None.
 
         Raises:
             FuncattribError: that of rank 0, on every process.
@@ -144,16 +144,16 @@ class World(NamedTuple):
         return result
 
     def all_reduce(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Sums over all processes, name → tensor of the same shape, equal to the bit on each of them."""
+        """Sum over all processes, name → tensor of the same shape, equal to the bit on each of them."""
         return self._added(tensors, dist.all_reduce)
 
     def reduce(self, owner: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """Sums over all processes, on one of them alone; the others have None."""
+        """Sum over all processes, on one of them alone; the others have None."""
         sums = self._added(tensors, partial(dist.reduce, dst=owner))
         return sums if self.rank == owner else None
 
     def _added(self, tensors: Mapping[str, Tensor], add: Callable[[Tensor], object]) -> dict[str, Tensor]:
-        """What ``add`` makes of each tensor in its place, on copies."""
+        """Apply ``add``, a collective in place, to a copy of each tensor."""
         if self.key_value_store is None:
             return dict(tensors)
         self.barrier()
@@ -166,7 +166,7 @@ class World(NamedTuple):
         return sums
 
     def broadcast(self, tensors: Mapping[str, Tensor] | None, source: int = 0) -> dict[str, Tensor] | None:
-        """One process's tensors, or its None, on every process; on the CPU where they are another's."""
+        """Return one process's tensors, or its None, on every process; on the CPU where they are another's."""
         if self.key_value_store is None:
             return None if tensors is None else dict(tensors)
         own = tensors if self.rank == source else None
@@ -185,7 +185,7 @@ class World(NamedTuple):
         return shared
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every process's tensor, by rank; their last axes may differ in length."""
+        """Return every process's tensor, by rank; their last axes may differ in length."""
         if self.key_value_store is None:
             return [tensor]
         lengths = self.all_gather_object(tensor.shape[-1])
@@ -198,7 +198,7 @@ class World(NamedTuple):
         return [part[..., :length].to(tensor.device) for part, length in zip(parts, lengths, strict=True)]
 
     def report_failure(self, message: str) -> bool:
-        """Let the others know that this process stops; whether it is the first to say so."""
+        """Report to the other processes that this one stops; return whether it is the first to report."""
         if self.key_value_store is None:
             return True
         with suppress(FuncattribError):  # the connection is lost: nobody hears it
@@ -213,7 +213,7 @@ SINGLE_PROCESS = World()
 
 
 def world() -> World:
-    """This process's place in torch.distributed's default group; ``SINGLE_PROCESS`` where none was set up."""
+    """Return this process's place in torch.distributed's default group; ``SINGLE_PROCESS`` where none was set up."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return SINGLE_PROCESS
     return World(dist.get_rank(), dist.get_world_size(), local_rank(), _key_value_store(dist.group.WORLD))
@@ -242,7 +242,7 @@ def init_distributed() -> Iterator[World]:
 
 
 def agreed(store: Any, rank: int, size: int) -> str:
-    """A name for this attempt, the same on all processes.
+    """Agree on a name for this attempt, the same on all processes.
 
     torchrun starts a killed run again on the store of the attempt before, with all that was written there: rank 0
     makes a name, and the others take it when what they wrote under it comes back.
@@ -265,7 +265,7 @@ def agreed(store: Any, rank: int, size: int) -> str:
 
 
 def _part(here: World) -> None:
-    """Rank 0 goes last, as it may be the one that keeps the board; it does not wait long for one that was killed."""
+    """Leave the group, rank 0 last, as it may hold the key-value store; it waits shortly for one that was killed."""
     with suppress(FuncattribError):
         assert here.key_value_store is not None, "a group of one process is not set up"
         if not here.is_rank_zero:
@@ -278,7 +278,7 @@ def _part(here: World) -> None:
 
 @cache
 def _key_value_store(group: Any) -> KeyValueStore:
-    """One board a process group: its store outlives a process, but not an attempt under ``--max-restarts``."""
+    """Return a group's key-value store: it outlives a process, but not an attempt of ``--max-restarts``."""
     from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
     return KeyValueStore(PrefixStore("funcattrib", _get_default_store()))

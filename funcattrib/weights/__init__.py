@@ -1,1 +1,1 @@
-"""Where a weight lives: dense, in shards, or quantised."""
+"""Storage of weights: dense, in shards, or quantised."""

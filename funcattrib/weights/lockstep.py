@@ -5,8 +5,8 @@ they tell each other whether somebody has work (one number added up); in it ever
 order that all learn from a small batch before the first:
 
     work              the gathers are those of computing a batch
-    none left         they are gone through, and what comes is dropped
-    memory short      what is left of them is gone through; the batch is then computed in parts, a round each
+    none remaining    they are gone through, and what comes is dropped
+    memory short      the remaining ones are gone through; the batch is then computed in parts, a round each
 
 So no rank waits for another that is not there.
 """
@@ -55,20 +55,20 @@ class Lockstep:
 
     @property
     def shared(self) -> bool:
-        """Whether there are other ranks to go together with."""
+        """Return whether there are other ranks to go together with."""
         return self._rounds is not None
 
     @property
     def storage(self) -> dict[str, Any] | None:
-        """How the model is held: by how many ranks, and whether apart from where it is used."""
+        """Return how the model is held: by how many ranks, and whether apart from where it is used."""
         if self._rounds is None:
             return None
         return {"ranks": self._rounds.gathers.size, "offloaded": self._rounds.gathers.offloaded}
 
     def of(self, compute: Callable[[Batch], T]) -> Callable[[Batch], T]:
-        """``compute`` of a batch, together with the other ranks, all of which call this.
+        """Return ``compute`` of a batch, together with the other ranks, all of which call this.
 
-        In the next pass, ranks that have no work left go through its gathers.
+        In the next pass, ranks that have no remaining work go through its gathers.
 
         Raises:
             torch.OutOfMemoryError: from what is given back: memory is short for the batch; the others have gone on.
@@ -79,7 +79,7 @@ class Lockstep:
         return partial(self._together, self._rounds, self._function)
 
     def through(self, work: Iterable[W]) -> Iterator[W]:
-        """The items of ``work``; then rounds without any, while another rank has some.
+        """Yield the items of ``work``; then go through rounds without any, while another rank has some.
 
         Also where SIGTERM ends this rank's work, but not after an error.
         """
@@ -94,7 +94,7 @@ class Lockstep:
             self._passing = False
 
     def _end(self) -> None:
-        """Let the others finish a pass that SIGTERM ends here: once, as it may be met in the batch and in the work."""
+        """Finish, for the others, a pass that SIGTERM ends here: once, as it may be met in batch and work."""
         if self._passing:
             self._passing = False
             self._drain()
@@ -116,7 +116,7 @@ class Lockstep:
 
 
 class _Function:
-    """What is computed of a batch, and the order of its gathers once that is known."""
+    """A computation of a batch, and the order of its gathers once that is known."""
 
     def __init__(self, compute: Callable[[Batch], Any]) -> None:
         self.compute = compute
@@ -131,14 +131,14 @@ class _Rounds:
         self.gathers, self._small = gathers, small
 
     def compute(self, function: _Function, batch: Batch) -> Any:
-        """A round with work."""
+        """Compute a round with work."""
         with _key_value_store().connected():
             self._somebody(1)
             self._learn(function)
             return self._computed(function, batch)
 
     def drain(self, function: _Function) -> None:
-        """Rounds without, until nobody has any."""
+        """Go through rounds without work, until nobody has any."""
         with _key_value_store().connected():
             while self._somebody(0):
                 self._learn(function)
@@ -164,12 +164,12 @@ class _Rounds:
         raise torch.OutOfMemoryError(said)
 
     def _go_through(self) -> list[Sharded]:
-        """What is left of a round's gathers."""
+        """Go through the remaining gathers of a round."""
         with _fitting():
             return self.gathers.finish()
 
     def _learn(self, function: _Function) -> None:
-        """The order of the gathers, once: of the second call, as the first may look at how a batch is read."""
+        """Record the order of the gathers, once: of the second call, as the first may look at how a batch is read."""
         if function.order is not None:
             return
         with _fitting():
@@ -179,10 +179,10 @@ class _Rounds:
                 function.order = self.gathers.finish()
 
     def _somebody(self, here: int) -> bool:
-        """Whether any rank of the group has work, ``here`` being 1 where this one has."""
+        """Return whether any rank of the group has work, ``here`` being 1 where this one has."""
         count = torch.tensor([here], device=self.gathers.device)
         told = dist.all_reduce(count, group=self.gathers.group, async_op=True)
-        _key_value_store().until(lambda _: _ended(told))  # another may have left with an error
+        _key_value_store().until(lambda _: _ended(told))  # another may have stopped with an error
         told.wait()
         return bool(count.item())
 
@@ -195,7 +195,7 @@ def _key_value_store() -> KeyValueStore:
 
 @contextmanager
 def _fitting() -> Iterator[None]:
-    """Memory that is short inside has no cure: nothing smaller is computed."""
+    """Raise that memory is too small, where it is short inside: nothing smaller is computed."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -208,7 +208,7 @@ def _fitting() -> Iterator[None]:
 
 
 def _ended(told: dist.Work) -> bool:
-    """Whether a sum is made, after waiting for it a while."""
+    """Return whether a sum is made, after waiting for it a while."""
     begin = time.monotonic()
     while not told.is_completed():
         if (waited := time.monotonic() - begin) > _LOOK_UP:

@@ -21,7 +21,7 @@ CLASSES = ("Int8Params", "Params4bit")
 
 @dataclass(frozen=True, eq=False)
 class Quantised:
-    """Codes, and how they are read; ``precision`` (int8, int4) is what loads a model in them."""
+    """Quantised values, and how they are read; ``precision`` (int8, int4) is what loads a model in them."""
 
     read: Callable[[], Tensor]
     shape: tuple[int, ...]
@@ -31,12 +31,12 @@ class Quantised:
 
     @torch.no_grad()
     def dense(self) -> Tensor:
-        """The dequantised weight."""
+        """Return the dequantised weight."""
         return self.read().to(self.dtype)
 
 
 def quantised(module: nn.Module, dtype: torch.dtype) -> Quantised:
-    """The weight of bitsandbytes' linear layer ``module``.
+    """Return the weight of bitsandbytes' linear layer ``module``.
 
     Args:
         dtype: of the dense weight, where the codes do not say.
@@ -55,12 +55,14 @@ def quantised(module: nn.Module, dtype: torch.dtype) -> Quantised:
 
 
 def from_int8(codes: Tensor, scale: Tensor) -> Tensor:
-    """W of its codes (O, I) and the scales of its rows (O,), in their type."""
+    """Compute W from its quantised values (O, I) and the scales of its rows (O,), in their type."""
     return codes * (scale / 127)[:, None]
 
 
 def from_four_bits(codes: Tensor, state: Any, shape: tuple[int, ...]) -> Tensor:
-    """W of its codes, packed in pairs, and bitsandbytes' state of them, which says that they are one row."""
+    """Compute W from its quantised values, packed in pairs, and bitsandbytes' state of them, which says that they are
+    one row.
+    """
     from bitsandbytes.functional import dequantize_4bit
 
     whole: Tensor = dequantize_4bit(codes, state)
@@ -68,7 +70,9 @@ def from_four_bits(codes: Tensor, state: Any, shape: tuple[int, ...]) -> Tensor:
 
 
 def _four_bits(weight: Any) -> tuple[Tensor, Any]:
-    """Codes and their state: a copy of it, since the layer's own forward changes it in place on some processors."""
+    """Return the quantised values and a copy of their state, which the layer's own forward changes in place on some
+    processors.
+    """
     state = copy.copy(weight.quant_state)
     if not getattr(state, "packing_format_for_cpu", False):
         return weight.detach().as_subclass(Tensor), state

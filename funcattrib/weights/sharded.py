@@ -43,18 +43,18 @@ class Sharded:
         gathers.offloaded |= self.device.type != rows.device.type
 
     def dense(self) -> Tensor:
-        """The whole weight, gathered: every rank of the group calls this together."""
+        """Gather the whole weight: every rank of the group calls this together."""
         return self.gathers.take(self)
 
     def padded(self) -> Tensor:
-        """As many rows as every rank sends, on the device of the operation."""
+        """Return as many rows as every rank sends, on the device of the operation."""
         rows = self.rows.to(self.device, non_blocking=True)
         short = chunk_rows(self.shape[0], self.gathers.size) - rows.shape[0]
         return torch.cat([rows, rows.new_zeros(short, *self.shape[1:])]) if short else rows.contiguous()
 
 
 def divided(whole: Tensor, like: Sharded, dtype: torch.dtype) -> Sharded:
-    """This rank's rows of a tensor that every rank can read, as a copy, kept where those of ``like`` are.
+    """Copy this rank's rows of a tensor that every rank can read, to where those of ``like`` are kept.
 
     Example:
         >>> divided(torch.ones(3, 2), Sharded(torch.zeros(3, 2), (3, 2), Gathers(None)), torch.float32).dense().sum()
@@ -67,7 +67,7 @@ def divided(whole: Tensor, like: Sharded, dtype: torch.dtype) -> Sharded:
 
 
 def chunk_rows(rows: int, ranks: int) -> int:
-    """Rows of all shards but the last ones.
+    """Return the rows of all shards but the last ones.
 
     Example:
         >>> [row_range(7, 4, rank) for rank in range(4)]
@@ -77,7 +77,7 @@ def chunk_rows(rows: int, ranks: int) -> int:
 
 
 def row_range(rows: int, ranks: int, rank: int) -> tuple[int, int]:
-    """First row of a rank's shard, and the first after it."""
+    """Return the first row of a rank's shard, and the first after it."""
     chunk = chunk_rows(rows, ranks)
     return min(rank * chunk, rows), min((rank + 1) * chunk, rows)
 
@@ -122,18 +122,18 @@ class Gathers:
         self._order: Sequence[Sharded] | None = None
 
     def take(self, weight: Sharded) -> Tensor:
-        """The whole weight; the gathers that will follow are begun."""
+        """Return the whole weight, and begin the gathers that will follow."""
         if self.size == 1:
             return weight.rows.to(weight.device)
         with temporarily_clear_interpreter_stack():  # what is begun under one transform may be used under another
             return self._take(weight)
 
     def start(self, order: Sequence[Sharded] | None) -> None:
-        """A round begins: what is taken is written down, and is what ``order`` says where that is known."""
+        """Begin a round: what is taken is recorded, and follows ``order`` where that is known."""
         self._taken, self._order = [], order
 
     def finish(self) -> list[Sharded]:
-        """End a round: what of its order is still to come is taken and dropped. Gives all that was taken in it."""
+        """End a round: take and drop what of its order is still to come, and return all that was taken in it."""
         taken, order = self._taken, self._order
         assert taken is not None, "a round was started"
         for weight in () if order is None else order[len(taken) :]:
@@ -170,7 +170,7 @@ class Gathers:
             )
 
     def settle(self) -> None:
-        """Wait for what was begun, and let it go."""
+        """Wait for the gathers that were begun, and drop them."""
         while self._ahead:
             self._ahead.popleft().work.wait()
 
@@ -195,12 +195,12 @@ class Gathers:
 
 @cache
 def gathers_of(group: dist.ProcessGroup, device: torch.device) -> Gathers:
-    """Those of a group, which has one queue: all models that it holds share them."""
+    """Return the gathers of a group, which has one queue: all models that it holds share them."""
     return Gathers(group, device)
 
 
 def from_dtensor(name: str, tensor: Any) -> Sharded:
-    """What ``fully_shard`` left of a parameter on this rank.
+    """Return the rows of a parameter that ``fully_shard`` gave this rank.
 
     Raises:
         FuncattribError: a parameter that is not divided along its rows, over one axis of the mesh.

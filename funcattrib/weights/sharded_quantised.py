@@ -1,4 +1,4 @@
-"""A quantised weight of which each rank of a group holds some blocks: gathered as codes, dequantised for its use.
+"""A quantised weight of which each rank of a group holds some blocks: gathered quantised, dequantised for its use.
 
     vec(W) = blocks of numbers, row after row, each block with one scale        int8: a row; nf4, fp4: 64 numbers
     a block's bytes = its codes, then its scale in float32
@@ -22,7 +22,7 @@ _SCALE = 4  # bytes
 
 
 class QuantFormat(NamedTuple):
-    """How a weight is in codes.
+    """The format of a quantised weight.
 
     Attributes:
         kind: int8, nf4 or fp4.
@@ -44,16 +44,16 @@ class QuantFormat(NamedTuple):
 
     @property
     def blocks(self) -> int:
-        """Of the whole weight; the last may be shorter."""
+        """Return the number of blocks of the whole weight; the last may be shorter."""
         return -(-math.prod(self.shape) // self.block)
 
     @property
     def code_bytes(self) -> int:
-        """Of a block, without its scale."""
+        """Return the bytes of a block, without its scale."""
         return self.block if self.kind == "int8" else self.block // 2
 
     def numbers(self, ranks: int, rank: int) -> tuple[int, int]:
-        """The first of vec(W) in a rank's blocks, and the first after them."""
+        """Return the first of vec(W) in a rank's blocks, and the first after them."""
         first, last = (min(self.block * at, math.prod(self.shape)) for at in row_range(self.blocks, ranks, rank))
         return first, last
 
@@ -72,18 +72,18 @@ class ShardedQuantised:
 
     @property
     def gathers(self) -> Gathers:
-        """Of the group that holds it."""
+        """Return the gathers of the group that holds it."""
         return self.blocks.gathers
 
     @torch.no_grad()
     def dense(self) -> Tensor:
-        """The whole weight, gathered and dequantised: every rank of the group calls this together."""
+        """Gather and dequantise the whole weight: every rank of the group calls this together."""
         return _dequantised(self.blocks.dense(), self.coding)
 
 
 @torch.no_grad()
 def quantise(numbers: Tensor, coding: QuantFormat) -> Tensor:
-    """The bytes of whole blocks of vec(W), as bitsandbytes quantises them on the device of ``numbers``.
+    """Quantise whole blocks of vec(W) to bytes, as bitsandbytes does on the device of ``numbers``.
 
     Args:
         numbers: (n,), of consecutive blocks.
@@ -103,7 +103,7 @@ def quantise(numbers: Tensor, coding: QuantFormat) -> Tensor:
 
 
 def in_blocks(codes: Tensor, scale: Tensor, coding: QuantFormat) -> Tensor:
-    """Codes and scales of whole blocks, as bytes of one row a block."""
+    """Return quantised values and scales of whole blocks, as bytes of one row a block."""
     flat = codes.contiguous().view(torch.uint8).reshape(-1)
     short = len(scale) * coding.code_bytes - len(flat)  # where the weight ends inside a block
     blocks = F.pad(flat, (0, short)).reshape(len(scale), coding.code_bytes)

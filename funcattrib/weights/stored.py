@@ -1,6 +1,6 @@
 """``Stored``: a leaf of the functional parameter dict whose weight is made dense for its use, and dropped after it.
 
-Where the weight lives is its storage's business: in shards (``lift/sharded.py``), in codes (``lift/quantised.py``).
+Where the weight lives is its storage's business: in shards (``sharded.py``), quantised (``quantised.py``).
 Any operation works; a product (``F.linear``, ``addmm``, ``matmul``, stacks of experts) keeps the storage instead of W,
 and makes W again in backward. Storage knows nothing of coordinates: a lifted leaf may stand on a stored weight.
 
@@ -21,22 +21,22 @@ from funcattrib.kernels.fold import fold, unfold
 
 
 class Storage(Protocol):
-    """Where a weight lives."""
+    """The storage of a weight."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the dense weight."""
+        """Return the shape of the dense weight."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the dense weight."""
+        """Return the dtype of the dense weight."""
 
     @property
     def device(self) -> torch.device:
-        """Where the dense weight is made."""
+        """Return the device on which the dense weight is made."""
 
     def dense(self) -> Tensor:
-        """The weight, for one operation."""
+        """Return the weight, for one operation."""
 
 
 Source = Tensor | Storage
@@ -60,7 +60,9 @@ class Stored(Tensor):
 
     @staticmethod
     def __new__(cls, held: Storage) -> "Stored":
-        """One number stands for all entries: what reads them past ``__torch_function__`` finds NaN."""
+        """Create the leaf with one number in place of all entries: what reads them past ``__torch_function__`` finds
+        NaN.
+        """
         metadata = torch.full((), torch.nan, dtype=held.dtype, device=held.device).expand(held.shape)
         leaf = Tensor._make_subclass(cls, metadata, False)
         leaf.held = held
@@ -86,7 +88,7 @@ class Stored(Tensor):
 
 
 def dense(value: Any) -> Any:
-    """``value`` with every stored weight in it made dense; anything else as it is.
+    """Return ``value`` with every stored weight in it made dense; anything else as it is.
 
     Example:
         >>> dense([None, 3])
@@ -103,12 +105,12 @@ def dense(value: Any) -> Any:
 
 
 def source(weight: Tensor) -> Source:
-    """What an ``autograd.Function`` keeps of a weight in place of the dense one."""
+    """Return what an ``autograd.Function`` keeps of a weight in place of the dense one."""
     return weight.held if isinstance(weight, Stored) else weight
 
 
 def made(weight: Source) -> Tensor:
-    """The dense weight of a source."""
+    """Return the dense weight of a source."""
     return weight if isinstance(weight, Tensor) else weight.dense()
 
 
@@ -204,7 +206,7 @@ def _expert_linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _to(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """To the type and the device that it is made in: itself."""
+    """Return the weight itself where it is converted to its own type and device."""
     weight, *wanted = (*args, *kwargs.values())
     return weight if all(each in (weight.dtype, weight.device) for each in wanted) else NotImplemented
 
@@ -228,7 +230,7 @@ _METHODS = "size dim numel nelement ndimension is_floating_point is_complex stri
 METADATA = frozenset(getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()) | frozenset(
     getattr(Tensor, name) for name in _METHODS.split()
 )
-"""What may be asked of a leaf without meaning its value."""
+"""Attributes that may be asked of a leaf without meaning its value."""
 
 _FLAGS = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__, Tensor.grad.__get__})  # type: ignore[attr-defined,union-attr]
-"""What is set on the parameters of a module."""
+"""Flags set on the parameters of a module."""

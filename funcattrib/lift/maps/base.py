@@ -25,7 +25,7 @@ from funcattrib.lift.factors import Factor, Side, outer
 
 @dataclass(frozen=True)
 class GradientMap:
-    """Read the coordinates of one weight off its gradient, whichever form that comes in.
+    """A map from one weight's gradient to coordinates, whichever form the gradient comes in.
 
     By default a map keeps the gradient's shape, needs both factors whole and forms G from them.
 

@@ -33,35 +33,35 @@ class Kernel(GradientMap):
         return True
 
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of a kernel of ``shape``."""
+        """Return the shape of the coordinates of a kernel of ``shape``."""
         return self.shape if self.keep else self.sides.coordinates_shape(self._flat())
 
     def reduce_rows(self, rows: Factor) -> Factor:
-        """Rows with the left side applied."""
+        """Apply the left side to rows."""
         return self.sides.reduce_rows(rows)
 
     def reduce_cols(self, cols: Tensor) -> Tensor:
-        """Patches with the right side applied."""
+        """Apply the right side to patches."""
         return self.sides.reduce_cols(cols)
 
     def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
-        """From kept factors."""
+        """Compute coordinates from kept factors."""
         return self._shaped(self.sides.from_factors(rows, cols))
 
     def from_gradient(self, gradient: Tensor) -> Tensor:
-        """From formed gradients (E, *shape)."""
+        """Compute coordinates of formed gradients (E, *shape)."""
         return self._shaped(self.sides.from_gradient(gradient.flatten(2)))
 
     def adjoint(self, theta: Tensor) -> Tensor:
-        """Of θ without example axis."""
+        """Compute C*(θ) of θ without example axis."""
         return self.sides.adjoint(theta.flatten(1)).reshape(self.shape)
 
     def to(self, dtype: torch.dtype) -> "Kernel":
-        """Both sides in ``dtype``."""
+        """Convert both sides to ``dtype``."""
         return replace(self, sides=self.sides.to(dtype))
 
     def __matmul__(self, first: GradientMap) -> GradientMap:
-        """One pair of sides where ``first`` keeps the kernel's shape; otherwise the two in turn."""
+        """Merge into one pair of sides where ``first`` keeps the kernel's shape; otherwise apply the two in turn."""
         if first.is_identity:
             return self
         if not isinstance(first, Kernel) or not first.keep:
@@ -82,7 +82,7 @@ def patches(
     padding: tuple[tuple[int, int], ...],
     dilation: tuple[int, ...],
 ) -> Tensor:
-    """What each position of a convolution sees: (B, c, *spatial) → (B, positions, c · kernel).
+    """Return the inputs at each position of a convolution: (B, c, *spatial) → (B, positions, c · kernel).
 
     Args:
         kernel, stride, dilation: one number a spatial axis.

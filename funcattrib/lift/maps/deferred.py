@@ -1,6 +1,6 @@
 """Factors of a weight's gradient as backward has them, kept to be read once the map is known.
 
-Outside vmap only: what is kept is put aside in backward, and the probe receives zeros.
+Outside vmap only: factors are saved in backward, and the probe receives zeros.
 """
 
 from dataclasses import dataclass
@@ -18,37 +18,37 @@ Part = tuple[Factor, Tensor | None] | tuple[Tensor]
 
 @dataclass(frozen=True)
 class SavedFactors(GradientMap):
-    """Puts aside what it is given, in ``parts``."""
+    """A map that saves the factors or gradients it receives, in ``parts``."""
 
     parts: list[Part]
 
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of what the probe receives: one zero an example."""
+        """Return the shape that the probe receives: one zero an example."""
         return (1,)
 
     def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
-        """Put aside as factors."""
+        """Save factors."""
         self.parts.append((rows, cols))
         like = rows if isinstance(rows, Tensor) else rows.weight if cols is None else cols
         examples = (rows.ids if isinstance(rows, OneHot) else rows).shape[0]
         return torch.zeros(examples, 1) if like is None else like.new_zeros(examples, 1)
 
     def from_gradient(self, gradient: Tensor) -> Tensor:
-        """Put aside as it is."""
+        """Save formed gradients."""
         self.parts.append((gradient,))
         return gradient.new_zeros(gradient.shape[0], 1)
 
     def adjoint(self, theta: Tensor) -> Tensor:
-        """There is none."""
+        """Raise: there is no adjoint."""
         raise AssertionError("factors are put aside outside vmap, where W + C*(θ) is not formed")
 
     def __matmul__(self, first: Any) -> GradientMap:
-        """Never behind another map."""
+        """Raise: factors are saved as backward has them, never after another map."""
         raise AssertionError("factors are put aside as backward has them")
 
 
 def read_saved(gradient_map: GradientMap, parts: list[Part], examples: int) -> Tensor | None:
-    """(E, …) coordinates of what was put aside, summed over uses, in float32 at least; None where nothing was.
+    """Compute (E, …) coordinates of saved factors, summed over uses, in float32 at least; None where nothing was saved.
 
     Gradients formed one example at a time follow one another until they are ``examples``.
     """

@@ -15,19 +15,19 @@ class Dense(GradientMap):
     matrix: Tensor
 
     def from_gradient(self, gradient: Tensor) -> Tensor:
-        """From formed gradients."""
+        """Compute M vec(G) of formed gradients."""
         return times(gradient.flatten(1), self.matrix).reshape(gradient.shape)
 
     def adjoint(self, theta: Tensor) -> Tensor:
-        """The same product."""
+        """Compute the same product: M is symmetric."""
         return times(theta.reshape(1, -1), self.matrix).reshape(theta.shape)
 
     def to(self, dtype: torch.dtype) -> "Dense":
-        """In ``dtype``, or in float32 where that is wider: half precision has too few digits for H^p."""
+        """Convert to ``dtype``, or to float32 where that is wider: half precision has too few digits for H^p."""
         return Dense(self.matrix.to(torch.promote_types(dtype, torch.float32)))
 
 
 def times(rows: Tensor, matrix: Tensor) -> Tensor:
-    """``matrix`` applied to every row, in the wider type of the two; the result has the rows' type."""
+    """Apply ``matrix`` to every row, in the wider type of the two; the result has the rows' type."""
     dtype = torch.promote_types(rows.dtype, matrix.dtype)
     return (rows.to(dtype) @ matrix.to(rows.device, dtype)).to(rows.dtype)

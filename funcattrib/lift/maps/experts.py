@@ -34,51 +34,51 @@ class Stack(GradientMap):
     right: Side = None
 
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of a weight of ``shape``, experts first."""
+        """Return the shape of the coordinates of a weight of ``shape``, experts first."""
         return (shape[0], *self.sides.coordinates_shape(shape[1:]))
 
     def reduce_rows(self, rows: Factor) -> Factor:
-        """Not without the experts' numbers: see ``rows_of``."""
+        """Raise: rows need the experts' numbers; see ``rows_of``."""
         raise AssertionError("a stack is read from tokens with their experts, or from formed gradients")
 
     def reduce_cols(self, cols: Tensor) -> Tensor:
-        """Not without the experts' numbers: see ``cols_of``."""
+        """Raise: columns need the experts' numbers; see ``cols_of``."""
         raise AssertionError("a stack is read from tokens with their experts, or from formed gradients")
 
     def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
-        """Not without the experts' numbers."""
+        """Raise: factors need the experts' numbers."""
         raise AssertionError("a stack is read from tokens with their experts, or from formed gradients")
 
     def stack_first(self) -> tuple["Stack", None]:
         return self, None
 
     def rows_of(self, rows: Tensor, expert: Tensor) -> Tensor:
-        """(E, S, O) → (E, S, P), each token with its expert's left side; ``expert`` (E, S)."""
+        """Apply its expert's left side to each token, (E, S, O) → (E, S, P); ``expert`` (E, S)."""
         return dense_along(self.sides.left, rows if self.left is None else rows * self.left.to(rows.dtype)[expert])
 
     def cols_of(self, cols: Tensor, expert: Tensor) -> Tensor:
-        """(E, S, I) → (E, S, Q), each token with its expert's right side; ``expert`` (E, S)."""
+        """Apply its expert's right side to each token, (E, S, I) → (E, S, Q); ``expert`` (E, S)."""
         return dense_along(self.sides.right, cols if self.right is None else cols * self.right.to(cols.dtype)[expert])
 
     def from_gradient(self, gradient: Tensor) -> Tensor:
-        """From formed gradients (E, X, O, I)."""
+        """Compute coordinates of formed gradients (E, X, O, I)."""
         scaled = _diagonals(self.left, self.right, gradient)
         return self.sides.from_gradient(scaled.flatten(0, 1)).unflatten(0, gradient.shape[:2])
 
     def adjoint(self, theta: Tensor) -> Tensor:
-        """Of θ (X, P, Q), without example axis."""
+        """Compute C*(θ) of θ (X, P, Q), without example axis."""
         left, right = (
             side if side is None or side.ndim == 1 else side.T for side in (self.sides.left, self.sides.right)
         )
         return _diagonals(self.left, self.right, TwoSided(left, right).from_gradient(theta))
 
     def to(self, dtype: torch.dtype) -> "Stack":
-        """Every side in ``dtype``."""
+        """Convert every side to ``dtype``."""
         left, right = (side if side is None else side.to(dtype) for side in (self.left, self.right))
         return Stack(self.sides.to(dtype), left, right)
 
     def __matmul__(self, first: GradientMap) -> GradientMap:
-        """One map where the diagonals come first; otherwise the two in turn."""
+        """Merge into one map where the diagonals come first; otherwise apply the two in turn."""
         if first.is_identity:
             return self
         if isinstance(first, Stack) and self.left is None and self.right is None:
@@ -90,33 +90,33 @@ class Stack(GradientMap):
 
 @dataclass(frozen=True)
 class Parts(GradientMap):
-    """What is stacked taken apart: of (X, …), the entries ``kept``, all of them by default."""
+    """A stack taken apart: of (X, …), the entries ``kept``, all of them by default."""
 
     size: int
     kept: tuple[int, ...] | None = None
 
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of a stack of ``shape``."""
+        """Return the shape of the coordinates of a stack of ``shape``."""
         return (self.size if self.kept is None else len(self.kept), *shape[1:])
 
     def from_gradient(self, gradient: Tensor) -> Tensor:
-        """From formed gradients (E, X, …)."""
+        """Select the kept entries of formed gradients (E, X, …)."""
         return gradient if self.kept is None else gradient[:, list(self.kept)]
 
     def adjoint(self, theta: Tensor) -> Tensor:
-        """Of θ without example axis: zero for the entries that are not kept."""
+        """Compute C*(θ) of θ without example axis: zero for the entries that are not kept."""
         if self.kept is None:
             return theta
         whole = theta.new_zeros(self.size, *theta.shape[1:])
         return whole.index_copy(0, torch.tensor(self.kept, device=theta.device), theta)
 
     def narrow(self, numbers: Sequence[int]) -> "Parts":
-        """Only the entries in these places."""
+        """Keep only the entries in these places."""
         before = range(self.size) if self.kept is None else self.kept
         return replace(self, kept=tuple(before[number] for number in numbers))
 
     def absorb(self, maps: Sequence[GradientMap]) -> GradientMap:
-        """Each entry with a map of its own behind it; sides that all share come before the parts, on the stack."""
+        """Apply a map to each entry; sides that all entries share are applied before the stack is taken apart."""
         pairs = [one for one in maps if isinstance(one, TwoSided)]
         if len(pairs) == len(maps) and len({(id(one.left), id(one.right)) for one in pairs}) == 1:
             return self @ Stack(pairs[0])
@@ -124,7 +124,7 @@ class Parts(GradientMap):
 
 
 def _diagonals(left: Side, right: Side, gradient: Tensor) -> Tensor:
-    """diag(l_x) G_x diag(r_x) of (…, X, O, I)."""
+    """Compute diag(l_x) G_x diag(r_x) of (…, X, O, I)."""
     if left is not None:
         gradient = gradient * left.to(gradient.dtype)[..., None]
     return gradient if right is None else gradient * right.to(gradient.dtype)[:, None]

@@ -3,7 +3,7 @@
     C(G) = stack over heads h of   L_h G[rows of h] Rᵀ      or      L G[:, columns of h] R_hᵀ      (E, H, p, q)
 
 The side that heads do not divide is shared: x Rᵀ is computed once. The other one is one batched product over heads.
-Maps of any other kind behind the split are applied to the formed, stacked (E, H, …), head by head.
+Maps of any other kind after the split are applied to the formed, stacked (E, H, …), head by head.
 
 Shapes: E examples, N tokens, H heads, S a head's rows or columns, P/Q coordinates.
 """
@@ -21,7 +21,7 @@ from funcattrib.lift.maps.two_sided import TwoSided
 
 
 class Heads(NamedTuple):
-    """Which positions along an axis of a weight belong to which head.
+    """Assignment of positions along an axis of a weight to heads.
 
     Attributes:
         axis: of the weight.
@@ -39,11 +39,11 @@ class Heads(NamedTuple):
 
     @property
     def read(self) -> int:
-        """How many heads are read."""
+        """Return the number of heads that are read."""
         return self.number if self.kept is None else len(self.kept)
 
     def take(self, x: Tensor) -> Tensor:
-        """(…, n) → (…, H, S)."""
+        """Divide the last axis into heads, (…, n) → (…, H, S)."""
         if self.blocks == 1:
             parts = x.unflatten(-1, (self.number, self.size))
         else:
@@ -51,7 +51,7 @@ class Heads(NamedTuple):
         return parts if self.kept is None else parts[..., list(self.kept), :]
 
     def scatter(self, parts: Tensor) -> Tensor:
-        """(…, H, S) → (…, n), zero where no head is read: the adjoint of ``take``."""
+        """Join heads, (…, H, S) → (…, n), zero where no head is read: the adjoint of ``take``."""
         if self.kept is not None:
             whole = parts.new_zeros(*parts.shape[:-2], self.number, self.size)
             parts = whole.index_copy(-2, torch.tensor(self.kept, device=parts.device), parts)
@@ -60,7 +60,7 @@ class Heads(NamedTuple):
         return parts.unflatten(-1, (self.blocks, -1)).transpose(-3, -2).flatten(-3)
 
     def only(self, numbers: Sequence[int]) -> "Heads":
-        """Of the heads that are read, those in these places."""
+        """Keep, of the heads that are read, those in these places."""
         if len(numbers) == self.read:
             return self
         before = range(self.number) if self.kept is None else self.kept
@@ -82,37 +82,37 @@ class Split(GradientMap):
     other: Side = None
 
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of a weight of ``shape``: heads first."""
+        """Return the shape of the coordinates of a weight of ``shape``: heads first."""
         own = self.heads.size if self.own is None else self.own.shape[1]
         sides = tuple(own if axis == self.heads.axis else length(self.other, n) for axis, n in enumerate(shape))
         return (self.heads.read, *sides)
 
     def reduce_rows(self, rows: Factor) -> Factor:
-        """Rows with their side applied, heads one after the other: (E, N, H·P)."""
+        """Apply their side to rows, heads one after the other: (E, N, H·P)."""
         if self.heads.axis == 1:
             return along(self.other, rows)
         return rows if isinstance(rows, OneHot) else self._each(rows).flatten(-2)
 
     def reduce_cols(self, cols: Tensor) -> Tensor:
-        """Columns with their side applied, heads one after the other: (E, N, H·Q)."""
+        """Apply their side to columns, heads one after the other: (E, N, H·Q)."""
         return dense_along(self.other, cols) if self.heads.axis == 0 else self._each(cols).flatten(-2)
 
     def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
-        """From kept factors."""
+        """Compute coordinates from kept factors."""
         formed = outer(rows, cols)
         if isinstance(rows, OneHot) and self.heads.axis == 0:  # one-hot rows do not divide into heads: rows of G do
             return replace(self, other=None).from_gradient(formed)
         return formed.unflatten(1 + self.heads.axis, (self.heads.read, -1)).movedim(1 + self.heads.axis, 1)
 
     def from_gradient(self, gradient: Tensor) -> Tensor:
-        """From formed gradients (E, *shape)."""
+        """Compute coordinates of formed gradients (E, *shape)."""
         axis = 1 + self.heads.axis
         shared = TwoSided(None, self.other) if self.heads.axis == 0 else TwoSided(self.other)
         parts = self._each(shared.from_gradient(gradient).movedim(axis, -1))
         return parts.movedim((-2, -1), (1, 1 + axis))
 
     def adjoint(self, theta: Tensor) -> Tensor:
-        """Of θ (H, …), without example axis."""
+        """Compute C*(θ) of θ (H, …), without example axis."""
         axis = self.heads.axis
         parts = theta.movedim((0, 1 + axis), (-2, -1))
         whole = self.heads.scatter(_apply(_transpose(self.own), parts)).movedim(-1, axis)
@@ -120,12 +120,12 @@ class Split(GradientMap):
         return shared.adjoint(whole)
 
     def to(self, dtype: torch.dtype) -> "Split":
-        """Every side in ``dtype``."""
+        """Convert every side to ``dtype``."""
         own, other = (side if side is None else side.to(dtype) for side in (self.own, self.other))
         return replace(self, own=own, other=other)
 
     def __matmul__(self, first: GradientMap) -> GradientMap:
-        """A pair of sides before the split is taken into it, unless one mixes the heads."""
+        """Merge a pair of sides before the split into it, unless one mixes the heads."""
         if not isinstance(first, TwoSided):
             return Composed(first, self)
         sides = (first.left, first.right)
@@ -136,12 +136,12 @@ class Split(GradientMap):
         return replace(self, own=_product(self.own, before), other=product(self.other, sides[1 - self.heads.axis]))
 
     def narrow(self, numbers: Sequence[int]) -> "Split":
-        """Only the heads in these places."""
+        """Keep only the heads in these places."""
         own = self.own if self.own is None or len(numbers) == self.heads.read else self.own[list(numbers)]
         return replace(self, heads=self.heads.only(numbers), own=own)
 
     def absorb(self, maps: Sequence[GradientMap]) -> GradientMap:
-        """Each head's coordinates with a map of its own behind them, in one where all are alike pairs of sides."""
+        """Apply a map to each head's coordinates, in one product where all maps are alike pairs of sides."""
         pairs = [one for one in maps if isinstance(one, TwoSided)]
         own = [(pair.left, pair.right)[self.heads.axis] for pair in pairs]
         other = [(pair.right, pair.left)[self.heads.axis] for pair in pairs]
@@ -152,7 +152,7 @@ class Split(GradientMap):
         return replace(self, own=_product(stacked, self.own), other=product(other[0], self.other))
 
     def _each(self, x: Tensor) -> Tensor:
-        """(…, n) → (…, H, P): every head's part with its own side."""
+        """Apply its own side to every head's part, (…, n) → (…, H, P)."""
         return _apply(self.own, self.heads.take(x))
 
 
@@ -180,22 +180,22 @@ class Each(GradientMap):
         return Each(tuple(one @ before for one, before in zip(maps, self.maps, strict=True)))
 
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of stacked gradients of ``shape``, heads first."""
+        """Return the shape of the coordinates of stacked gradients of ``shape``, heads first."""
         of_one = self.maps[0].coordinates_shape(shape[1:])
         return of_one if len(self.maps) == 1 else (len(self.maps), *of_one)
 
     def from_gradient(self, gradient: Tensor) -> Tensor:
-        """From formed gradients (E, H, …)."""
+        """Compute coordinates of formed gradients (E, H, …)."""
         parts = [one.from_gradient(part) for one, part in zip(self.maps, gradient.unbind(1), strict=True)]
         return parts[0] if len(parts) == 1 else torch.stack(parts, 1)
 
     def adjoint(self, theta: Tensor) -> Tensor:
-        """Of θ without example axis."""
+        """Compute C*(θ) of θ without example axis."""
         parts = (theta,) if len(self.maps) == 1 else theta.unbind()
         return torch.stack([one.adjoint(part) for one, part in zip(self.maps, parts, strict=True)])
 
     def to(self, dtype: torch.dtype) -> "Each":
-        """Every map in ``dtype``."""
+        """Convert every map to ``dtype``."""
         return Each(tuple(one.to(dtype) for one in self.maps))
 
 
@@ -209,7 +209,7 @@ def each(gradient_map: GradientMap, maps: Sequence[GradientMap | None]) -> Gradi
 
 
 def _apply(own: Tensor | None, parts: Tensor) -> Tensor:
-    """Each head's side on its part: (…, H, S) → (…, H, P)."""
+    """Apply each head's side to its part: (…, H, S) → (…, H, P)."""
     if own is None:
         return parts
     own = own.to(parts.dtype)
@@ -221,7 +221,7 @@ def _transpose(own: Tensor | None) -> Tensor | None:
 
 
 def _product(second: Tensor | None, first: Tensor | None) -> Tensor | None:
-    """Each head's ``first`` side, then its ``second``."""
+    """Return each head's ``first`` side, followed by its ``second``."""
     if second is None or first is None:
         return first if second is None else second
     if second.ndim == 2:

@@ -22,8 +22,9 @@ from funcattrib.lift.factors import Factor, OneHot, dense_along, outer
 from funcattrib.lift.maps.base import GradientMap, like
 
 _FORMING = 16
-"""What writing and reading a formed gradient costs beside its multiplications, in tokens: small matrices are bound by
-memory, not arithmetic."""
+"""Cost of writing and reading a formed gradient beside its multiplications, in tokens: small matrices are bound by
+memory, not arithmetic.
+"""
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,18 @@ class InnerProducts(GradientMap):
         return torch.cat([value[:, :-1] * factor, value[:, -1:] * factor**2], 1) if self.norm else value * factor
 
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The same for every weight, so that they can share a probe."""
+        """Return the shape of the products: the same for every weight, so that weights can share a probe."""
         return (self.queries.shape[0] + self.norm,)
 
     def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
-        """From kept factors."""
+        """Compute the products from kept factors."""
         if cols is None or self.queries.ndim != 3 or not self.contracts(cols.shape[1]):
             return self.from_gradient(outer(rows, cols))
         products = _contract(self.queries, rows, cols)
         return torch.cat([products, _squared_norm(rows, cols)], 1) if self.norm else products
 
     def contracts(self, tokens: int) -> bool:
-        """Whether an example of ``tokens`` tokens is scored without forming its gradient.
+        """Return whether an example of ``tokens`` tokens is scored without forming its gradient.
 
         Example:
             >>> one, eight = (InnerProducts(torch.zeros(queries, 64, 64)) for queries in (1, 8))
@@ -69,7 +70,7 @@ class InnerProducts(GradientMap):
         return count * tokens <= tokens + count + _FORMING
 
     def from_gradient(self, gradient: Tensor) -> Tensor:
-        """From formed gradients."""
+        """Compute the products of formed gradients."""
         flat = _wide(gradient.flatten(1))
         products = flat @ self.queries.flatten(1).to(flat).T
         if not self.norm:
@@ -77,17 +78,17 @@ class InnerProducts(GradientMap):
         return torch.cat([products, torch.linalg.vector_norm(flat, dim=1, keepdim=True).square()], 1)
 
     def adjoint(self, theta: Tensor) -> Tensor:
-        """Σ_k θ_k Q_k; with the norm there is none."""
+        """Compute Σ_k θ_k Q_k; with the norm there is no adjoint."""
         assert not self.norm, "a norm has no adjoint; single_use must have excluded this weight"
         return torch.tensordot(theta, self.queries.to(theta.dtype), 1)
 
     def to(self, dtype: torch.dtype) -> "InnerProducts":
-        """The queries in ``dtype``, or in float32 where that is wider."""
+        """Convert the queries to ``dtype``, or to float32 where that is wider."""
         return replace(self, queries=self.queries.to(torch.promote_types(dtype, torch.float32)))
 
 
 def _contract(queries: Tensor, rows: Factor, cols: Tensor) -> Tensor:
-    """(E, K): Σ_n rows_nᵀ Q_k cols_n."""
+    """Compute Σ_n rows_nᵀ Q_k cols_n, (E, K)."""
     if not len(queries):
         return cols.new_zeros(cols.shape[0], 0)
     cols = _wide(cols)
@@ -98,7 +99,7 @@ def _contract(queries: Tensor, rows: Factor, cols: Tensor) -> Tensor:
 
 
 def _squared_norm(rows: Factor, cols: Tensor) -> Tensor:
-    """(E, 1): of Σ_n rows_n colsᵀ_n, from the tokens' inner products."""
+    """Compute the squared norm of Σ_n rows_n colsᵀ_n, (E, 1), from the tokens' inner products."""
     cols = _wide(cols)
     if isinstance(rows, OneHot):
         of_rows = (rows.ids[..., :, None] == rows.ids[..., None, :]).to(cols.dtype)
@@ -110,5 +111,5 @@ def _squared_norm(rows: Factor, cols: Tensor) -> Tensor:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """In float32 at least: scores are sums over many small products."""
+    """Convert to float32 at least: scores are sums over many small products."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

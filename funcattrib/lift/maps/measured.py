@@ -51,7 +51,7 @@ class Measured(GradientMap):
         return Measured(self.inner.to(dtype), self.measure)
 
     def __matmul__(self, first: GradientMap) -> GradientMap:
-        """The statistic of what ``first`` and then the inner map read."""
+        """Return the statistic of what ``first`` and then the inner map read."""
         return Measured(self.inner @ first, self.measure)
 
     def rescale(self, value: Tensor, scale: Tensor) -> Tensor:

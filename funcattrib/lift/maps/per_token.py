@@ -18,7 +18,7 @@ from funcattrib.lift.maps.base import Composed, GradientMap
 
 @dataclass(frozen=True)
 class PerToken(GradientMap):
-    """``inner``, read for each of ``tokens`` positions; a stage's map is behind ``inner``, not behind this."""
+    """``inner``, read for each of ``tokens`` positions; a stage's map comes after ``inner``, not after this."""
 
     inner: GradientMap
     tokens: int
@@ -36,21 +36,21 @@ class PerToken(GradientMap):
         return self.inner.row_side
 
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of a weight of ``shape``, positions first."""
+        """Return the shape of the coordinates of a weight of ``shape``, positions first."""
         return (self.tokens, *self.inner.coordinates_shape(shape))
 
     def reduce_rows(self, rows: Factor) -> Factor:
-        """As the inner map does, of one row a position."""
+        """Reduce rows as the inner map does, one a position."""
         self._check(rows.ids.shape[1] if isinstance(rows, OneHot) else rows.shape[1])
         return self.inner.reduce_rows(rows)
 
     def reduce_cols(self, cols: Tensor) -> Tensor:
-        """As the inner map does, of one column a position."""
+        """Reduce columns as the inner map does, one a position."""
         self._check(cols.shape[1])
         return self.inner.reduce_cols(cols)
 
     def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
-        """(E, T, …): every position is an example of one token."""
+        """Compute (E, T, …) coordinates: every position is an example of one token."""
         if isinstance(rows, OneHot):
             alone: Factor = OneHot(_alone(rows.ids), rows.size, None if rows.weight is None else _alone(rows.weight))
             examples = rows.ids.shape[0]
@@ -60,21 +60,21 @@ class PerToken(GradientMap):
         return coordinates.unflatten(0, (examples, self.tokens))
 
     def from_gradient(self, gradient: Tensor) -> Tensor:
-        """A formed gradient has no positions left."""
+        """Raise: a formed gradient has no positions any more."""
         raise _refused(
             f"a parameter of shape {tuple(gradient.shape[1:])} is used in an operation without a rule for it"
         )
 
     def adjoint(self, theta: Tensor) -> Tensor:
-        """There is none: W + C*(θ) has no positions."""
+        """Raise: W + C*(θ) has no positions."""
         raise _refused(f"a parameter with coordinates {tuple(theta.shape[1:])} is used in an operation without a rule")
 
     def to(self, dtype: torch.dtype) -> "PerToken":
-        """The inner map in ``dtype``."""
+        """Convert the inner map to ``dtype``."""
         return replace(self, inner=self.inner.to(dtype))
 
     def __matmul__(self, first: GradientMap) -> GradientMap:
-        """Behind another map."""
+        """Compose with the map before it."""
         return replace(self, inner=self.inner @ first) if not isinstance(first, PerToken) else Composed(first, self)
 
     def _check(self, positions: int) -> None:
@@ -83,12 +83,12 @@ class PerToken(GradientMap):
 
 
 def summed(gradient_map: GradientMap, rows: Tensor) -> Tensor:
-    """Rows of a vector's gradient (E, N, n), added up over positions unless each is read by itself."""
+    """Sum rows of a vector's gradient (E, N, n) over positions, unless each is read by itself."""
     return rows if gradient_map.by_token else rows.sum(1, keepdim=True)
 
 
 def _alone(x: Tensor) -> Tensor:
-    """(E, T, …) → (E·T, 1, …)."""
+    """Reshape to one position an example, (E, T, …) → (E·T, 1, …)."""
     return x.flatten(0, 1).unsqueeze(1)
 
 

@@ -38,21 +38,21 @@ class Sketched(GradientMap):
     sparsity: int = 1
 
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The same for every weight, so that they can share a probe."""
+        """Return the shape of the sketch: the same for every weight, so that weights can share a probe."""
         return (self.k,)
 
     def from_factors(self, rows: Factor, cols: Tensor | None) -> Tensor:
-        """From kept factors: G is formed a few rows at a time."""
+        """Compute the sketch from kept factors: G is formed a few rows at a time."""
         if cols is None or not isinstance(rows, Tensor):
             return self.from_gradient(outer(rows, cols))
         return _Sketch.apply(rows, cols, self)
 
     def from_gradient(self, gradient: Tensor) -> Tensor:
-        """From formed gradients."""
+        """Compute the sketch of formed gradients."""
         return _Sketch.apply(gradient, None, self)
 
     def adjoint(self, theta: Tensor) -> Tensor:
-        """Sᵀ θ in the leaf's shape."""
+        """Compute Sᵀ θ in the leaf's shape."""
         size = torch.Size(self.shape).numel()
         parts = []
         for start in range(0, size, _PART):
@@ -62,7 +62,8 @@ class Sketched(GradientMap):
 
 
 def buckets(how: Sketched, repetition: int, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows (int64, in block ``repetition`` of [0, k)) and signs (±1, int32) of columns ``start`` to ``stop`` of S.
+    """Return rows (int64, in block ``repetition`` of [0, k)) and signs (±1, int32) of columns ``start`` to ``stop`` of
+    S.
 
     Example:
         >>> rows, signs = buckets(Sketched("w", (6,), 8, sparsity=2), 1, 0, 6, torch.device("cpu"))
@@ -77,7 +78,9 @@ def buckets(how: Sketched, repetition: int, start: int, stop: int, device: torch
 
 
 def _hash(how: Sketched, repetition: int, block: int, start: int, stop: int, device: torch.device) -> Tensor:
-    """(stop − start,) int32; products wrap, and a right shift is followed by the mask that makes it logical."""
+    """Hash positions, (stop − start,) int32; products wrap, and a right shift is followed by the mask that makes it
+    logical.
+    """
     text = "\x1f".join(["sketch", str(how.seed), how.name, str(repetition), str(block)])
     digest = hashlib.sha256(text.encode()).digest()
     x = torch.arange(start, stop, dtype=torch.int32, device=device)
@@ -92,7 +95,7 @@ def _hash(how: Sketched, repetition: int, block: int, start: int, stop: int, dev
 
 
 def _blocks(start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """The range as (block, first, last) with positions that fit in 32 bits."""
+    """Yield the range as (block, first, last) with positions that fit in 32 bits."""
     while start < stop:
         block, offset = divmod(start, _BLOCK)
         end = min(stop, (block + 1) * _BLOCK)
@@ -126,7 +129,7 @@ class _Sketch(torch.autograd.Function):
 
 
 def _parts(gradient: Tensor, cols: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-    """vec(G) in parts (E, n), each with the position it starts at."""
+    """Yield vec(G) in parts (E, n), each with the position it starts at."""
     if cols is None:
         flat = gradient.flatten(1)
         for start in range(0, flat.shape[1], _PART):

@@ -58,7 +58,7 @@ class TwoSided(GradientMap):
         return TwoSided(*(side if side is None else side.to(dtype) for side in (self.left, self.right)))
 
     def __matmul__(self, first: GradientMap) -> GradientMap:
-        """One pair of sides where ``first`` is one; otherwise the two in turn."""
+        """Merge into one pair of sides where ``first`` is one; otherwise apply the two in turn."""
         return self.merge(first) if isinstance(first, TwoSided) else Composed(first, self)
 
     def merge(self, first: "TwoSided") -> "TwoSided":

@@ -68,7 +68,7 @@ def _read_bias(gradient_map: GradientMap, examples: int, g: Tensor) -> Tensor:
 
 
 def _by_position(g: Tensor, examples: int) -> Tensor:
-    """(B, o, *positions) → (E, N, o)."""
+    """Reshape (B, o, *positions) to (E, N, o)."""
     return g.flatten(2).transpose(1, 2).reshape(examples, -1, g.shape[1])
 
 
@@ -80,7 +80,7 @@ def _each_axis(value: int | tuple[int, ...], axes: int) -> tuple[int, ...]:
 def _padding(
     value: str | int | tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[tuple[int, int], ...]:
-    """Zeros before and after each axis; ``same`` puts the odd one after, as torch does."""
+    """Return the zeros before and after each axis; ``same`` puts the odd one after, as torch does."""
     if value == "valid":
         return ((0, 0),) * len(kernel)
     if value == "same":

@@ -48,7 +48,7 @@ def _tap_weight(x: Operands, weight: Lifted, head: Head) -> Tensor:
 
 
 def _tap_bias(loss: Tensor, x: Operands, bias: Lifted, head: Head) -> Tensor:
-    """G_b = Σ_n (∂ℓ/∂z)_n."""
+    """Tap the loss for the bias: G_b = Σ_n (∂ℓ/∂z)_n."""
     if bias.map.by_token:
         rows = head_loss(x, _whole(x), head)[1]
         return tap(loss, bias.theta, partial(_read_whole, bias.map, bias.theta.shape[0]), rows, None)
@@ -56,7 +56,7 @@ def _tap_bias(loss: Tensor, x: Operands, bias: Lifted, head: Head) -> Tensor:
 
 
 def _whole(x: Operands) -> Tensor:
-    """A left side that keeps the gradients of the logits as they are."""
+    """Return a left side that keeps the gradients of the logits as they are."""
     return torch.eye(x.weight.shape[0], dtype=x.weight.dtype, device=x.weight.device)
 
 

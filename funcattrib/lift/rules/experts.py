@@ -34,7 +34,8 @@ def _expert_linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _in_order(x: Tensor, leaf: Lifted) -> int:
-    """How many examples the tokens belong to, which must follow one another, each as many times as it has experts.
+    """Count the examples that the tokens belong to, which must follow one another, each as many times as it has
+    experts.
 
     Raises:
         ChainError: one probe an example, and tokens that need not be in the examples' order.

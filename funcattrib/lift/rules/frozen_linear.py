@@ -21,7 +21,7 @@ from funcattrib.weights.stored import Source, dense, made, source
 def frozen_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, theta: Tensor, gradient_map: GradientMap, weight_is_in_out: bool
 ) -> Tensor:
-    """y, with θ tapped. ``weight_is_in_out``: W is stored (I, O), as HF ``Conv1D`` does, not (O, I)."""
+    """Compute y, with θ tapped. ``weight_is_in_out``: W is stored (I, O), as HF ``Conv1D`` does, not (O, I)."""
     bias = dense(bias)
     return _FrozenLinear.apply(x, source(weight), bias, theta, gradient_map, weight_is_in_out, theta.shape[0])[0]
 

@@ -50,19 +50,19 @@ def _addmm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _frozen(weight: Any) -> bool:
-    """Lifted and not trained: its own gradient is wanted by nobody."""
+    """Return whether a weight is lifted and not trained, so that its own gradient is not needed."""
     return isinstance(weight, Lifted) and not weight.weight.requires_grad
 
 
 def tap_bias(y: Tensor, bias: Any) -> Tensor:
-    """Taps ``y`` for a bias that was added along its last axis."""
+    """Tap ``y`` for a bias that was added along its last axis."""
     if not isinstance(bias, Lifted):
         return y
     return tap(y, bias.theta, partial(_read_bias, bias.map, bias.theta.shape[0]))
 
 
 def by_example(x: Tensor, leaf: Lifted) -> Tensor:
-    """(…, i) → (E, N, i).
+    """Reshape (…, i) to (E, N, i).
 
     Raises:
         ChainError: one probe an example, and no axis of ``x`` that counts examples (gathered tokens).
@@ -78,7 +78,7 @@ def by_example(x: Tensor, leaf: Lifted) -> Tensor:
 
 
 def _matmul(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """W @ x with x (…, in, tokens), as Mamba writes it."""
+    """Compute W @ x with x (…, in, tokens), as Mamba writes it."""
     weight, x = args[:2]
     if not isinstance(weight, Lifted) or not isinstance(x, Tensor) or isinstance(x, Lifted) or x.ndim < 3:
         return NotImplemented
@@ -100,7 +100,7 @@ def _read_bias(gradient_map: GradientMap, examples: int, g: Tensor) -> Tensor:
 
 
 def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Positional and keyword arguments in order, None where absent."""
+    """Return positional and keyword arguments in order, None where absent."""
     return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
 
 
