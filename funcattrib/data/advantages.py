@@ -1,4 +1,4 @@
-"""Advantages: what an example's loss is multiplied by, given or from rewards.
+"""Advantages, the factors of examples' losses: given, or computed from rewards.
 
     advantage = reward − mean reward of the rows with the identical prompt
 
@@ -31,7 +31,8 @@ _ROWS = 1000
 
 
 def advantages(dataset: datasets.Dataset, tokens: datasets.Dataset, columns: Columns) -> np.ndarray | None:
-    """The advantage of each row, (rows,) float32, NaN where it is missing and may be; None where none is asked for.
+    """Compute the advantage of each row, (rows,) float32, NaN where it is missing and may be; None where none is asked
+    for.
 
     Args:
         dataset: the data as it came, with the reward or advantage column.
@@ -61,7 +62,7 @@ def advantages(dataset: datasets.Dataset, tokens: datasets.Dataset, columns: Col
 
 
 def _group_means(values: np.ndarray, missing: np.ndarray, prompts: list[bytes]) -> np.ndarray:
-    """The mean of each row's group over the rows that have a value."""
+    """Compute the mean of each row's group over the rows that have a value."""
     groups = np.unique(np.array(prompts), return_inverse=True)[1]
     counts = np.bincount(groups, ~missing)
     sums = np.bincount(groups, np.where(missing, 0.0, values))
@@ -69,7 +70,7 @@ def _group_means(values: np.ndarray, missing: np.ndarray, prompts: list[bytes]) 
 
 
 def _prompts(dataset: datasets.Dataset, tokens: datasets.Dataset, columns: Columns) -> Iterator[bytes]:
-    """What two rows of one group have in common, hashed."""
+    """Yield each row's prompt, hashed: the same for the rows of one group."""
     if columns.ready(dataset):
         rows = Rows(tokens, ["input_ids", "labels"])
         for row in range(len(rows)):
@@ -95,7 +96,7 @@ def _digest(content: bytes) -> bytes:
 
 
 def _numbers(dataset: datasets.Dataset, name: str) -> np.ndarray:
-    """A column of numbers, (rows,) float64; NaN where there is none."""
+    """Read a column of numbers, (rows,) float64; NaN where there is none."""
     if name not in dataset.column_names:
         raise DataError(
             f"expected a column '{name}', found {', '.join(dataset.column_names)}\n"

@@ -123,7 +123,7 @@ def _numbers(name: str, values: Sequence[Any]) -> list[np.ndarray]:
 
 
 def _token_counts(per_token: Mapping[str, Sequence[np.ndarray]], count: int) -> np.ndarray:
-    """Tokens of each row, on which all its per-token columns must agree."""
+    """Count the tokens of each row, on which all its per-token columns must agree."""
     counts = {name: np.fromiter(map(len, values), np.int64, count) for name, values in per_token.items()}
     if not counts:
         return np.zeros(0, dtype=np.int64)

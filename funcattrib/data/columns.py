@@ -1,4 +1,4 @@
-"""Which columns of a data set hold what."""
+"""The columns of a data set, by what they hold."""
 
 from dataclasses import dataclass
 
@@ -40,6 +40,6 @@ class Columns:
             raise DataError("expected --reward-column or --advantage-column with --skip-missing-rewards, found neither")
 
     def ready(self, dataset: datasets.Dataset) -> bool:
-        """Whether these are the tokens of a data set that is tokenised already, and no text of it."""
+        """Return whether these are the tokens of a data set that is tokenised already, and no text of it."""
         unsaid = (self.prompt_column, self.completion_column, self.conversation_column) == ("text", None, None)
         return "input_ids" in dataset.column_names and (unsaid or self.prompt_column == "input_ids")

@@ -16,7 +16,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def renderer(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[Message]], Text]:
-    """How this tokenizer writes a conversation down, and which characters are the assistant's.
+    """Return the function by which this tokenizer writes a conversation down, and marks the assistant's characters.
 
     * a chat template that marks them with `{% generation %}`: what it marks;
     * any other chat template: what the assistant's turn adds to the text that asks for it;
@@ -31,12 +31,12 @@ def renderer(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[Message]]
 
 
 def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer brings a chat template."""
+    """Return whether the tokenizer brings a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
 def render(conversation: Any, write: Callable[[Sequence[Message]], Text], *, row: int, column: str) -> Text:
-    """One row's conversation as text.
+    """Render one row's conversation as text.
 
     Args:
         conversation: the messages, `{"role": …, "content": …}` each.
@@ -122,11 +122,11 @@ def _by_prefixes(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
 
 
 def _turn(text: str, before: str, after: str, content: str, earliest: int) -> tuple[int, int]:
-    """Where a turn lies in the whole text, given the text up to its request and the text up to its end."""
+    """Find a turn in the whole text, given the text up to its request and the text up to its end."""
     if after and text.startswith(after):
         return max(earliest, _shared(before, text)), len(after)
     # Some templates write a turn differently once others follow (they drop its reasoning). Look for the content itself,
-    # and for what ends the turn behind it.
+    # and for what ends the turn after it.
     start = text.find(content.strip(), max(earliest, _shared(before, text)))
     if not content.strip() or start < 0:
         raise ValueError("an assistant's turn that cannot be found in the rendered text; mark it with {% generation %}")
@@ -136,7 +136,7 @@ def _turn(text: str, before: str, after: str, content: str, earliest: int) -> tu
 
 
 def _shared(left: str, right: str) -> int:
-    """Characters on which two texts agree from the start."""
+    """Count the characters on which two texts agree from the start."""
     if right.startswith(left):
         return len(left)
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

@@ -1,4 +1,4 @@
-"""The documents of a run, as whatever computes rows needs them."""
+"""The documents of a run, as the computation of rows needs them."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -10,20 +10,20 @@ from funcattrib.types import Batch
 
 
 class Corpus(Protocol):
-    """What rows are computed from: ``Documents`` of tokens, or ``Examples`` for a loss of the user's own."""
+    """The source of rows: ``Documents`` of tokens, or ``Examples`` for a user's loss."""
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each document, (rows,)."""
+        """Return the tokens of each document, (rows,)."""
 
     def batch(self, indices: Sequence[int], device: torch.device | str = "cpu") -> Batch:
-        """Documents stacked and padded."""
+        """Stack and pad documents."""
 
     def metadata(self, rows: range) -> dict[str, Any]:
-        """What a store keeps of each document to show it."""
+        """Return what a store keeps of each document to show it."""
 
     def identity(self) -> dict[str, Any]:
-        """What the manifest keeps of the data: a content fingerprint and counts."""
+        """Return the manifest's entry for the data: a content fingerprint and counts."""
 
     def notes(self) -> dict[str, Any]:
-        """What is told of the data beside that, and not compared."""
+        """Return further metadata of the data, which is not compared."""

@@ -1,4 +1,4 @@
-"""From rows of a data set to padded batches of tokens, and to what a store tells of each example."""
+"""From rows of a data set to padded batches of tokens, and to the metadata of each example."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -46,12 +46,14 @@ class Documents(NamedTuple):
     numbers: Mapping[str, np.ndarray] = MappingProxyType({})
 
     def batch(self, indices: Sequence[int], device: torch.device | str = "cpu") -> Batch:
-        """The documents padded on the right to the longest of them."""
+        """Stack the documents, padded on the right to the longest of them."""
         batch = collate([self._example(i) for i in indices], pad_id=self.pad_id)
         return {name: tensor.to(device) for name, tensor in batch.items()}
 
     def metadata(self, rows: range) -> dict[str, Any]:
-        """What a store keeps of each example to show it: its id and the columns that were read, or else its tokens."""
+        """Return what a store keeps of each example to show it: its id and the columns that were read, or else its
+        tokens.
+        """
         part = self.source.select(rows)
         names = [name for name in _text_columns(self.columns) if name in part.column_names and name != "input_ids"]
         shown = {name: part[name][:] for name in names}
@@ -63,7 +65,7 @@ class Documents(NamedTuple):
         return {"id": [str(i) for i in ids], **shown}
 
     def identity(self) -> dict[str, Any]:
-        """Columns, a fingerprint of the tokens, labels and numbers, and counts."""
+        """Return columns, a fingerprint of the tokens, labels and numbers, and counts."""
         return {
             **asdict(self.columns),
             "fingerprint": self._fingerprint(),
@@ -72,11 +74,11 @@ class Documents(NamedTuple):
         }
 
     def notes(self) -> dict[str, Any]:
-        """What tokenising found, and the rows without a reward."""
+        """Return the report of tokenising, and the rows without a reward."""
         return {"report": self.report._asdict(), "without_reward": len(self._without_reward())}
 
     def lines(self) -> list[str]:
-        """The same for people."""
+        """Return the same as lines for people."""
         left_out = self._without_reward()
         told = f"no reward in {some_rows(left_out)}; kept, with a zero gradient, and not in its prompt's mean"
         return [*self.report.lines(), *([told] if len(left_out) else [])]
@@ -111,7 +113,7 @@ def read_documents(
     vocab_size: int | None,
     own_loss: bool = False,
 ) -> Documents:
-    """Tokenise records and lay them out for batching; a loss of one's own is also given their columns of numbers."""
+    """Tokenise records and lay them out for batching; a user's loss is also given their columns of numbers."""
     source = (
         records if isinstance(records, datasets.Dataset) else datasets.Dataset.from_list([dict(r) for r in records])
     )

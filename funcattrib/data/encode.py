@@ -92,7 +92,7 @@ def encode(
 
 
 def too_long(length: int, row: int, max_length: int) -> DataError:
-    """The error for a document above the longest length, where truncation was not asked for."""
+    """Return the error for a document above the longest length, where truncation was not asked for."""
     return DataError(
         f"expected documents of at most {max_length:,} tokens, found {length:,} in row {row}\n"
         "cut such documents with --truncation (truncation=True), or split or drop them in the data"
@@ -100,7 +100,7 @@ def too_long(length: int, row: int, max_length: int) -> DataError:
 
 
 def _covered(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Which tokens, given as (first, last + 1) characters, reach into a span."""
+    """Return which tokens, given as (first, last + 1) characters, reach into a span."""
     ends = offsets[:, 1]
     # A byte-level tokenizer that trims blanks gives a token of blanks no width: it stands for its last character.
     starts = np.minimum(offsets[:, 0], ends - 1)
@@ -116,7 +116,9 @@ def _covered(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarra
 def _covered_by_prefixes(
     ids: np.ndarray, document: Text, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]
 ) -> np.ndarray:
-    """The same for a tokenizer without offsets: a border lies where the tokens of the text up to it stop agreeing."""
+    """Return the same for a tokenizer without offsets: a border lies where the tokens of the text up to it stop
+    agreeing.
+    """
     assert document.spans is not None
 
     def tokens_before(character: int) -> int:

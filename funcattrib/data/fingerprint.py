@@ -1,4 +1,4 @@
-"""What a tokenised data set holds, as one hash: the same for the same tokens, wherever and however they are stored."""
+"""The contents of a tokenised data set as one hash: the same for the same tokens, wherever they are stored."""
 
 import hashlib
 from collections.abc import Iterator

@@ -8,7 +8,7 @@ _OWN = ("id", "input_ids", "labels", "length")
 
 
 def number_columns(dataset: datasets.Dataset) -> dict[str, np.ndarray]:
-    """Every column of one number a row, (rows,): whole numbers int64, others float32, NaN where there is none.
+    """Read every column of one number a row, (rows,): whole numbers int64, others float32, NaN where there is none.
 
     Example:
         >>> number_columns(datasets.Dataset.from_dict({"text": ["a", "b"], "target": [0.5, None], "year": [1, 2]}))
@@ -24,12 +24,12 @@ def number_columns(dataset: datasets.Dataset) -> dict[str, np.ndarray]:
 
 
 def is_number(dataset: datasets.Dataset, name: str) -> bool:
-    """Whether a column has one number (or truth value) a row."""
+    """Return whether a column has one number (or truth value) a row."""
     kind = str(getattr(dataset.features[name], "dtype", ""))
     return isinstance(dataset.features[name], datasets.Value) and kind.startswith(("int", "uint", "float", "bool"))
 
 
 def read_numbers(dataset: datasets.Dataset, name: str) -> np.ndarray:
-    """A column of numbers, (rows,) float64, NaN where there is none."""
+    """Read a column of numbers, (rows,) float64, NaN where there is none."""
     column: pa.ChunkedArray = dataset.select_columns([name]).with_format("arrow")[:].column(name)
     return np.asarray(column.cast("float64").to_numpy(), dtype=np.float64)

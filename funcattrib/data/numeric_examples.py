@@ -1,4 +1,4 @@
-"""Examples for a loss of the user's own: rows of numbers, as they are.
+"""Examples for a user's loss: rows of numbers, as they are.
 
 A row is a dict of scalars, sequences of numbers (padded on the right with 0, ``labels`` with -100) or tensors of equal
 shape. What the loss is called with is one row, stacked and taken apart again by ``vmap``.
@@ -27,7 +27,7 @@ class Examples:
         self.lengths = np.asarray([_length(record) for record in _each(records)])
 
     def batch(self, indices: Sequence[int], device: torch.device | str = "cpu") -> Batch:
-        """The examples stacked."""
+        """Stack the examples."""
         rows = [{name: _array(name, value) for name, value in self.records[i].items()} for i in indices]
         stacked = {
             name: torch.from_numpy(np.stack([row[name] for row in rows]))
@@ -39,12 +39,12 @@ class Examples:
         return {name: tensor.to(device) for name, tensor in (padded | stacked).items()}
 
     def metadata(self, rows: range) -> dict[str, Any]:
-        """Ids alone: what to show of numbers is the user's to say."""
+        """Return ids alone: what to show of numbers is the user's to say."""
         ids = [self.records[row].get("id", row) for row in rows]
         return {"id": [str(i) for i in ids]}
 
     def identity(self) -> dict[str, Any]:
-        """Fingerprint of every value, and counts."""
+        """Return a fingerprint of every value, and counts."""
         whole = hashlib.sha256()
         for record in _each(self.records):
             for name, value in record.items():
@@ -54,7 +54,7 @@ class Examples:
         return {"fingerprint": whole.hexdigest(), "documents": len(self.lengths), "tokens": int(self.lengths.sum())}
 
     def notes(self) -> dict[str, Any]:
-        """Nothing more."""
+        """Return nothing further."""
         return {}
 
 

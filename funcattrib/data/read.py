@@ -144,7 +144,7 @@ def _build(
     subset: str | None = None,
     **options: str,
 ) -> Mapping[str, datasets.Dataset]:
-    """Have `datasets` read it, and put what goes wrong into words."""
+    """Read with `datasets`, and put what goes wrong into words."""
     try:
         builder = datasets.load_dataset_builder(path, subset, data_files=files, cache_dir=_cache_folder(), **options)
         known = builder.info.splits
@@ -229,7 +229,7 @@ def _asked_offline() -> bool:
 
 @functools.cache
 def _cache_folder() -> str | None:
-    """None for the default of `datasets`; a temporary folder where that cannot be written to."""
+    """Return None for the default of `datasets`; a temporary folder where that cannot be written to."""
     try:
         os.makedirs(datasets.config.HF_DATASETS_CACHE, exist_ok=True)
         with tempfile.TemporaryFile(dir=datasets.config.HF_DATASETS_CACHE):

@@ -1,4 +1,4 @@
-"""What tokenising found, for people."""
+"""The findings of tokenising, for people."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class TokenizeReport(NamedTuple):
-    """What tokenising found: counts of documents and tokens.
+    """The findings of tokenising: counts of documents and tokens.
 
     `labelled_tokens` are those whose loss counts: labelled, and not a document's first, which nothing predicts.
     `empty` documents have fewer than 2 tokens; `unlabelled` ones have more, but none that counts. Both give zero rows.
@@ -21,7 +21,7 @@ class TokenizeReport(NamedTuple):
     truncated: int = 0
 
     def lines(self) -> list[str]:
-        """The report for people: a line of totals, and one for each thing to know.
+        """Return the report for people: a line of totals, and one for each thing to know.
 
         Example:
             >>> TokenizeReport(documents=2, tokens=1200, labelled_tokens=1199, empty=1).lines()
@@ -43,12 +43,12 @@ class TokenizeReport(NamedTuple):
 
 
 def count_of(number: int, noun: str) -> str:
-    """A number with its noun, in the plural where it takes one."""
+    """Format a number with its noun, in the plural where it takes one."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def some_rows(rows: Sequence[int] | np.ndarray) -> str:
-    """How many rows, and which come first.
+    """Format the number of rows, and the first of them.
 
     Example:
         >>> some_rows([3, 5, 8, 9, 10, 11])

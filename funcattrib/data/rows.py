@@ -43,7 +43,7 @@ class Rows(Sequence[dict[str, np.ndarray]]):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example, (rows,) int64."""
+        """Return the tokens of each example, (rows,) int64."""
         chunks = next(iter(self._chunks.values()))
         return np.concatenate([np.zeros(0, np.int64), *(np.diff(chunk.offsets) for chunk in chunks)])
 
@@ -62,7 +62,7 @@ class Rows(Sequence[dict[str, np.ndarray]]):
 
 
 def list_chunks(dataset: datasets.Dataset, column: str) -> Iterator[ListChunk]:
-    """The chunks of a list column of numbers, in row order, as numpy views on Arrow's buffers."""
+    """Yield the chunks of a list column of numbers, in row order, as numpy views on Arrow's buffers."""
     table: pa.Table = dataset.select_columns([column]).with_format("arrow")[:]
     for chunk in table.column(column).chunks:
         if pa.types.is_fixed_size_list(chunk.type):

@@ -17,7 +17,7 @@ from funcattrib.errors import DataError
 class ScratchTable:
     """Collects ragged columns on disk; `table()` maps them without reading them.
 
-    The file has no name from the start (where the system allows), so nothing is left behind, whatever ends the process:
+    The file has no name from the start (where the system allows), so no file remains, whatever ends the process:
     its space is freed when the last array that points into it goes.
 
     Args:
@@ -43,7 +43,7 @@ class ScratchTable:
             raise self._no_room(error) from error
 
     def table(self) -> pa.Table:
-        """All rows, memory-mapped; call once, after the last `write`."""
+        """Return all rows, memory-mapped; call once, after the last `write`."""
         assert self._writer is not None, "nothing was written"
         try:
             self._writer.close()
@@ -70,7 +70,7 @@ class ScratchTable:
 
 
 def ragged(rows: Sequence[np.ndarray]) -> pa.Array:
-    """Arrays of any length as one Arrow list column, without a Python number per token."""
+    """Convert arrays of any length to one Arrow list column, without a Python number per token."""
     lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     if offsets[-1] > np.iinfo(np.int32).max:

@@ -1,4 +1,4 @@
-"""What each token's loss is multiplied by, where the data does not bring it token by token."""
+"""The factors of tokens' losses, where the data does not bring them token by token."""
 
 from typing import Any
 
@@ -26,12 +26,13 @@ def check_weights(dataset: datasets.Dataset, name: str) -> None:
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Whether this Arrow type holds lists."""
+    """Return whether this Arrow type holds lists."""
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def token_weights(values: list[Any], ids: list[np.ndarray], name: str, first_row: int, cut_at: int | None) -> list[Any]:
-    """Weights of some documents' tokens, (tokens,) float32 each: one number for all, or a list with one for each.
+    """Return weights of some documents' tokens, (tokens,) float32 each: one number for all, or a list with one for
+    each.
 
     Args:
         values: the column.

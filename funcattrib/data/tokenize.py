@@ -120,7 +120,7 @@ def tokenize(
 
 
 def _weights_beside(dataset: datasets.Dataset, columns: Columns) -> tuple[str | None, datasets.Dataset]:
-    """The column of weights that tokenising does not read itself; with ready tokens it reads lists of them."""
+    """Return the column of weights that tokenising does not read itself; with ready tokens it reads lists of them."""
     name = columns.token_weights_column
     if name is None:
         return None, dataset
@@ -142,7 +142,7 @@ def _reader(
     truncation: bool,
     vocab_size: int | None,
 ) -> tuple[Callable[[dict[str, list[Any]], int], Tokens], list[str]]:
-    """How to turn a batch of rows into tokens, and the columns that takes."""
+    """Return the function that turns a batch of rows into tokens, and the columns that it takes."""
     prompt, completion, conversation = columns.prompt_column, columns.completion_column, columns.conversation_column
     if columns.ready(dataset):
         check_columns(dataset)
@@ -197,7 +197,7 @@ def _reader(
 
 
 def _check_column(dataset: datasets.Dataset, name: str, *, text: bool) -> None:
-    """A column must be there, hold text where it should, and no nulls: seen before anything is tokenised."""
+    """Check that a column is there, holds text where it should, and no nulls, before anything is tokenised."""
     if name not in dataset.column_names:
         raise DataError(
             f"expected a column '{name}', found {', '.join(dataset.column_names)}\n"

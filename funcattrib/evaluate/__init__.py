@@ -1,4 +1,4 @@
-"""Measures of attribution: does it find what it should?"""
+"""Measures of attribution against known answers."""
 
 from funcattrib.evaluate.bm25 import bm25
 from funcattrib.evaluate.retrieval import mean_reciprocal_rank, recall_at

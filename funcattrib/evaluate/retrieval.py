@@ -1,4 +1,4 @@
-"""How well a ranking finds the relevant rows: mean reciprocal rank and recall at k.
+"""Retrieval measures of a ranking: mean reciprocal rank and recall at k.
 
     MRR         mean over queries of 1 / rank of the first relevant row
     Recall@k    mean over queries of (relevant rows among the first k) / (relevant rows)
@@ -15,7 +15,7 @@ from funcattrib.errors import FuncattribError
 
 
 def mean_reciprocal_rank(scores: Float[Tensor, "K N"], relevant: Bool[Tensor, "K N"]) -> float:
-    """Mean over queries of the reciprocal rank of the first relevant row.
+    """Compute the mean over queries of the reciprocal rank of the first relevant row.
 
     Args:
         scores: (K, N), higher is better; -inf for rows that a search did not return.
@@ -41,7 +41,7 @@ def mean_reciprocal_rank(scores: Float[Tensor, "K N"], relevant: Bool[Tensor, "K
 
 
 def recall_at(scores: Float[Tensor, "K N"], relevant: Bool[Tensor, "K N"], k: int) -> float:
-    """Mean over queries of the share of its relevant rows that are among the k best.
+    """Compute the mean over queries of the share of its relevant rows that are among the k best.
 
     Args:
         scores: (K, N), higher is better; -inf for rows that a search did not return.
@@ -64,7 +64,7 @@ def recall_at(scores: Float[Tensor, "K N"], relevant: Bool[Tensor, "K N"], k: in
     ascending = scores.sort(dim=1).values
     at_least = scores.shape[1] - torch.searchsorted(ascending, scores)
     above = scores.shape[1] - torch.searchsorted(ascending, scores, right=True)
-    # k - above places are left for the rows tied with this one.
+    # k - above places remain for the rows tied with this one.
     inside = ((k - above) / (at_least - above)).clamp(0, 1)
     return float(((inside * relevant).sum(1) / relevant.sum(1)).mean())
 
@@ -86,7 +86,7 @@ def _checked(scores: Tensor, relevant: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _expected_reciprocal(above: Int[Tensor, "K"], tied: Int[Tensor, "K"], wanted: Int[Tensor, "K"]) -> Tensor:
-    """E[1 / (above + J)], J the place of the first of ``wanted`` rows in a random order of ``tied``."""
+    """Compute E[1 / (above + J)], J the place of the first of ``wanted`` rows in a random order of ``tied``."""
     before = torch.arange(int(tied.max()), dtype=torch.float64, device=tied.device)  # rows placed already, (J - 1)
     above, tied, wanted = above[:, None], tied[:, None], wanted[:, None]
     left = (tied - before).clamp(min=1)

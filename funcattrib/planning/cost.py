@@ -1,4 +1,4 @@
-"""The cost model: what a token, a row, a device's memory and a gathered layer cost. ``docs/scaling.md`` explains it.
+"""The cost model of a token, a row, a device's memory and a gathered layer. ``docs/scaling.md`` explains it.
 
 With matrices (o, i) of which a token passes through n, T tokens a document, V words, projections to k:
 
@@ -40,7 +40,7 @@ class Flops(NamedTuple):
 
     @property
     def all(self) -> float:
-        """The sum."""
+        """Return the sum."""
         return sum(self)
 
 
@@ -65,12 +65,12 @@ class Memory(NamedTuple):
 
     @property
     def all(self) -> float:
-        """The sum."""
+        """Return the sum."""
         return sum(self)
 
 
 def flops_per_token(sizes: Sizes, length: float, k: int) -> Flops:
-    """FLOPs of forward, activation backward and reading, for a token of a document of ``length`` tokens.
+    """Compute FLOPs of forward, activation backward and reading, for a token of a document of ``length`` tokens.
 
     Args:
         k: coordinates a side of the projections; 0 for whole gradients.
@@ -90,7 +90,8 @@ def flops_per_token(sizes: Sizes, length: float, k: int) -> Flops:
 
 
 def row_width(matrices: Iterable[Matrix], k: int) -> int:
-    """Numbers in a row: Σ min(k, o) min(k, i) over attributed matrices, every expert's; k = 0 keeps them whole.
+    """Count the numbers in a row: Σ min(k, o) min(k, i) over attributed matrices, every expert's; k = 0 keeps them
+    whole.
 
     Example:
         >>> row_width([Matrix("w", 20, 10), Matrix("small", 3, 10)], k=4)
@@ -100,7 +101,7 @@ def row_width(matrices: Iterable[Matrix], k: int) -> int:
 
 
 def row_bytes(width: int, dtype: str) -> int:
-    """Bytes of a stored row.
+    """Compute the bytes of a stored row.
 
     Example:
         >>> row_bytes(6144, "float16"), row_bytes(6144, "int8")
@@ -110,14 +111,16 @@ def row_bytes(width: int, dtype: str) -> int:
 
 
 def weight_bytes(sizes: Sizes, precision: str) -> float:
-    """Bytes of all parameters; int8 and int4 hold the blocks' linear layers, the others are in bfloat16 then."""
+    """Compute the bytes of all parameters; int8 and int4 hold the blocks' linear layers, the others are in bfloat16
+    then.
+    """
     return _body(sizes, precision) + (sizes.parameters - sizes.body) * _OTHER[precision]
 
 
 def memory(
     sizes: Sizes, precision: str, batch: int, documents: float, width: int, *, shards: int = 1, device: str = "cuda"
 ) -> Memory:
-    """Bytes on a device that computes batches of ``batch`` tokens in ``documents`` documents.
+    """Compute the bytes on a device that computes batches of ``batch`` tokens in ``documents`` documents.
 
     Args:
         shards: devices that the parameters are divided over; with more than one, two layers are gathered at a time.
@@ -143,12 +146,14 @@ def memory(
 
 
 def gathered_bytes(sizes: Sizes, precision: str, shards: int) -> float:
-    """Bytes that a device receives for one batch: the blocks in forward and again in backward, the others once."""
+    """Compute the bytes that a device receives for one batch: the blocks in forward and again in backward, the others
+    once.
+    """
     return (2 * _body(sizes, precision) + (sizes.parameters - sizes.body) * _OTHER[precision]) * (shards - 1) / shards
 
 
 def _body(sizes: Sizes, precision: str) -> float:
-    """Bytes of the blocks' matrices: bitsandbytes leaves stacks of experts as they are."""
+    """Compute the bytes of the blocks' matrices: bitsandbytes leaves stacks of experts as they are."""
     stacks = sum(m.parameters for m in sizes.matrices if m.copies > 1)
     return (sizes.body - stacks) * _WEIGHT[precision] + stacks * _OTHER[precision]
 

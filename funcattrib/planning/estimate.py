@@ -1,4 +1,4 @@
-"""A run's time, storage and memory, and what bounds it.
+"""The time, storage and memory of a run, and its bottleneck.
 
     compute    tokens · FLOPs a token / (devices · FLOP/s · utilisation)
     gather     batches of a device · bytes gathered for one / bandwidth of its link      where parameters are sharded
@@ -13,13 +13,13 @@ from funcattrib.planning import cost
 from funcattrib.planning.sizes import Sizes
 
 UTILISATION = 0.7
-"""Of the FLOP/s of large matrix products, what a run makes of them; as measured on CPUs (``docs/scaling.md``)."""
+"""Part of the FLOP/s of large matrix products that a run reaches; as measured on CPUs (``docs/scaling.md``)."""
 TEXT = 4.5
 """Bytes of text a token, which a store keeps to show."""
 
 
 class Run(NamedTuple):
-    """What is to be computed.
+    """The work of a run.
 
     Attributes:
         tokens: of the whole data set.
@@ -41,7 +41,7 @@ class Run(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """What computes it.
+    """The devices that compute a run.
 
     Attributes:
         devices: how many.
@@ -63,7 +63,7 @@ class Machine(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """What a run takes; seconds and bytes.
+    """The cost of a run; seconds and bytes.
 
     Attributes:
         flops: of a token.
@@ -88,18 +88,18 @@ class Estimate(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Of the whole run."""
+        """Return the seconds of the whole run."""
         return max(self.compute, self.gather, self.write)
 
     @property
     def bottleneck(self) -> str:
-        """compute, gather or write."""
+        """Return the bottleneck: compute, gather or write."""
         times = {"compute": self.compute, "gather": self.gather, "write": self.write}
         return max(times, key=times.__getitem__)
 
 
 def estimate(sizes: Sizes, run: Run, machine: Machine) -> Estimate:
-    """Time, storage and memory of a run.
+    """Estimate the time, storage and memory of a run.
 
     Example:
         >>> from transformers import GPTNeoXConfig

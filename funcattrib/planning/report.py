@@ -1,4 +1,4 @@
-"""What a run will take, in lines for people."""
+"""The cost of a run, in lines for people."""
 
 from collections.abc import Iterator
 
@@ -14,13 +14,13 @@ _BOUND = {
 
 
 def plan_lines(sizes: Sizes, run: Run, machine: Machine) -> list[str]:
-    """The estimate of one run, and the memory of a device by precision."""
+    """Format the estimate of one run, and the memory of a device by precision."""
     found = estimate(sizes, run, machine)
     return [*_model(sizes, found), *_times(run, machine, found), *_storage(run, found), *_memory(sizes, run, machine)]
 
 
 def amount(value: float, unit: str = "") -> str:
-    """A number with three digits and a prefix for thousands.
+    """Format a number with three digits and a prefix for thousands.
 
     Example:
         >>> amount(12_288, "B"), amount(1.5e12), amount(950)
@@ -34,7 +34,7 @@ def amount(value: float, unit: str = "") -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that reads best.
+    """Format seconds in the unit that reads best.
 
     Example:
         >>> duration(85), duration(7 * 3600), duration(4e8)
@@ -82,7 +82,7 @@ def _storage(run: Run, found: Estimate) -> Iterator[str]:
 
 
 def _memory(sizes: Sizes, run: Run, machine: Machine) -> Iterator[str]:
-    """A line for each precision: parameters whole on every device, and divided."""
+    """Yield a line for each precision: parameters whole on every device, and divided."""
     shards = run.shards if run.shards > 1 else machine.devices
     right = f"; right: --shard-params over {shards}" if shards > 1 else ""
     yield f"memory      of a device, batches of {run.batch:,} tokens{right}"

@@ -32,7 +32,7 @@ class Matrix(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """Of all experts."""
+        """Return the parameters of all experts."""
         return self.copies * self.rows * self.columns
 
 
@@ -56,7 +56,7 @@ class Sizes(NamedTuple):
 
     @property
     def body(self) -> int:
-        """Parameters of the blocks' matrices."""
+        """Return the parameters of the blocks' matrices."""
         return sum(matrix.parameters for matrix in self.matrices)
 
 
@@ -67,7 +67,7 @@ def sizes_of(
     *,
     trust_remote_code: bool = False,
 ) -> Sizes:
-    """The sizes of the model that a configuration describes.
+    """Read the sizes of the model that a configuration describes.
 
     Args:
         modules, exclude: which parameters are attributed, as in ``functionalize``. Of those, matrices in the blocks

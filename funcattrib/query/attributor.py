@@ -42,7 +42,7 @@ _FACTS = ("id", "loss", "tokens", "advantage", "document", "position", "loss_sca
 
 
 class Hit(NamedTuple):
-    """One training example found: its rank (from 1), score, row in the store, and what the store tells of it."""
+    """One training example found: its rank (from 1), score, row in the store, and its metadata in the store."""
 
     rank: int
     score: float
@@ -51,13 +51,13 @@ class Hit(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The example's text: its columns one after the other, a conversation turn by turn."""
+        """Return the example's text: its columns one after the other, a conversation turn by turn."""
         shown = [value for name, value in self.example.items() if name not in _FACTS and value is not None]
         return " ".join(_as_text(value) for value in shown)
 
 
 class Trace:
-    """What a ``trace`` block found, once it is left: ``scores`` and ``rows`` (B, k), and ``hits`` per example."""
+    """Results of a ``trace`` block, once it is over: ``scores`` and ``rows`` (B, k), and ``hits`` per example."""
 
     def __init__(self) -> None:
         self.scores: Tensor = torch.empty(0)
@@ -66,7 +66,7 @@ class Trace:
 
 
 class Attributor:
-    """Searches one store.
+    """A search of one store.
 
     Args:
         run: the store's folder.
@@ -120,7 +120,7 @@ class Attributor:
             self._index = build_or_load(self.store, faiss_cfg, metric="cosine" if unit_norm else "ip")
 
     def search(self, grads: Grads | Float[Tensor, "K D"], k: int = 5, *, reverse: bool = False) -> TopK:
-        """The k best rows for each query gradient.
+        """Search the k best rows for each query gradient.
 
         Args:
             grads: transformed gradients, name → (K, *shape) as the store's leaves, or rows (K, D).
@@ -141,7 +141,7 @@ class Attributor:
         columns: Columns | None = None,
         reverse: bool = False,
     ) -> list[list[Hit]]:
-        """The k best training examples for each record: a text, or a row with the columns of ``columns``.
+        """Search the k best training examples for each record: a text, or a row with the columns of ``columns``.
 
         The query's gradient comes from the store's own loss and chain. ``columns`` are the store's by default.
         """
@@ -151,7 +151,7 @@ class Attributor:
     def gradients(
         self, records: Sequence[Mapping[str, Any] | str], *, columns: Columns | None = None
     ) -> Float[Tensor, "K D"]:
-        """Transformed gradients of queries, one row a record, in the store's layout."""
+        """Compute transformed gradients of queries, one row a record, in the store's layout."""
         model, tokenizer = self._loaded()
         columns = columns or self._columns(records)
         rows = [{columns.prompt_column: r} if isinstance(r, str) else dict(r) for r in records]
@@ -185,7 +185,7 @@ class Attributor:
         return out
 
     def gradients_of(self, batch: Batch) -> Float[Tensor, "B D"]:
-        """Transformed gradients of a batch of tokens, (B, D) on the CPU."""
+        """Compute transformed gradients of a batch of tokens, (B, D) on the CPU."""
         if self._compute is None:
             loss, params = stored_loss(self._loaded()[0], self.store.manifest, self.device)
             chain, state = self._state(params)
@@ -197,7 +197,7 @@ class Attributor:
     def trace(self, model: nn.Module, k: int = 5, *, reverse: bool = False) -> Iterator[Trace]:
         """Search with the gradients of the user's own forward and backward pass inside the block.
 
-        The model computes as ever (its own loss, its own gradients) and is left as it was. A loss averaged over the
+        The model computes as ever (its own loss, its own gradients) and stays as it was. A loss averaged over the
         batch scales every example's gradient alike: ranks are unchanged.
 
         Example:
@@ -214,7 +214,7 @@ class Attributor:
         result.hits = [self.hits(v, r) for v, r in zip(found.values, found.rows, strict=True)]
 
     def hits(self, values: Float[Tensor, " k"], rows: Tensor) -> list[Hit]:
-        """Scores and row numbers with what the store tells of the examples; places an index left empty are dropped."""
+        """Return scores and row numbers with the examples' metadata; places that an index did not fill are dropped."""
         return [
             Hit(rank, float(value), int(row), self.store.examples[int(row)])
             for rank, (value, row) in enumerate(zip(values, rows, strict=True), 1)
@@ -229,7 +229,7 @@ class Attributor:
         return Columns(**{name: data[name] for name in names if name in data})
 
     def _rows(self, grads: Grads) -> Tensor:
-        """(K, D) on the CPU, leaves in the store's order."""
+        """Join leaves to rows, (K, D) on the CPU, leaves in the store's order."""
         missing = [name for name in self.store.leaves if name not in grads]
         if missing or len(grads) != len(self.store.leaves):
             other = missing or sorted(grads.keys() - self.store.leaves.keys())

@@ -1,6 +1,6 @@
 """FAISS indexes on disk.
 
-    <cache>/<key>/index.faiss     as faiss.write_index leaves it; read by faiss.read_index, so no pickle
+    <cache>/<key>/index.faiss     as faiss.write_index writes it; read by faiss.read_index, so no pickle
     <cache>/<key>/meta.json       the settings, the measured recall, the file's size and hashes
 
 The key is a hash of the store's content and of every setting, so an index of an older store, or of other settings, is
@@ -27,7 +27,7 @@ _ENDS = 1 << 20  # bytes hashed at either end of a memory-mapped file
 
 
 def key(store: GradientStore, settings: Mapping[str, Any]) -> str:
-    """16 hex digits that stand for the store's content (its shards' hashes) and every setting."""
+    """Return 16 hex digits that stand for the store's content (its shards' hashes) and every setting."""
     shards = [[shard.start, shard.stop, shard.sha256, shard.scale and shard.scale.sha256] for shard in store.shards]
     content = {
         "format": _FORMAT,
@@ -40,7 +40,7 @@ def key(store: GradientStore, settings: Mapping[str, Any]) -> str:
 
 
 def read(folder: Path, store: GradientStore, *, mmap: bool) -> tuple[Any, dict[str, Any]]:
-    """The cached index, and what `write` was given.
+    """Read the cached index, and what `write` was given.
 
     Raises:
         ValueError, KeyError, OSError, RuntimeError: it is not what was written.
@@ -94,7 +94,7 @@ def write(index: Any, folder: Path, meta: dict[str, Any]) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove what lies where an index should."""
+    """Remove what lies at an index's place."""
     if folder.is_dir():
         shutil.rmtree(folder, ignore_errors=True)
     else:
@@ -102,7 +102,7 @@ def remove(folder: Path) -> None:
 
 
 def reason(error: Exception) -> str:
-    """FAISS' own words, without the C++ signature and source line in front."""
+    """Return FAISS' own words, without the C++ signature and source line in front."""
     text = " ".join(str(error).split())
     return text.rsplit("failed: ", 1)[-1] if "failed: " in text else text.rsplit(".cpp:", 1)[-1].split(": ", 1)[-1]
 

@@ -36,7 +36,7 @@ _RECALL_QUERIES, _RECALL_K = 64, 10
 
 @dataclass(frozen=True)
 class FaissConfig:
-    """What index to build, and how to search it.
+    """Settings of an index and of its search.
 
     Attributes:
         index_factory: FAISS' factory string: "Flat" (exact), "IVF1,SQfp16", "IVF256,PQ32", "HNSW32", …
@@ -85,7 +85,7 @@ def build_or_load(
     cache: Path | str | None = None,
     say: Callable[[str], None] | None = None,
 ) -> FaissIndex:
-    """The index of a store: read from the cache, or built and cached.
+    """Return the index of a store: read from the cache, or built and cached.
 
     Args:
         store: an open gradient store.
@@ -128,7 +128,7 @@ def build_or_load(
 
 
 def search(index: FaissIndex, queries: Float[Tensor, "K D"], k: int, *, largest: bool = True) -> TopK:
-    """The k best rows of each query, as far as the index finds them.
+    """Search the k best rows of each query, as far as the index finds them.
 
     Args:
         index: from `build_or_load`.
@@ -191,7 +191,7 @@ def _build(faiss: ModuleType, store: GradientStore, config: FaissConfig, metric:
 
 
 def _skip_polysemous_training(faiss: ModuleType, index: Any) -> None:
-    """Leave the codes of a product quantizer in any order.
+    """Keep the codes of a product quantizer in any order.
 
     The factory asks for one that serves a filter by Hamming distance, which nobody here uses: seconds of annealing per
     sub-quantizer, whatever the number of rows, for the same results.
@@ -204,7 +204,7 @@ def _skip_polysemous_training(faiss: ModuleType, index: Any) -> None:
 
 
 def _rows(block: Tensor, metric: Metric) -> np.ndarray:
-    """(B, D) float32, contiguous, unit rows for a cosine; a row with NaN or infinity becomes zeros."""
+    """Convert to (B, D) float32, contiguous, unit rows for a cosine; a row with NaN or infinity becomes zeros."""
     rows = block.detach().float()
     rows = torch.where(rows.isfinite().all(dim=1, keepdim=True), rows, 0.0)
     if metric == "cosine":
@@ -270,7 +270,7 @@ def _place(faiss: ModuleType, index: Any, config: FaissConfig) -> Any:
 
 
 def _recall(index: FaissIndex, store: GradientStore) -> float:
-    """Share of the true 10 nearest others that the index finds, over rows of the store as queries.
+    """Measure the share of the true 10 nearest others that the index finds, over rows of the store as queries.
 
     A row counts as found if it scores no lower than the tenth, so that the order among equal rows does not matter.
     """

@@ -1,4 +1,4 @@
-"""The loss that made a store, again: what its queries are differentiated by."""
+"""The loss that made a store, again, for the gradients of its queries."""
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from funcattrib.types import Loss
 
 
 def stored_loss(model: nn.Module, manifest: Manifest, device: torch.device) -> tuple[Loss, dict[str, Tensor]]:
-    """The loss of a store and the parameters that it attributes; a reference model is loaded from where it was, in
-    shards where the model is.
+    """Return the loss of a store and the parameters that it attributes; a reference model is loaded from where it was,
+    in shards where the model is.
 
     Raises:
         FuncattribError: the loss cannot be imported, or the reference model is not the one that made the store.

@@ -56,7 +56,7 @@ def topk(
     unit_norm: bool = False,
     device: str | torch.device = "cpu",
 ) -> TopK:
-    """The k rows with the largest inner product with each query, exactly.
+    """Find the k rows with the largest inner product with each query, exactly.
 
     Memory: one block, and about 50 MiB (on a GPU 150 MiB) whatever the number of rows and their width.
 
@@ -97,7 +97,7 @@ def topk(
 
 
 def store_blocks(store: GradientStore, rows_per_block: int | None = None) -> Iterator[tuple[int, Tensor]]:
-    """The rows of a store as `topk` takes them.
+    """Yield the rows of a store as `topk` takes them.
 
     Args:
         store: an open gradient store.
@@ -154,7 +154,7 @@ class _Screen:
         self.bound = (min(D, 8.0 * D**0.5) + 2) * _ROUNDOFF
 
     def fold(self, best: TopK, start: int, block: Tensor, k: int) -> TopK:
-        """`best` with the rows of one block taken in."""
+        """Merge the rows of one block into `best`."""
         scores, row_norms = self._products(block)
         _flag_underflow(row_norms, block)
         if self.queries.cosine:
@@ -170,7 +170,7 @@ class _Screen:
         return _merge(best, exact, row + start, query, k)
 
     def _products(self, block: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, K) inner products with the unit queries, and (B,) norms of the rows, both float32."""
+        """Compute (B, K) inner products with the unit queries, and (B,) norms of the rows, both float32."""
         rows, D = block.shape
         scores, norms = self.scores[:rows], self.row_norms[:rows]
         if self.columns == D:
@@ -195,7 +195,7 @@ class _Screen:
         return self.buffer[: tile.numel()].view(tile.shape).copy_(tile)
 
     def _survivors(self, scores: Tensor, row_norms: Tensor, floor: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-        """Row and query of each pair that may belong to the k best: (C,) and (C,)."""
+        """Find row and query of each pair that may belong to the k best: (C,) and (C,)."""
         norms = self.queries.norms
         slack = self.bound * ((row_norms > 0).float() if self.queries.cosine else row_norms)
         slack = slack.where(row_norms.isfinite(), torch.inf)
@@ -220,7 +220,7 @@ class _Screen:
     def _rescore(
         self, block: Tensor, scores: Tensor, row_norms: Tensor, row: Tensor, query: Tensor
     ) -> tuple[Tensor, float]:
-        """The pairs' scores in float64, rounded to float32, (C,); and the screen's largest error among them."""
+        """Compute the pairs' scores in float64, rounded to float32, (C,); and the screen's largest error among them."""
         exact = torch.empty(len(row), dtype=torch.float64, device=row.device)
         norms = torch.empty_like(exact)
         step = max(1, _PAIR_BYTES // (8 * max(1, block.shape[1])))
@@ -239,14 +239,14 @@ class _Screen:
 
 
 def _flag_underflow(row_norms: Tensor, block: Tensor) -> None:
-    """Where squares may have underflowed, the norm becomes infinity, "unknown"; rows of zeros keep 0."""
+    """Set the norm to infinity, "unknown", where squares may have underflowed; rows of zeros keep 0."""
     small = (row_norms < _SMALLEST_NORM).nonzero().flatten()
     if len(small) and block.dtype != torch.float16:  # the squares of float16 numbers are normal in float32
         row_norms[small] = torch.where((block[small] != 0).any(dim=1), torch.inf, 0.0).to(row_norms)
 
 
 def _merge(best: TopK, values: Tensor, rows: Tensor, query: Tensor, k: int) -> TopK:
-    """The k best of each query among the old ones and the new pairs."""
+    """Select the k best of each query among the old ones and the new pairs."""
     K, held = best.values.shape
     values = torch.cat([best.values.flatten(), values])
     rows = torch.cat([best.rows.flatten(), rows])

@@ -11,7 +11,7 @@ _SHOWN = 5
 
 
 def scores_table(scores: Scores, top_k: int, *, width: int | None = None) -> str:
-    """A line on the scores, and the ``top_k`` proponents of the first five queries."""
+    """Format a line on the scores, and the ``top_k`` proponents of the first five queries."""
     rows, queries = scores.shape
     parts = [f"{scores.path}: scores of {rows:,} examples for {queries:,} {'query' if queries == 1 else 'queries'}"]
     found = scores.topk(top_k)

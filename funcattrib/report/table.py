@@ -47,7 +47,7 @@ class Line(NamedTuple):
 def render(
     hits: Sequence[Line], *, query: str = "", width: int | None = None, color: bool | None = None, lines: int = 2
 ) -> str:
-    """The hits as a table.
+    """Format the hits as a table.
 
     Args:
         hits: in the order to show.
@@ -110,7 +110,7 @@ def render(
 
 
 def window(text: str, weights: dict[str, float], columns: int) -> str:
-    """The stretch of `text`, at most `columns` wide on a terminal, whose distinct words weigh the most.
+    """Return the stretch of `text`, at most `columns` wide on a terminal, whose distinct words weigh the most.
 
     Cut at words where there are any, with "…" where something is left out; of equal stretches, the first.
 
@@ -150,7 +150,7 @@ def window(text: str, weights: dict[str, float], columns: int) -> str:
 
 
 def _shorten(text: str, columns: int) -> str:
-    """The beginning of `text`, at most `columns` wide, with "…" where something is left out."""
+    """Return the beginning of `text`, at most `columns` wide, with "…" where something is left out."""
     from rich.cells import cell_len, set_cell_size
 
     if cell_len(text[: columns + 1]) <= columns and len(text) <= columns:
@@ -163,7 +163,7 @@ def _shorten(text: str, columns: int) -> str:
 
 
 def _weights(query: str, texts: Sequence[str]) -> dict[str, float]:
-    """The query's words, and how much each tells the texts apart; common words only if there are no others."""
+    """Weigh the query's words by how much each tells the texts apart; common words only if there are no others."""
     terms = {match.group().casefold() for match in _TERM.finditer(_clean(query))}
     terms = (terms - _COMMON) or terms
     holding = Counter(
@@ -173,11 +173,11 @@ def _weights(query: str, texts: Sequence[str]) -> dict[str, float]:
 
 
 def _clean(text: str) -> str:
-    """One line that prints as it reads: no line breaks, control characters or changes of direction."""
+    """Return one line that prints as it reads: no line breaks, control characters or changes of direction."""
     return " ".join(_UNPRINTABLE.sub(" ", _SURROGATE.sub("\ufffd", text)).split())
 
 
 def hits_table(hits: Sequence[Hit], query: str, *, width: int | None = None) -> str:
-    """Rank, score, example id and text, each text cut around what it shares with ``query``."""
+    """Format rank, score, example id and text, each text cut around what it shares with ``query``."""
     lines = [Line(hit.rank, hit.score, str(hit.example.get("id", hit.row)), hit.text) for hit in hits]
     return render(lines, query=query, width=width)

@@ -35,7 +35,7 @@ class Scores:
     Attributes:
         path: the folder.
         manifest: how they were made.
-        queries: what is told of each query, one dict a column.
+        queries: metadata of each query, one dict a column.
         kept: how many rows of each query were kept, best first; None where all were.
         modules: leaf names, where each one's part was kept; else none.
     """
@@ -49,13 +49,13 @@ class Scores:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, queries)."""
+        """Return (rows, queries)."""
         rows = len(self._store) if self.kept is None else int(self.manifest.computed_with["scored"])
         return rows, len(self.queries)
 
     @property
     def examples(self) -> "Dataset":
-        """What is told of each row's example, memory-mapped."""
+        """Return the metadata of each row's example, memory-mapped."""
         self._whole()
         return self._store.examples
 
@@ -74,22 +74,22 @@ class Scores:
         return np.asarray(self[:], dtype)
 
     def part(self, module: str) -> Any:
-        """One parameter's (or head's) part of the scores, (rows, queries), which slices like an array."""
+        """Return one parameter's (or head's) part of the scores, (rows, queries), which slices like an array."""
         if module not in self.modules:
             has = f"{', '.join(self.modules[:3])}, …" if self.modules else "none: score with --granularity module"
             raise FuncattribError(f"expected a module of the scores, found {module!r}; there are {has}")
         return self._store[module]
 
     def example(self, row: int) -> dict[str, Any]:
-        """What is told of one row's example."""
+        """Return the metadata of one row's example."""
         if self.kept is None:
             return dict(self._store.examples[row])
         return kept_best.load_example(self.path, row)
 
     def topk(self, k: int = 10, *, reverse: bool = False) -> TopK:
-        """The k highest (``reverse``: lowest) scoring rows of each query, values and rows (queries, k).
+        """Return the k highest (``reverse``: lowest) scoring rows of each query, values and rows (queries, k).
 
-        Rows whose score is NaN or infinite are left out; a place that is left empty has NaN and row -1.
+        Rows whose score is NaN or infinite are left out; a place that stays empty has NaN and row -1.
         """
         if k < 1:
             raise FuncattribError(f"expected k of at least 1, found {k}")
@@ -107,7 +107,7 @@ class Scores:
         return best.found(k, sign)
 
     def blocks(self, rows: int = _BLOCK) -> Iterator[Tensor]:
-        """The scores in blocks of rows (n, queries), float32."""
+        """Yield the scores in blocks of rows (n, queries), float32."""
         self._whole()
         count = len(self.queries)
         for block in self._store.matrix().blocks(rows):
@@ -167,7 +167,7 @@ def scores_manifest(
     of: Sequence[Manifest] = (),
     modules: Sequence[str] = (),
 ) -> Manifest:
-    """The manifest of the scores of ``train``'s rows against ``queries``, which came from the stores ``of``.
+    """Return the manifest of the scores of ``train``'s rows against ``queries``, which came from the stores ``of``.
 
     Args:
         method: how the scores were made, for people and for a resume to compare.

@@ -1,6 +1,6 @@
 """The best N rows of every query among scores that stream by, block after block.
 
-On disk they are ``best.parquet``: query, rank (from 1), row, score, and what is told of the row's example.
+On disk they are ``best.parquet``: query, rank (from 1), row, score, and the metadata of the row's example.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ _PLACE = pa.schema([("query", pa.int64()), ("rank", pa.int64()), ("row", pa.int6
 
 
 class Best(NamedTuple):
-    """What is kept so far: ``values`` and ``rows`` (K, n), best first, n at most the number wanted.
+    """The best rows so far: ``values`` and ``rows`` (K, n), best first, n at most the number wanted.
 
     A place that no row with a finite score has taken has row -1 and value -inf.
     """
@@ -30,19 +30,19 @@ class Best(NamedTuple):
     rows: Int[Tensor, "K n"]
 
     def found(self, k: int, sign: float = 1.0) -> TopK:
-        """The first k places, without those that no query has filled; an unfilled one has NaN and row -1."""
+        """Return the first k places, without those that no query has filled; an unfilled one has NaN and row -1."""
         filled = int((self.rows >= 0).sum(1).max()) if self.rows.numel() else 0
         values, rows = (part[:, : min(k, filled)] for part in self)
         return TopK(torch.where(rows >= 0, sign * values, torch.nan), rows)
 
 
 def nothing(queries: int) -> Best:
-    """Before the first block."""
+    """Return no rows, as before the first block."""
     return Best(torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64))
 
 
 def fold(best: Best, scores: Float[Tensor, "B K"], start: int, count: int) -> Best:
-    """``best`` with a block of rows from ``start`` on taken in.
+    """Merge a block of rows from ``start`` on into ``best``.
 
     Scores that are NaN or infinite are left out: their gradient says nothing. Of equal scores the lower row is first.
 
@@ -57,7 +57,7 @@ def fold(best: Best, scores: Float[Tensor, "B K"], start: int, count: int) -> Be
 
 
 def best_of(parts: Sequence[Best], count: int) -> Best:
-    """The best ``count`` of several parts, of other rows each.
+    """Select the best ``count`` of several parts, of other rows each.
 
     Example:
         >>> one = Best(torch.tensor([[3.0, 1.0]]), torch.tensor([[7, 8]]))
@@ -71,7 +71,7 @@ def best_of(parts: Sequence[Best], count: int) -> Best:
 
 
 def save_best(folder: Path, best: Best, shown: Callable[[int], Mapping[str, Any]]) -> None:
-    """Write ``best.parquet``; ``shown`` says what is told of a row."""
+    """Write ``best.parquet``; ``shown`` returns the metadata of a row."""
     query, place = (best.rows >= 0).nonzero().unbind(1)
     rows, values = best.rows[query, place].tolist(), best.values[query, place].tolist()
     told = {row: dict(shown(row)) for row in sorted(set(rows))}
@@ -85,7 +85,7 @@ def save_best(folder: Path, best: Best, shown: Callable[[int], Mapping[str, Any]
 
 
 def load_best(folder: Path, queries: int) -> Best:
-    """What ``save_best`` wrote."""
+    """Read what ``save_best`` wrote."""
     table = pq.read_table(folder / FILE, columns=_PLACE.names)
     query, rank, row, score = (torch.from_numpy(table[name].to_numpy().copy()) for name in _PLACE.names)
     width = int(rank.max()) if len(rank) else 0
@@ -95,6 +95,6 @@ def load_best(folder: Path, queries: int) -> Best:
 
 
 def load_example(folder: Path, row: int) -> dict[str, Any]:
-    """What is told of a row that was kept; nothing of one that was not."""
+    """Read the metadata of a row that was kept; nothing of one that was not."""
     table = pq.read_table(folder / FILE, filters=[("row", "==", row)]).slice(0, 1)
     return {name: values[0] for name, values in table.to_pydict().items() if values and name not in _PLACE.names}

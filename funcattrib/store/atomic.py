@@ -16,7 +16,7 @@ TEMPORARY = ".tmp"
 
 
 class Sink(Protocol):
-    """What a file's content is written to."""
+    """A destination of a file's content."""
 
     def write(self, data: bytes | memoryview, /) -> object:
         """Append bytes."""
@@ -32,7 +32,7 @@ def write_file(folder: Path, name: str, fill: Callable[[Sink], object]) -> FileF
         fill: writes the content.
 
     Raises:
-        StoreError: The disk is full, a limit reached, or the folder not writable. Nothing is left behind.
+        StoreError: The disk is full, a limit reached, or the folder not writable. No partial file remains.
     """
     with replacing(folder / name) as temporary, open(temporary, "wb") as file:
         sink = _HashingSink(file)
@@ -42,7 +42,7 @@ def write_file(folder: Path, name: str, fill: Callable[[Sink], object]) -> FileF
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path to be filled; on leaving, it is flushed to disk and takes the place of `path`.
+    """Yield a temporary path to be filled; on exit, flush it to disk and put it in the place of `path`.
 
     Raises:
         StoreError: As `write_file`.
@@ -62,13 +62,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def hash_file(path: Path) -> str:
-    """The hex SHA-256 of a file's content."""
+    """Compute the hex SHA-256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def explain(error: OSError, path: Path) -> str:
-    """Two lines for the reader about a write that failed."""
+    """Explain a write that failed, in two lines."""
     again = "run the same command again: finished shards are kept"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free / 1e6

@@ -1,4 +1,4 @@
-"""Whether what is given to a search is what its store was made with."""
+"""Compatibility of the inputs of a search with the store's own settings."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -83,7 +83,7 @@ def _difference(ours: Any, theirs: Any) -> str:
 
 
 def check_gradients(train: Manifest, query: Manifest) -> None:
-    """Refuse gradients whose inner products mean nothing, fitted states aside.
+    """Refuse gradients whose inner products are meaningless, fitted states aside.
 
     Raises:
         FuncattribError: naming the first difference.
@@ -103,7 +103,7 @@ def refuse(what: str, ours: Any, theirs: Any) -> None:
 
 
 def state_hash(manifest: Manifest) -> str | None:
-    """SHA-256 of the fitted state that the rows were computed with."""
+    """Return the SHA-256 of the fitted state that the rows were computed with."""
     return manifest.computed_with.get("state") if manifest.state is None else manifest.state.sha256
 
 

@@ -28,13 +28,13 @@ _HASH = re.compile(r'"([0-9a-f]{12})[0-9a-f]{20,}["…]')
 def create_store(path: str | Path, manifest: Manifest, *, overwrite: bool = False) -> StoreWriter:
     """Begin the store of a run in folder `path`, or continue it.
 
-    A store that the same run left unfinished is continued: the writer's `pending` are the shards to compute. One that
+    An unfinished store of the same run is continued: the writer's `pending` are the shards to compute. One that
     is complete has none pending, unless a shard went missing or was cut short since: that one is pending again.
 
     Args:
         path: a new or empty folder, or a store.
         manifest: what the store is to hold; its shards and counts are not looked at.
-        overwrite: begin anew. Of a folder that is no store nothing is ever removed.
+        overwrite: start over. Of a folder that is no store nothing is ever removed.
 
     Raises:
         StoreError: Another run's store (naming what differs), a folder that holds something else, a store of a newer
@@ -105,7 +105,9 @@ def _begin(path: Path, wanted: Manifest, overwrite: bool, held: lock.Lock) -> St
 
 
 def _existing(path: Path) -> Manifest | None:
-    """The manifest of the store at `path`; None for a folder that is new, or that a run left before its manifest."""
+    """Read the manifest of the store at `path`; None for a folder that is new, or that a run stopped in before its
+    manifest.
+    """
     if (path / FILE).exists():
         return read_manifest(path)
     if path.exists() and not path.is_dir():
@@ -135,7 +137,7 @@ def _agree(path: Path, wanted: Manifest, found: Manifest) -> None:
 
 
 def _in_short(wanted: Manifest, found: Manifest) -> list[str]:
-    """Differences without those that others entail: a chain's settings decide the leaves, and the data its sizes."""
+    """List differences without those that others entail: a chain's settings decide the leaves, the data its sizes."""
     lines = [line for line in differences(wanted, found) if not line.startswith("chain")]
     chains = [_in_words(identity(manifest)["chain"]) for manifest in (wanted, found)]
     if chains[0] != chains[1]:
@@ -157,7 +159,7 @@ def _in_words(chain: list[dict[str, Any]]) -> str:
 
 
 def _forget(path: Path) -> None:
-    """Let nothing of the old run count for the new one, before the new one's manifest is written."""
+    """Remove all of the old run that could count for the new one, before the new one's manifest is written."""
     old = [name for name in shards.sizes(path) if name.startswith("shards/") and name.endswith(".json")]
     for name in (*old, STATE, PROGRESS, CONFIG, *(file.name for file in path.glob(progress_files.FILES))):
         (path / name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Rows as they are stored, and back: saturate(x) in the store's dtype; for int8 round(x / s), s = max|x| / 127 a row.
+"""Stored rows, encoded and decoded: saturate(x) in the store's dtype; for int8 round(x / s), s = max|x| / 127 a row.
 
 A value beyond the dtype's finite range becomes the largest finite one and is counted as clipped. NaN and infinities
 are counted on their own and stored as they are; int8 has neither, so there a row that holds one gets the scale NaN
@@ -61,7 +61,7 @@ def encode(matrix: Float[Tensor, "R D"], dtype: str) -> Encoded:
 def decode(
     array: Shaped[np.ndarray, "R D"] | Shaped[Tensor, "R D"], dtype: str, scale: np.ndarray | None = None
 ) -> Float[Tensor, "R D"]:
-    """Stored rows as float32, in memory of their own.
+    """Decode stored rows to float32, in memory of their own.
 
     Args:
         array: as stored (bfloat16 as uint16 bits, or as a bfloat16 tensor).

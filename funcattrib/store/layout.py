@@ -1,4 +1,4 @@
-"""The facts a manifest is made of: where a leaf lies in a row, what a file and a shard hold. With their JSON values."""
+"""The parts of a manifest: a leaf's place in a row, the contents of a file and of a shard. With their JSON values."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class LeafColumns(NamedTuple):
-    """Where a leaf lies in a row: columns start to stop (exclusive) hold its entries, flattened row-major."""
+    """The place of a leaf in a row: columns start to stop (exclusive) hold its entries, flattened row-major."""
 
     name: str
     shape: tuple[int, ...]
@@ -55,13 +55,13 @@ def lay_out(shapes: Mapping[str, Sequence[int]]) -> list[LeafColumns]:
 
 
 def shard_to_json(shard: Shard) -> dict[str, Any]:
-    """A shard's facts as JSON values."""
+    """Convert a shard's facts to JSON values."""
     scale = shard.scale._asdict() if shard.scale else None
     return {**shard._asdict(), "examples": shard.examples._asdict(), "scale": scale}
 
 
 def shard_from_json(values: dict[str, Any]) -> Shard:
-    """The inverse of `shard_to_json`; a KeyError or TypeError where a fact is missing."""
+    """Convert back what `shard_to_json` gave; a KeyError or TypeError where a fact is missing."""
     examples = file_facts_from_json(values["examples"])
     if examples is None:
         raise TypeError("shard without examples")
@@ -70,5 +70,5 @@ def shard_from_json(values: dict[str, Any]) -> Shard:
 
 
 def file_facts_from_json(values: dict[str, Any] | None) -> FileFacts | None:
-    """A file's facts; None stays None."""
+    """Convert a file's facts from JSON values; None stays None."""
     return None if values is None else FileFacts(values["file"], values["bytes"], values["sha256"])

@@ -37,7 +37,7 @@ class Lock(NamedTuple):
     owner: Owner
 
     def release(self) -> None:
-        """Give it up; a forked child that inherited it leaves it to its parent."""
+        """Release the lock; a forked child that inherited it leaves it to its parent."""
         if os.getpid() != self.owner.pid:
             return
         with suppress(FileNotFoundError), _guarded(self.path, create=False) as descriptor:
@@ -76,7 +76,7 @@ def _held(folder: Path, owner: Owner) -> str:
 
 @contextmanager
 def _guarded(path: Path, *, create: bool) -> Iterator[int]:
-    """The lock file, open, while no one else looks at it or changes it (where the file system can promise that)."""
+    """Open the lock file while no one else looks at it or changes it (where the file system can promise that)."""
     import fcntl  # POSIX alone has it; reading a store needs none of this
 
     while True:
@@ -99,7 +99,7 @@ def _guarded(path: Path, *, create: bool) -> Iterator[int]:
 
 
 def _read(descriptor: int) -> Owner | None:
-    """The owner, or None for a lock that was never written whole: its writer died in the middle."""
+    """Read the owner, or None for a lock that was never written whole: its writer died in the middle."""
     try:
         values = json.loads(os.pread(descriptor, 4096, 0))
         return Owner(int(values["pid"]), str(values["host"]), str(values["started"]), str(values["since"]))
@@ -121,7 +121,8 @@ def _may_live(owner: Owner) -> bool:
 
 
 def _started(pid: int) -> str | None:
-    """Boot and clock tick at which a process started: with its number, a name no other process has. None: unknown.
+    """Return boot and clock tick at which a process started: with its number, a name no other process has. None:
+    unknown.
 
     Empty for a process that has ended and was not yet reaped by its parent.
     """

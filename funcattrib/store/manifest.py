@@ -1,4 +1,4 @@
-"""The manifest: what a store holds and how it was made, as one JSON file that is readable by people.
+"""The manifest: a store's contents and how they were made, as one JSON file that is readable by people.
 
 Two runs may share a store when their `identity` agrees; `differences` says in words where it does not.
 """
@@ -28,7 +28,7 @@ SCORE_CONVENTION = (
     "inner product of the transformed gradients of a training example and a query; positive means that a step that "
     "unlearns the training example raises the query's loss (a proponent)"
 )
-"""What the sign and size of a score mean, as every manifest says it."""
+"""The meaning of a score's sign and size, as every manifest states it."""
 FILE = "manifest.json"
 
 # Everything that must agree before a run may continue another's store. `extra` holds notes and is not compared.
@@ -52,7 +52,7 @@ _NOTHING = object()  # of a key that one side lacks
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a store holds and how it was made.
+    """The contents of a store and how they were made.
 
     Attributes:
         model: id, revision or fingerprint, and whatever else settles its weights.
@@ -96,21 +96,21 @@ class Manifest:
 
     @property
     def width(self) -> int:
-        """Columns of a row."""
+        """Return the columns of a row."""
         return self.leaves[-1].stop
 
     @property
     def shard_count(self) -> int:
-        """Shards of the complete store."""
+        """Return the shards of the complete store."""
         return math.ceil(self.rows / self.rows_per_shard)
 
     def shard_range(self, shard: int) -> range:
-        """The rows that a shard holds."""
+        """Return the rows that a shard holds."""
         start = shard * self.rows_per_shard
         return range(start, min(start + self.rows_per_shard, self.rows))
 
     def to_json(self) -> str:
-        """The text of `manifest.json`: one line for every leaf, stage and shard.
+        """Return the text of `manifest.json`: one line for every leaf, stage and shard.
 
         Raises:
             StoreError: A setting is no JSON value.
@@ -158,7 +158,7 @@ class Manifest:
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """The manifest of the store in folder `path`.
+    """Read the manifest of the store in folder `path`.
 
     Raises:
         StoreError: No folder, no store, or one of a newer format.
@@ -176,13 +176,13 @@ def read_manifest(path: str | Path) -> Manifest:
 
 
 def identity(manifest: Manifest) -> dict[str, Any]:
-    """Everything that must agree for one run to continue another's store, as JSON values."""
+    """Return everything that must agree for one run to continue another's store, as JSON values."""
     values = _plain(manifest)
     return {key: values[key] for key in _IDENTITY}
 
 
 def differences(expected: Manifest, found: Manifest) -> list[str]:
-    """Where two identities differ, one line each ("model.id: expected "A", found "B""); empty where they agree."""
+    """List where two identities differ, one line each ("model.id: expected "A", found "B""); empty where they agree."""
     return list(_compare("", identity(expected), identity(found)))
 
 
@@ -209,7 +209,7 @@ def check_manifest(manifest: Manifest) -> None:
 
 
 def unfinished(manifest: Manifest) -> Manifest:
-    """The same manifest, before any shard was written."""
+    """Return the same manifest, before any shard was written."""
     return replace(manifest, shards=[], complete=False, clipped=0, nonfinite=0, state=None)
 
 

@@ -1,6 +1,6 @@
 """Rows over many shards as one array that is read on demand: slices are views of the mapped files where they can be.
 
-Every access maps the shards it needs anew. That costs microseconds and holds neither file descriptors nor memory, so
+Every access maps the shards it needs again. That costs microseconds and holds neither file descriptors nor memory, so
 a store may have any number of shards.
 """
 
@@ -52,7 +52,7 @@ class LazyMatrix:
 
     @property
     def ndim(self) -> int:
-        """Number of axes."""
+        """Return the number of axes."""
         return len(self.shape)
 
     def __len__(self) -> int:
@@ -90,7 +90,7 @@ class LazyMatrix:
         return found if dtype is None else found.astype(dtype, copy=False)
 
     def tensor(self, start: int = 0, stop: int | None = None) -> Float32[Tensor, "R *shape"]:
-        """Rows start to stop (exclusive), decoded to float32, in memory of their own."""
+        """Return rows start to stop (exclusive), decoded to float32, in memory of their own."""
         start, stop, _ = slice(start, stop).indices(len(self))
         out = torch.empty(max(stop - start, 0), *self.shape[1:])
         for part, span in self._within(start, stop):
@@ -100,7 +100,7 @@ class LazyMatrix:
         return out
 
     def blocks(self, rows: int) -> Iterator[Float[Tensor, "R *shape"]]:
-        """All rows in order, in blocks of at most `rows` that never span two shards.
+        """Yield all rows in order, in blocks of at most `rows` that never span two shards.
 
         A block of a float16, float32 or bfloat16 store is that part of the file, mapped, in the stored dtype: nothing
         is copied, and what is written to it never reaches the file. Of an int8 store it is decoded to float32.
@@ -136,7 +136,7 @@ class LazyMatrix:
         return decode(stored, self._stored, scale).numpy()
 
     def _read(self, part: Part, rows: slice | np.ndarray) -> tuple[Tensor, np.ndarray | None]:
-        """Rows of a part with the wanted columns, in the stored dtype, and for int8 their scales."""
+        """Read rows of a part with the wanted columns, in the stored dtype, and for int8 their scales."""
         stored = map_rows(part.file, self._stored, (part.rows, self._width))
         found = stored[:, self._columns.start : self._columns.stop][
             rows if isinstance(rows, slice) else torch.from_numpy(rows)
@@ -172,7 +172,7 @@ class LazyMatrix:
 
 
 def map_rows(file: Path, dtype: str, shape: tuple[int, int]) -> Tensor:
-    """The rows of a shard's file, mapped: (rows, D) in the stored dtype. Writing to it changes no file.
+    """Map the rows of a shard's file: (rows, D) in the stored dtype. Writing to it changes no file.
 
     Raises:
         StoreError: The file is missing, cut short, or holds something else.
@@ -192,7 +192,7 @@ def map_rows(file: Path, dtype: str, shape: tuple[int, int]) -> Tensor:
 
 
 def read_scale(file: Path, rows: int) -> np.ndarray:
-    """The scale of every row of an int8 shard."""
+    """Read the scale of every row of an int8 shard."""
     try:
         scale: np.ndarray = np.load(file, allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -203,7 +203,7 @@ def read_scale(file: Path, rows: int) -> np.ndarray:
 
 
 def check_header(file: Any, descr: str, shape: tuple[int, ...]) -> int:
-    """Check the header of an open .npy file; the offset of its data. ValueError where it says something else."""
+    """Check the header of an open .npy file; return the offset of its data. ValueError where it says something else."""
     version = np.lib.format.read_magic(file)
     if version != (1, 0):
         raise ValueError(f"a .npy file of version {version}")

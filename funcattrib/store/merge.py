@@ -1,4 +1,4 @@
-"""Join the parts of one run, left by machines that share no folder, into one store.
+"""Join the parts of one run, written by machines that share no folder, into one store.
 
 A part is a store of the same identity that holds some of the shards. Files are linked where they lie on the same file
 system and copied otherwise; each is compared with its hash.
@@ -28,7 +28,7 @@ def merge_stores(out: str | Path, parts: Sequence[str | Path]) -> GradientStore:
 
     Raises:
         StoreError: a part of another run or with another state, shards that are in no part or that differ between two,
-            a file that does not have its hash. The parts are left as they are.
+            a file that does not have its hash. The parts stay as they are.
     """
     folders = [Path(part) for part in parts]
     if not folders:
@@ -71,7 +71,7 @@ def _check_alike(folders: Sequence[Path], manifests: Sequence[Manifest]) -> None
 
 
 def _shards(folders: Sequence[Path], manifests: Sequence[Manifest]) -> Mapping[int, tuple[Path, Shard]]:
-    """Number → a part that has the shard whole, and its facts."""
+    """Find, for each number, a part that has the shard whole, and its facts."""
     found: dict[int, tuple[Path, Shard]] = {}
     for folder, manifest in zip(folders, manifests, strict=True):
         recorded = shards.recorded(folder, manifest)

@@ -1,4 +1,4 @@
-"""What is told about each row's example (its id, loss, token count, columns to show), as Arrow beside the rows.
+"""The metadata of each row's example (its id, loss, token count, columns to show), as Arrow beside the rows.
 
 One Arrow IPC stream a shard, row for row as the shard; read memory-mapped, as one `datasets.Dataset`.
 """
@@ -21,7 +21,7 @@ Column = Sequence[Any] | np.ndarray | Tensor
 
 
 def to_table(columns: Mapping[str, Column], rows: int) -> pa.Table:
-    """Columns of equal length as an Arrow table.
+    """Convert columns of equal length to an Arrow table.
 
     Raises:
         StoreError: A column is of another length, or of values that Arrow has no type for.
@@ -40,7 +40,7 @@ def to_table(columns: Mapping[str, Column], rows: int) -> pa.Table:
 
 
 def to_bytes(table: pa.Table) -> pa.Buffer:
-    """The table as an Arrow IPC stream."""
+    """Write the table as an Arrow IPC stream."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)
@@ -48,7 +48,7 @@ def to_bytes(table: pa.Table) -> pa.Buffer:
 
 
 def read_table(path: Path) -> pa.Table:
-    """A shard's table, memory-mapped.
+    """Read a shard's table, memory-mapped.
 
     Raises:
         StoreError: It cannot be read as Arrow.
@@ -61,7 +61,7 @@ def read_table(path: Path) -> pa.Table:
 
 
 def read_examples(path: Path, files: Sequence[FileFacts]) -> "Dataset":
-    """All shards' tables as one data set, in their order, memory-mapped.
+    """Read all shards' tables as one data set, in their order, memory-mapped.
 
     A column that holds nothing but None in one shard, or whole numbers where another has fractions, takes the type
     of the others.

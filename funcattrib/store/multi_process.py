@@ -93,7 +93,7 @@ def require_shared(path: str | Path, world: World) -> None:
 
 
 def all_see(path: Path, world: World) -> bool:
-    """Whether this process sees in `path` what rank 0 writes there: a file of a name that was never asked for."""
+    """Return whether this process sees in `path` what rank 0 writes there: a file of a name never asked for."""
     mark = path / str(world.broadcast_object(f".{secrets.token_hex(8)}"))
     world.on_rank_zero(mark.touch)
     found = mark.exists()

@@ -1,6 +1,6 @@
-"""What each process has of a pass that is not done: one file a process, ``progress-RANK.safetensors``.
+"""The processes' results of a pass that is not done: one file a process, ``progress-RANK.safetensors``.
 
-Each holds a result and the numbers of the parts of the pass that it was made of, so that a run goes on from all of
+Each holds a result and the numbers of the parts of the pass that it comes from, so that a run goes on from all of
 them, whatever the number of processes then.
 """
 
@@ -18,12 +18,12 @@ _MADE_OF = "parts"  # among the tensors
 
 
 def save_parts(folder: Path, rank: int, tensors: Mapping[str, Tensor], parts: Sequence[int]) -> None:
-    """Save what a process has made of some parts, in the place of what it had before."""
+    """Save what a process has computed of some parts, in the place of what it had before."""
     save_tensors(_file(folder, rank), {**tensors, _MADE_OF: torch.tensor(parts, dtype=torch.int64)})
 
 
 def load_parts(folder: Path) -> list[tuple[dict[str, Tensor], list[int]]]:
-    """What the processes of earlier runs have made, each with its parts; no part twice."""
+    """Load what the processes of earlier runs have computed, each with its parts; no part twice."""
     found: list[tuple[dict[str, Tensor], list[int]]] = []
     seen: set[int] = set()
     for file in sorted(folder.glob(FILES), key=lambda file: (len(file.name), file.name)):

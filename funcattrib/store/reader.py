@@ -105,26 +105,26 @@ class GradientStore:
 
     @property
     def width(self) -> int:
-        """Columns of a row."""
+        """Return the columns of a row."""
         return self.manifest.width
 
     @cached_property
     def examples(self) -> "Dataset":
-        """What is told about each row's example, memory-mapped; entry i belongs to row i."""
+        """Return the metadata of each row's example, memory-mapped; entry i belongs to row i."""
         return read_examples(self.path, [shard.examples for shard in self.shards])
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The settings that replay the run; empty where none were saved."""
+        """Return the settings that replay the run; empty where none were saved."""
         file = self.path / CONFIG
         return yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
 
     def matrix(self) -> LazyMatrix:
-        """All rows, (rows, width), read on demand."""
+        """Return all rows, (rows, width), read on demand."""
         return LazyMatrix(self._parts, self.manifest.dtype, self.width, range(self.width), (self.width,))
 
     def __getitem__(self, name: str) -> LazyMatrix:
-        """One leaf of every row, (rows, *shape), read on demand: a view of the rows' columns."""
+        """Return one leaf of every row, (rows, *shape), read on demand: a view of the rows' columns."""
         if name not in self.leaves:
             close = difflib.get_close_matches(name, self.leaves, n=1, cutoff=0.3)
             hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -138,10 +138,10 @@ class GradientStore:
     __iter__ = None  # names or rows? say `store.leaves` or `store.matrix()`
 
     def gradients(self, name: str) -> Float32[Tensor, "R *shape"]:
-        """One leaf of every row, decoded to float32, in memory."""
+        """Return one leaf of every row, decoded to float32, in memory."""
         return self[name].tensor()
 
     def state(self) -> dict[str, Tensor]:
-        """The chain's fitted state; empty where the chain has none."""
+        """Load the chain's fitted state; empty where the chain has none."""
         file = self.path / STATE
         return safetensors.torch.load_file(file) if file.exists() else {}

@@ -1,4 +1,4 @@
-"""The files of a shard: their names, the side file that makes a shard finished, and what lies about unfinished.
+"""The files of a shard: their names, the side file that makes a shard finished, and the remains of unfinished ones.
 
 A shard is finished when `shards/NNNNN.json` exists: it is written last and holds the facts that the manifest will
 list. So writing a shard never touches a file that another shard's writer touches.
@@ -20,39 +20,39 @@ _OWN = re.compile(r"shards/\d{5,}(\.npy|\.scale\.npy|\.json)|examples/\d{5,}\.ar
 
 
 def rows_file(shard: int) -> str:
-    """Relative name of a shard's rows."""
+    """Return the relative name of a shard's rows."""
     return f"shards/{shard:05d}.npy"
 
 
 def scale_file(shard: int) -> str:
-    """Relative name of the scale per row of an int8 shard."""
+    """Return the relative name of the scale per row of an int8 shard."""
     return f"shards/{shard:05d}.scale.npy"
 
 
 def examples_file(shard: int) -> str:
-    """Relative name of what is told about the rows' examples."""
+    """Return the relative name of the metadata of the rows' examples."""
     return f"examples/{shard:05d}.arrow"
 
 
 def side_file(shard: int) -> str:
-    """Relative name of the facts that make a shard finished."""
+    """Return the relative name of the facts that make a shard finished."""
     return f"shards/{shard:05d}.json"
 
 
 def files_of(shard: Shard) -> list[FileFacts]:
-    """Every file of a finished shard."""
+    """List every file of a finished shard."""
     facts = [FileFacts(shard.file, shard.bytes, shard.sha256), shard.examples]
     return facts if shard.scale is None else [*facts, shard.scale]
 
 
 def record(path: Path, number: int, shard: Shard) -> None:
-    """Make a shard finished: its files are in place, now its side file is written."""
+    """Mark a shard finished: its files are in place, now its side file is written."""
     text = json.dumps(shard_to_json(shard), ensure_ascii=False) + "\n"
     write_file(path, side_file(number), lambda sink: sink.write(text.encode()))
 
 
 def recorded(path: Path, manifest: Manifest) -> dict[int, Shard]:
-    """The finished shards by number, in order: from the manifest of a complete store, else from the side files."""
+    """Read the finished shards by number, in order: from the manifest of a complete store, else from the side files."""
     if manifest.complete:
         for i, shard in enumerate(manifest.shards):
             if not _names_its_own(shard, i):
@@ -64,7 +64,7 @@ def recorded(path: Path, manifest: Manifest) -> dict[int, Shard]:
 
 
 def misfits(path: Path, shards: Mapping[int, Shard]) -> dict[int, str]:
-    """The finished shards whose files are missing or of the wrong size, by number, with what is wrong."""
+    """Find the finished shards whose files are missing or of the wrong size, by number, with what is wrong."""
     present = sizes(path)
     wrong = {}
     for number, shard in shards.items():
@@ -78,7 +78,7 @@ def misfits(path: Path, shards: Mapping[int, Shard]) -> dict[int, str]:
 
 
 def sizes(path: Path) -> dict[str, int]:
-    """Relative name -> bytes of what lies in the store's folders, from one listing of each."""
+    """List relative name -> bytes of the files in the store's folders, from one listing of each."""
     found = {}
     for folder in FOLDERS:
         if (path / folder).is_dir():
@@ -88,7 +88,7 @@ def sizes(path: Path) -> dict[str, int]:
 
 
 def sweep(path: Path, keep: Iterable[str]) -> None:
-    """Remove what unfinished writes left: the store's own files, by their names, except those to keep."""
+    """Remove the remains of unfinished writes: the store's own files, by their names, except those to keep."""
     kept = set(keep)
     for name in sizes(path):
         if name not in kept and _OWN.fullmatch(name.removesuffix(TEMPORARY)):
@@ -99,7 +99,7 @@ def sweep(path: Path, keep: Iterable[str]) -> None:
 
 
 def _read_side_file(path: Path, manifest: Manifest, number: int) -> Shard | None:
-    """The facts, or None where they cannot be this shard's: it is then written again."""
+    """Read the facts, or None where they cannot be this shard's: it is then written again."""
     try:
         shard = shard_from_json(json.loads((path / side_file(number)).read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError):
@@ -109,6 +109,6 @@ def _read_side_file(path: Path, manifest: Manifest, number: int) -> Shard | None
 
 
 def _names_its_own(shard: Shard, number: int) -> bool:
-    """A file's name is never taken from what is read: it could point anywhere."""
+    """Return whether the facts have this shard's file names; a name that was read could point anywhere."""
     names = [rows_file(number), examples_file(number), scale_file(number)]
     return [facts.file for facts in files_of(shard)] == (names if shard.scale else names[:2])

@@ -13,7 +13,7 @@ from funcattrib.store.atomic import explain
 
 
 class Slot(NamedTuple):
-    """Where a tensor lies in the file, and what it is."""
+    """The place of a tensor in the file, its shape and dtype."""
 
     offset: int
     shape: tuple[int, ...]
@@ -21,7 +21,7 @@ class Slot(NamedTuple):
 
 
 class Scratch:
-    """Tensors put away one behind the other; any of them can be read, or replaced by another of its kind.
+    """Tensors written one after the other; any of them can be read, or replaced by another of its kind.
 
     Args:
         folder: on whose disk the file is.
@@ -61,7 +61,7 @@ class Scratch:
             raise StoreError(explain(error, self._folder / "scratch")) from error
 
     def get(self, slot: Slot) -> Tensor:
-        """A copy of a tensor."""
+        """Read a copy of a tensor."""
         tensor = torch.empty(slot.shape, dtype=slot.dtype)
         content = _bytes(tensor)
         self._file.seek(slot.offset)
@@ -70,7 +70,7 @@ class Scratch:
         return tensor
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove everything."""
         self._file.truncate(0)
         self.bytes = 0
 
@@ -84,5 +84,5 @@ class Scratch:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
+    """Return the memory of a contiguous tensor."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -36,7 +36,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, mapped: read where they are used, and no memory of the process's own.
+    """Map the tensors of a file: read where they are used, and no memory of the process's own.
 
     A file that another process has written is waited for.
 
@@ -55,7 +55,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as safetensors takes them: on the CPU, contiguous, no two in the same memory."""
+    """Return the tensors as safetensors takes them: on the CPU, contiguous, no two in the same memory."""
     seen: set[int] = set()
     own = {}
     for name, tensor in tensors.items():

@@ -56,7 +56,7 @@ def _altered(path: Path, facts: FileFacts, progress: Callable[[int], None] | Non
 
 
 def _inconsistent(path: Path, manifest: Manifest, number: int, shard: Shard) -> list[str]:
-    """A file can be as it was written, and yet not fit the manifest: one of the two was exchanged."""
+    """Find where a shard does not fit the manifest although its files are as they were written."""
     rows, problems = len(manifest.shard_range(number)), []
     try:
         with open(path / shard.file, "rb") as file:

@@ -39,7 +39,7 @@ _WAITING = 2
 
 
 class StoreWriter:
-    """Writes the shards of one store; `create_store` makes it. A context manager: leaving it gives up the lock.
+    """A writer of the shards of one store; `create_store` makes it. A context manager: leaving it gives up the lock.
 
     On a store that is complete already nothing is pending, and finishing or saving changes nothing. Several processes
     may write one store, each with a writer of its own (`share_store`): no two write one file.
@@ -67,7 +67,7 @@ class StoreWriter:
 
     @property
     def pending(self) -> list[int]:
-        """Numbers of the shards that were neither written nor handed over yet, in order.
+        """Return numbers of the shards that were neither written nor handed over yet, in order.
 
         Of several processes' shards, those that were to be computed when they began.
         """
@@ -75,7 +75,7 @@ class StoreWriter:
         return [i for i in todo if i not in self._taken]
 
     def claims(self) -> Iterator[int]:
-        """Numbers of pending shards, each given to one of the processes that write the store, whoever asks next.
+        """Yield numbers of pending shards, each on one of the processes that write the store, whichever asks next.
 
         SIGTERM waits until the shard in hand is handed over.
         """
@@ -84,21 +84,21 @@ class StoreWriter:
 
     @property
     def finished(self) -> list[int]:
-        """Numbers of the shards that are on disk, in order."""
+        """Return numbers of the shards that are on disk, in order."""
         return sorted(self._finished)
 
     @property
     def clipped(self) -> int:
-        """Entries beyond the stored dtype's range, in the finished shards."""
+        """Return the entries beyond the stored dtype's range, in the finished shards."""
         return sum(shard.clipped for shard in list(self._finished.values()))
 
     @property
     def nonfinite(self) -> int:
-        """Entries that were NaN or infinite, in the finished shards."""
+        """Return the entries that were NaN or infinite, in the finished shards."""
         return sum(shard.nonfinite for shard in list(self._finished.values()))
 
     def shard_range(self, shard: int) -> range:
-        """The rows that a shard holds."""
+        """Return the rows that a shard holds."""
         return self.manifest.shard_range(shard)
 
     def put(self, shard: int, matrix: Tensor, examples: Mapping[str, Column]) -> None:
@@ -106,7 +106,7 @@ class StoreWriter:
 
         Args:
             shard: a pending one's number.
-            matrix: (rows of the shard, D), any float dtype. It now belongs to the writer: leave it as it is.
+            matrix: (rows of the shard, D), any float dtype. It now belongs to the writer: do not change it.
             examples: column name -> one entry for every row. The same columns in every shard.
 
         Raises:
@@ -149,12 +149,13 @@ class StoreWriter:
             save_tensors(self.path / PROGRESS, {**tensors, _DONE: torch.tensor(done)})
 
     def load_progress(self) -> tuple[dict[str, Tensor], int] | None:
-        """What `save_progress` kept, the same for all processes; None where there is none."""
+        """Load what `save_progress` kept, the same for all processes; None where there is none."""
         tensors = kept(self.path / PROGRESS, self.role)
         return None if tensors is None else (tensors, int(tensors.pop(_DONE)))
 
     def load_state(self) -> dict[str, Tensor] | None:
-        """The state that this run or the one it continues has saved, for all processes; None where there is none yet.
+        """Load the state that this run or the one it continues has saved, for all processes; None where there is none
+        yet.
 
         It is mapped: read where it is used, and no memory of the process's own.
         """
@@ -168,13 +169,13 @@ class StoreWriter:
 
     @property
     def _saves(self) -> bool:
-        """Whether what there is one of is this writer's to save."""
+        """Return whether this writer saves the files that a store has one of."""
         return self.role.holds_lock and not self.manifest.complete
 
     def finish(self) -> Manifest:
         """Wait for the last shard, check that all are there, and mark the store complete.
 
-        Of several processes, all call it; where each machine has a folder of its own, each is left as a part.
+        Of several processes, all call it; where each machine has a folder of its own, each stays a part.
 
         Raises:
             StoreError: A shard could not be written, or was never handed over.
@@ -222,7 +223,7 @@ class StoreWriter:
         shards.sweep(self.path, keep=[facts.file for shard in complete.shards for facts in shards.files_of(shard)])
 
     def _collect(self) -> None:
-        """Take in what the other processes have written; a network file system may show it late."""
+        """Record what the other processes have written; a network file system may show it late."""
         if self.role.world.size == 1:
             return
         until = time.monotonic() + DELAY

@@ -1,4 +1,4 @@
-"""A process's role among those that write one store, and what they all read of it."""
+"""The role of a process among those that write one store, and the files that they all read of it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from funcattrib.store.tensors import load_tensors, save_tensors
 
 
 class WriterRole(NamedTuple):
-    """A writer's role among those of one store.
+    """The role of a writer among those of one store.
 
     Attributes:
         world: the processes that write it.
@@ -27,7 +27,7 @@ class WriterRole(NamedTuple):
 
 
 def kept(file: Path, role: WriterRole) -> dict[str, Tensor] | None:
-    """The tensors of a file that rank 0 may have written, mapped on every process; None where there is none.
+    """Load the tensors of a file that rank 0 may have written, mapped on every process; None where there is none.
 
     A machine with a folder of its own gets a copy there.
     """
