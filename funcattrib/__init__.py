@@ -1,4 +1,4 @@
-"""funcattrib: which training examples made a model behave as it does?
+"""funcattrib finds the training examples that made a model behave as it does.
 
 Per-example gradients as pure functions on explicit state, composed with transforms, stored and queried.
 

@@ -1,1 +1,1 @@
-"""Chains of transforms behind a source of per-example gradients, and how they are fitted."""
+"""Chains of transforms after a source of per-example gradients, and how they are fitted."""

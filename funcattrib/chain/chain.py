@@ -51,12 +51,12 @@ class Chain(NamedTuple):
     stages: tuple[Transform, ...]
 
     def init(self, spec: Spec) -> tuple[tuple[State, ...], Spec]:
-        """States before fitting, and the spec of the result."""
+        """Return states before fitting, and the spec of the result."""
         states, specs = self._walk(spec)
         return states, specs[-1]
 
     def fit(self, loss: Loss, params: Params, batches: Iterable[Batch] = ()) -> tuple[State, ...]:
-        """One pass over ``batches`` for each fitted stage, upstream stages frozen; returns the chain's state.
+        """Make one pass over ``batches`` for each fitted stage, upstream stages frozen; return the chain's state.
 
         Args:
             batches: anything that can be iterated once per fitted stage (a list, a data loader).
@@ -67,7 +67,7 @@ class Chain(NamedTuple):
         return fit(self, loss, params, batches)
 
     def bind(self, loss: Loss, params: Params, state: tuple[State, ...] | None = None) -> Callable[[Batch], PerExample]:
-        """The chain as a function of the batch alone, lowered once."""
+        """Return the chain as a function of the batch alone, lowered once."""
         source = self.started()
         named = source.named(params)
         state = self.ready(spec(named), device_of(named), state)
@@ -80,37 +80,37 @@ class Chain(NamedTuple):
         return partial(_rows, source.bind(loss, params, lowered), rest, behind)
 
     def __call__(self, loss: Loss, params: Params, batch: Batch, state: tuple[State, ...] | None = None) -> Grads:
-        """Transformed per-example gradients, name → (B, *shape)."""
+        """Compute transformed per-example gradients, name → (B, *shape)."""
         return self.bind(loss, params, state)(batch).grads
 
     def plain(self, loss: Loss, params: Params, batch: Batch, state: tuple[State, ...] | None = None) -> Grads:
-        """The same without lowering: full gradients, then every stage's ``apply``. Slow; the tests' oracle."""
+        """Compute the same without lowering: full gradients, then every stage's ``apply``. Slow; the tests' oracle."""
         source = self.started()
         named = source.named(params)
         state = self.ready(spec(named), device_of(named), state)
         return self.apply(state, source(loss, params, batch))
 
     def apply(self, state: tuple[State, ...], grads: Grads) -> Grads:
-        """Every stage's ``apply`` in order, on gradients that are already there."""
+        """Apply every stage in order, to gradients that are already there."""
         for stage, its_state in zip(self.stages, state, strict=True):
             grads = applied(stage, its_state, grads)
         return grads
 
     def describe(self) -> list[dict[str, Any]]:
-        """Name and settings of every stage, as the manifest keeps them."""
+        """Return name and settings of every stage, as the manifest keeps them."""
         return [stage.describe() for stage in self.stages]
 
     def lowered(self, params: Params, state: tuple[State, ...] | None = None) -> tuple[Readouts, int]:
-        """The longest linear prefix as one map per parameter, and how many stages it covers; see ``lower``."""
+        """Lower the longest linear prefix to one map per parameter, and count the stages it covers; see ``lower``."""
         named = self.started().named(params)
         return lower(self, spec(named), self.ready(spec(named), device_of(named), state))
 
     def before(self, at: int) -> "Chain":
-        """The chain up to stage ``at``, which is left out."""
+        """Return the chain up to stage ``at``, which is left out."""
         return self._replace(stages=self.stages[:at])
 
     def started(self) -> Source:
-        """The source.
+        """Return the source.
 
         Raises:
             ChainError: a chain of transforms alone.
@@ -122,7 +122,7 @@ class Chain(NamedTuple):
         return self.source
 
     def ready(self, spec: Spec, device: torch.device, state: tuple[State, ...] | None = None) -> tuple[State, ...]:
-        """``state``, or the one that needs no fitting, on a device; what is in parts stays where it is.
+        """Return ``state``, or the one that needs no fitting, on a device; what is in parts stays where it is.
 
         Raises:
             ChainError: no state for a chain that must be fitted, or another chain's.
@@ -143,7 +143,7 @@ class Chain(NamedTuple):
         )
 
     def _walk(self, spec: Spec) -> tuple[tuple[State, ...], list[Spec]]:
-        """Every stage's first state; the spec before every stage, and after the last."""
+        """Return every stage's first state; the spec before every stage, and after the last."""
         states, specs = [], [spec]
         for number, stage in enumerate(self.stages, 1):
             try:
@@ -162,7 +162,7 @@ def compose(*stages: Stage) -> Chain:
     """Chain stages left to right; nested chains flatten, so composition is associative.
 
     A stage that can only stand before some others (``split_heads`` before ``project``) is moved before the first of
-    them, with those between left in their order.
+    them, with those between in their order.
 
     Args:
         stages: optionally a source first (``per_example_grad``), then transforms, or factories of transforms
@@ -193,7 +193,7 @@ def compose(*stages: Stage) -> Chain:
 
 
 def _in_order(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
-    """Every stage that can only precede others moved before the first of those."""
+    """Move every stage that can only precede others before the first of those."""
     ordered: list[Transform] = []
     for stage in transforms:
         at = next((i for i, earlier in enumerate(ordered) if earlier.name in stage.precedes), len(ordered))
@@ -202,7 +202,9 @@ def _in_order(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
 
 
 def lower(chain: Chain, spec: Spec, state: tuple[State, ...]) -> tuple[Readouts, int]:
-    """The longest linear prefix as one map per parameter (the identity without one), and how many stages it covers."""
+    """Lower the longest linear prefix to one map per parameter (the identity without one), and count the stages it
+    covers.
+    """
     maps = {name: readout(name, TwoSided()) for name in spec}
     _, specs = chain._walk(spec)
     depth = 0
@@ -234,7 +236,7 @@ def _rows(
 
 
 class _Condensed:
-    """Rows of a chain that condenses behind its linear prefix: which weights can, the first batch shows."""
+    """Rows of a chain with statistics after its linear prefix: which weights have them, the first batch shows."""
 
     def __init__(
         self,

@@ -26,42 +26,42 @@ Pieces: TypeAlias = Callable[[Callable[[Batch], PerExample], Batch], Iterable[Pe
 
 
 def whole(read: Callable[[Batch], PerExample], batch: Batch) -> Iterable[PerExample]:
-    """The batch in one piece."""
+    """Read the batch in one piece."""
     return (read(batch),)
 
 
 class Fold(Protocol):
-    """How a stage's state is made of the gradients that reach it."""
+    """A computation of a stage's state from the gradients that reach it."""
 
     def __call__(self, stage: Transform, spec: Spec, rows: Iterable[Grads], world: World) -> State:
-        """The finalized state, the same on every process, from the rows that each of them has."""
+        """Return the finalized state, the same on every process, from the rows that each of them has."""
 
 
 class Fittable(Protocol):
-    """What is asked of a chain: its stages, and what the gradients before a stage are."""
+    """The parts of a chain that fitting uses: its stages, and the gradients before a stage."""
 
     @property
     def stages(self) -> tuple[Transform, ...]:
-        """The transforms in order."""
+        """Return the transforms in order."""
 
     def started(self) -> Source:
-        """The source of the gradients."""
+        """Return the source of the gradients."""
 
     def init(self, spec: Spec) -> tuple[tuple[State, ...], Spec]:
-        """States before fitting, and the spec of the result."""
+        """Return states before fitting, and the spec of the result."""
 
     def before(self, at: int) -> "Fittable":
-        """The chain up to a stage."""
+        """Return the chain up to a stage."""
 
     def lowered(self, params: Params, state: tuple[State, ...] | None = None) -> tuple[Readouts, int]:
-        """The longest linear prefix, and how many stages it covers."""
+        """Lower the longest linear prefix, and count the stages it covers."""
 
     def bind(self, loss: Loss, params: Params, state: tuple[State, ...] | None = None) -> Callable[[Batch], PerExample]:
-        """The chain as a function of the batch."""
+        """Return the chain as a function of the batch."""
 
 
 def fit(chain: Fittable, loss: Loss, params: Params, batches: Iterable[Batch]) -> tuple[State, ...]:
-    """The chain's state after all its passes; see ``Chain.fit``."""
+    """Return the chain's state after all its passes; see ``Chain.fit``."""
     state = chain.init(chain.started().spec(params))[0]
     for after in passes(chain, loss, params, batches, state):
         state = after
@@ -69,7 +69,7 @@ def fit(chain: Fittable, loss: Loss, params: Params, batches: Iterable[Batch]) -
 
 
 def fit_all_reduced(stage: Transform, spec: Spec, rows: Iterable[Grads], world: World) -> State:
-    """Every process folds its rows into a state of its own; the states are added up, and finalized once for all."""
+    """Fold rows into a state on every process, add the states up, and finalize once for all."""
     state = stage.init(spec)[0]
     for grads in rows:
         state = stage.observe(state, grads)
@@ -94,7 +94,7 @@ def passes(
     step: Lockstep = Lockstep(),
     fold: Fold = fit_all_reduced,
 ) -> Iterator[tuple[State, ...]]:
-    """The chain's state after each pass that is still to be made.
+    """Yield the chain's state after each pass that is still to be made.
 
     Examples whose loss is NaN or infinite are passed over.
 
@@ -104,7 +104,7 @@ def passes(
         world: processes that each have some of the batches.
         pieces: how a batch is read.
         step: of processes that hold the parameters together.
-        fold: how a state is made of the rows of all processes.
+        fold: how a state is computed from the rows of all processes.
 
     Raises:
         ChainError: no batches although a stage must be fitted; a one-shot iterator and several fitted stages.
@@ -127,7 +127,7 @@ def passes(
 
 
 def _gradients(read: Callable[[Batch], PerExample], batches: Iterable[Batch], pieces: Pieces) -> Iterator[Grads]:
-    """What is read of the batches, without examples whose loss is not finite; SIGTERM waits until it is folded."""
+    """Read the batches, without examples whose loss is not finite; SIGTERM waits until a batch is folded."""
     for batch in batches:
         for part in pieces(read, batch):
             counted = _finite(part)
@@ -137,7 +137,7 @@ def _gradients(read: Callable[[Batch], PerExample], batches: Iterable[Batch], pi
 
 
 def _some(stage: Transform, rows: Iterator[Grads], world: World) -> Iterator[Grads]:
-    """The rows, of which there must be some."""
+    """Yield the rows, of which there must be some."""
     seen = 0
     for grads in rows:
         seen += len(next(iter(grads.values())))
@@ -147,7 +147,7 @@ def _some(stage: Transform, rows: Iterator[Grads], world: World) -> Iterator[Gra
 
 
 def _reading(begin: Callable[[Batch], Callable[[Batch], PerExample]]) -> Callable[[Batch], PerExample]:
-    """What the first batch shows how to read, read of that batch and of all others."""
+    """Return a function that learns of the first batch how to read that batch and all others."""
     made: list[Callable[[Batch], PerExample]] = []
 
     def read(batch: Batch) -> PerExample:
@@ -161,7 +161,7 @@ def _reading(begin: Callable[[Batch], Callable[[Batch], PerExample]]) -> Callabl
 def statistics(
     before: Fittable, stage: Transform, loss: Loss, params: Params, state: tuple[State, ...], batch: Batch
 ) -> Callable[[Batch], PerExample]:
-    """What ``stage.observe`` folds, as a function of the batch: gradients after ``before``, or their measure.
+    """Return what ``stage.observe`` folds, as a function of the batch: gradients after ``before``, or their measure.
 
     Where everything before the stage is linear and a weight is used once, its statistic is read inside the
     backward pass; for the other weights the gradients are read and measured afterwards.
@@ -182,7 +182,7 @@ def _each(measure: Callable[[str, Tensor], Tensor], rows: PerExample) -> PerExam
 
 
 def _finite(rows: PerExample) -> PerExample:
-    """The rows whose loss is finite."""
+    """Return the rows whose loss is finite."""
     finite = rows.losses.isfinite()
     if bool(finite.all()):
         return rows

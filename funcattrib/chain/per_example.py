@@ -22,7 +22,7 @@ _OTHERS = "\nof JAX, begin the chain at funcattrib.jax.per_example_grad"
 
 
 class Source(NamedTuple):
-    """Where a chain's gradients come from: the functions a framework supplies.
+    """The source of a chain's gradients: the functions a framework supplies.
 
     A framework has parameters, losses and batches of its own; gradients and losses that come out are torch's.
 
@@ -40,21 +40,21 @@ class Source(NamedTuple):
     measurable: Callable[[Loss, Params, Iterable[str], Batch], set[str]]
 
     def spec(self, params: Params) -> Spec:
-        """The gradients' names, shapes and dtypes."""
+        """Return the gradients' names, shapes and dtypes."""
         return spec(self.named(params))
 
     def __call__(self, loss: Loss, params: Params, batch: Batch) -> Grads:
-        """Gradients of every parameter for every example of ``batch``, (B, *shape) each."""
+        """Compute gradients of every parameter for every example of ``batch``, (B, *shape) each."""
         return self.bind(loss, params, None)(batch).grads
 
 
 def bind(loss: Loss, params: Params, lowered: Readouts | None) -> Callable[[Batch], PerExample]:
-    """``rows`` as a function of the batch."""
+    """Return ``rows`` as a function of the batch."""
     return partial(rows, loss, params, lowered=lowered)
 
 
 def rows(loss: Loss, params: Params, batch: Batch, lowered: Readouts | None = None) -> PerExample:
-    """Gradients and losses of every example of a batch.
+    """Compute gradients and losses of every example of a batch.
 
     Args:
         loss: ``loss(params, example) -> scalar``, for one example without a batch axis.
@@ -91,12 +91,12 @@ def rows(loss: Loss, params: Params, batch: Batch, lowered: Readouts | None = No
 
 
 def spec(params: Params) -> Spec:
-    """Name → shape and dtype, in the parameters' order."""
+    """Return name → shape and dtype, in the parameters' order."""
     return {name: Leaf(tuple(tensor.shape), tensor.dtype) for name, tensor in params.items()}
 
 
 def named(params: Params) -> Params:
-    """Parameters are name → tensor already.
+    """Check that parameters are name → tensor, and return them.
 
     Raises:
         FuncattribError: they are something else, or none.
@@ -112,7 +112,7 @@ def named(params: Params) -> Params:
 
 
 def measurable(loss: Loss, params: Params, names: Iterable[str], batch: Batch) -> set[str]:
-    """The matrices that one tapped operation alone uses; a forward pass over the batch's first example shows."""
+    """Find the matrices that one tapped operation alone uses; a forward pass over the batch's first example shows."""
     whole = {name for name in names if len(params[name].shape) > 1}
     return single_use(loss, params, whole, {key: value[0] for key, value in batch.items()}) if whole else whole
 

@@ -1,4 +1,4 @@
-"""Per-token gradients: what each position of each example adds to the example's gradient.
+"""Per-token gradients: the part of an example's gradient that each position adds.
 
 A weight that is used at every position has G_b = Σ_t rows_bt colsᵀ_bt, and its row (b, t) is
 
@@ -27,7 +27,7 @@ from funcattrib.types import Batch, Loss, Params, PerExample
 
 
 def rows(loss: Loss, params: Params, batch: Batch, lowered: Readouts | None = None) -> PerExample:
-    """Gradients of every position, (B·T, …) with an example's tokens one after the other.
+    """Compute gradients of every position, (B·T, …) with an example's tokens one after the other.
 
     Args:
         loss: ``loss(params, example) -> scalar``, for one example without a batch axis.
@@ -54,7 +54,7 @@ def rows(loss: Loss, params: Params, batch: Batch, lowered: Readouts | None = No
 
 
 def bind(loss: Loss, params: Params, lowered: Readouts | None) -> Callable[[Batch], PerExample]:
-    """``rows`` as a function of the batch."""
+    """Return ``rows`` as a function of the batch."""
     return partial(rows, loss, params, lowered=lowered)
 
 

@@ -15,7 +15,7 @@ SEPARATOR = "/"
 
 
 def leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of ``tree`` with its path, in a fixed order.
+    """Yield every tensor of ``tree`` with its path, in a fixed order.
 
     Example:
         >>> import torch
@@ -29,22 +29,22 @@ def leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]
 
 
 def flatten(tree: Any) -> dict[str, Tensor]:
-    """``leaves`` as a dictionary, ready for safetensors."""
+    """Return ``leaves`` as a dictionary, ready for safetensors."""
     return dict(leaves(tree))
 
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
-    """The same tree with ``function`` applied to every tensor."""
+    """Apply ``function`` to every tensor of a tree."""
     return map_leaves(function, tree, Tensor)
 
 
 def map_leaves(function: Callable[[Any], Any], tree: Any, kind: type) -> Any:
-    """The same tree with ``function`` applied to every leaf of a kind; others stay as they are."""
+    """Apply ``function`` to every leaf of a kind; others stay as they are."""
     return _rebuild(tree, (), lambda _, leaf: function(leaf), kind)
 
 
 def restore(template: Any, flat: dict[str, Tensor]) -> Any:
-    """``template`` with its tensors replaced by those of ``flat``.
+    """Replace the tensors of ``template`` by those of ``flat``.
 
     Raises:
         ChainError: a tensor is missing, unknown, or of another shape.

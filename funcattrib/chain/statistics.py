@@ -15,7 +15,7 @@ from funcattrib.types import Batch, Loss, Params, PerExample
 def reader(
     source: Source, loss: Loss, params: Params, maps: Readouts, statistics: Readouts, batch: Batch
 ) -> Callable[[Batch], PerExample]:
-    """Each leaf's statistic as a function of the batch.
+    """Return each leaf's statistic as a function of the batch.
 
     Args:
         maps: the linear maps before, by parameter.

@@ -12,17 +12,17 @@ State = Any
 
 
 def stateless(spec: Spec) -> tuple[State, Spec]:
-    """The ``init`` of a transform without state that keeps every shape."""
+    """Return no state and the same spec: the ``init`` of a transform without state that keeps every shape."""
     return None, spec
 
 
 def observe_nothing(state: State, grads: Grads) -> State:
-    """The ``observe`` of a transform that is not fitted."""
+    """Return the state as it is: the ``observe`` of a transform that is not fitted."""
     return state
 
 
 def finalize_nothing(state: State) -> State:
-    """The ``finalize`` of a transform that is not fitted."""
+    """Return the state as it is: the ``finalize`` of a transform that is not fitted."""
     return state
 
 
@@ -71,7 +71,7 @@ class Transform(NamedTuple):
 
     @property
     def fitted(self) -> bool:
-        """Whether this transform needs a pass over data."""
+        """Return whether this transform needs a pass over data."""
         return self.observe is not observe_nothing
 
     def describe(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class Transform(NamedTuple):
 
 
 def applied(stage: Transform, state: State, grads: Grads) -> Grads:
-    """One stage on gradients that are already there."""
+    """Apply one stage to gradients that are already there."""
     if stage.condense is None:
         return stage.apply(state, grads)
     maps = stage.condense(state, {name: Leaf(tuple(grad.shape[1:]), grad.dtype) for name, grad in grads.items()})

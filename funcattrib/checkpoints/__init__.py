@@ -1,1 +1,1 @@
-"""What checkpoints and optimizers leave on the disk."""
+"""Files of checkpoints and optimizers."""

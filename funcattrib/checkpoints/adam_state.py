@@ -1,4 +1,4 @@
-"""Both of Adam's moments, read from a saved optimizer: what its next step depends on.
+"""Adam's two moments, read from a saved optimizer: its next step depends on both.
 
 torch.optim.Adam and AdamW keep m and v as they are; bitsandbytes' Adam keeps them in 8 bits, dequantised here. Of a
 parameter in shards each rank keeps its own rows of them, which are gathered like the weight's.
@@ -19,7 +19,7 @@ from funcattrib.weights.stored import Stored
 
 
 def adam_state(path: str | Path, model: nn.Module | Mapping[str, Tensor]) -> dict[str, AdamState]:
-    """Adam's state of every parameter that it has trained.
+    """Read Adam's state of every parameter that it has trained.
 
     Args:
         path, model: as in ``optimizer_state``.
@@ -68,5 +68,5 @@ def adam_state(path: str | Path, model: nn.Module | Mapping[str, Tensor]) -> dic
 
 
 def _kept(moment: Tensor, like: Sharded | None) -> Tensor:
-    """A copy in float32, of this rank's rows alone where the parameter is in shards; the file is let go."""
+    """Copy in float32, this rank's rows alone where the parameter is in shards; the file is then unused."""
     return moment.to(torch.float32, copy=True) if like is None else Stored(divided(moment, like, torch.float32))

@@ -19,7 +19,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def load_checkpoint(
     path: str | Path, tokenizer: str | PreTrainedTokenizerBase | None, options: Mapping[str, Any]
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A checkpoint's model, and the settings of ``collect_gradients`` that belong to it.
+    """Load a checkpoint's model, and the settings of ``collect_gradients`` that belong to it.
 
     Args:
         tokenizer: in the place of its own.
@@ -35,7 +35,7 @@ def load_checkpoint(
 
 
 def shapes_of(model: nn.Module | Params) -> Shapes:
-    """Parameter name → shape."""
+    """Return parameter name → shape."""
     named = model.named_parameters() if isinstance(model, nn.Module) else model.items()
     return {name: tuple(tensor.shape) for name, tensor in named}
 
@@ -51,12 +51,12 @@ def check_same(first: Shapes, other: Shapes, what: object) -> None:
 
 
 def learning_rates(checkpoints: Sequence[Path], given: Sequence[float] = ()) -> list[float]:
-    """Each checkpoint's weight: the mean learning rate that was logged since the one before it.
+    """Read each checkpoint's weight: the mean learning rate that was logged since the one before it.
 
     Where none was logged in between, the scheduler's at the checkpoint.
 
     Args:
-        checkpoints: folders as transformers' Trainer leaves them. The one before is the latest earlier one among them
+        checkpoints: folders as transformers' Trainer writes them. The one before is the latest earlier one among them
             in the same folder, or the start of training.
         given: the rates themselves, one a checkpoint.
 
@@ -101,7 +101,7 @@ def _trainer_state(path: Path) -> dict[str, Any]:
 
 
 def _scheduled(path: Path) -> float:
-    """The scheduler's rate, the mean over groups of parameters; 0 where there is none."""
+    """Read the scheduler's rate, the mean over groups of parameters; 0 where there is none."""
     try:
         last = torch.load(path / "scheduler.pt", map_location="cpu", weights_only=True)["_last_lr"]
         return sum(map(float, last)) / len(last)

@@ -23,13 +23,13 @@ from funcattrib.transforms.moments import Moment
 
 _WRAPPED = "__bnb_optimizer_quant_state__"
 _INSIDE = ("optimizer", "optimizer_state_dict", "optim")
-"""Where training scripts put the optimizer in a checkpoint of several things."""
+"""Keys under which training scripts put the optimizer in a checkpoint of several things."""
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 """The Trainer's rule by name; layer norms' weights have no decay either."""
 
 
 def optimizer_state(path: str | Path, model: nn.Module | Mapping[str, Tensor]) -> dict[str, Moment]:
-    """Second moments of every parameter that a saved optimizer has trained, as the normalisations take them.
+    """Read second moments of every parameter that a saved optimizer has trained, as the normalisations take them.
 
     Args:
         path: a file with an optimizer's ``state_dict()``, or a checkpoint folder of transformers' Trainer. It is read
@@ -66,7 +66,7 @@ def optimizer_state(path: str | Path, model: nn.Module | Mapping[str, Tensor]) -
 def saved_states(
     path: str | Path, model: nn.Module | Mapping[str, Tensor]
 ) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Parameter name → its state and the settings of its group, in the model's order; arguments as above."""
+    """Read parameter name → its state and the settings of its group, in the model's order; arguments as above."""
     saved = _read(Path(path).expanduser())
     groups = saved["param_groups"]
     numbered = {number: group for group in groups for number in group["params"]}
@@ -82,7 +82,7 @@ def saved_states(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """An optimizer's state dict, from its file or the folder that holds it."""
+    """Read an optimizer's state dict, from its file or the folder that holds it."""
     file = path / "optimizer.pt" if path.is_dir() else path
     if not file.is_file():
         inside = sorted(each.name for each in path.glob("checkpoint-*")) if path.is_dir() else []
@@ -105,12 +105,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
-    """bitsandbytes hides its quantised tensors from FSDP in a dictionary of their own."""
+    """Unwrap quantised tensors, which bitsandbytes hides from FSDP in a dictionary of their own."""
     return {**state, **state.get(_WRAPPED, {})}
 
 
 def moment_of(state: Mapping[str, Any], group: Mapping[str, Any], where: str) -> Moment:
-    """One parameter's second moment, from its state and the settings of its group; ``where`` is said in an error."""
+    """Return one parameter's second moment, from its state and the settings of its group; ``where`` is for errors."""
     if "exp_avg_sq_row" in state:
         return _copied(state["exp_avg_sq_row"]), _copied(state["exp_avg_sq_col"])
     if "row_var" in state:
@@ -130,12 +130,14 @@ def moment_of(state: Mapping[str, Any], group: Mapping[str, Any], where: str) ->
 
 
 def _copied(moment: Tensor) -> Tensor:
-    """In float32, and not in the file's memory."""
+    """Copy to float32, out of the file's memory."""
     return moment.to(torch.float32, copy=True)
 
 
 def dequantised(state: Mapping[str, Any], which: int, where: str) -> Tensor:
-    """bitsandbytes' first or second moment: values of a map of 256, scaled block by block over the flattened tensor."""
+    """Dequantise bitsandbytes' first or second moment: values of a map of 256, scaled block by block over the flattened
+    tensor.
+    """
     codes, absmax_name, map_name = state[f"state{which}"], f"absmax{which}", f"qmap{which}"
     if codes.is_floating_point():  # small parameters are kept in 32 bits
         return codes.float()
@@ -151,7 +153,7 @@ def dequantised(state: Mapping[str, Any], which: int, where: str) -> Tensor:
 
 
 def _shape_of(state: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """Of the parameter that a state belongs to, as far as it says."""
+    """Return the shape of the parameter that a state belongs to, as far as it shows."""
     if "exp_avg_sq_row" in state:
         return (*state["exp_avg_sq_row"].shape, state["exp_avg_sq_col"].shape[-1])
     if "row_var" in state:
@@ -170,7 +172,7 @@ def _match(
     groups: list[dict[str, Any]],
     shapes: Mapping[Any, tuple[int, ...] | None],
 ) -> list[str]:
-    """The parameter of every number in the groups, by the first order that fits."""
+    """Match the parameter of every number in the groups, by the first order that fits."""
     params = _parameters(model)
     numbers = [number for group in groups for number in group["params"]]
     sizes = [len(group["params"]) for group in groups if group["params"]]
@@ -196,7 +198,7 @@ def _match(
 def _orders(
     model: nn.Module | Mapping[str, Tensor], params: Mapping[str, Tensor], groups: list[dict[str, Any]]
 ) -> Iterator[list[list[str]]]:
-    """Names as an optimizer may have been given them, by group; a single list goes over all groups."""
+    """Yield names as an optimizer may have been given them, by group; a single list goes over all groups."""
     recorded = [group.get("param_names", group["params"]) for group in groups]
     if all(isinstance(name, str) for part in recorded for name in part):
         yield recorded
@@ -227,7 +229,7 @@ def _misfit(
     params: Mapping[str, Tensor],
     shapes: Mapping[Any, tuple[int, ...] | None],
 ) -> tuple[int, str] | None:
-    """The first parameter that a state does not fit: its place, and what to say."""
+    """Find the first parameter that a state does not fit: its place, and the message."""
     for place, (name, number) in enumerate(zip(names, numbers, strict=True)):
         if name not in params:
             return place, f"expected the model to have {name}, which {path} has a state of; give the model it trained"

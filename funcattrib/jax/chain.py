@@ -23,7 +23,7 @@ Arrays = dict[str, jax.Array]
 
 
 def as_jax(chain: Chain, state: Any = None, *, callback: bool = False) -> Callable[[Any], Arrays]:
-    """A chain's transforms as a function of gradients that JAX has computed.
+    """Return a chain's transforms as a function of gradients that JAX has computed.
 
     Args:
         chain: transforms; a source in front of them is not called.
@@ -82,7 +82,7 @@ def as_jax(chain: Chain, state: Any = None, *, callback: bool = False) -> Callab
 
 
 def _called(chain: Chain, state: State, arrays: Arrays) -> dict[str, np.ndarray]:
-    """The chain inside a callback, where no array of JAX can be made."""
+    """Apply the chain inside a callback, where no array of JAX can be made."""
     rows = chain.apply(state, {name: to_torch(array) for name, array in arrays.items()})
     return {name: to_numpy(tensor) for name, tensor in rows.items()}
 

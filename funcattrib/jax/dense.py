@@ -34,17 +34,17 @@ class Lifted:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The kernel's."""
+        """Return the kernel's shape."""
         return self.kernel.shape
 
     @property
     def ndim(self) -> int:
-        """The kernel's."""
+        """Return the kernel's number of axes."""
         return self.kernel.ndim
 
     @property
     def dtype(self) -> Any:
-        """The kernel's."""
+        """Return the kernel's dtype."""
         return self.kernel.dtype
 
     def __jax_array__(self) -> jax.Array:
@@ -58,7 +58,7 @@ class Lifted:
         return self
 
     def astype(self, dtype: Any) -> "Lifted":
-        """Itself, in its own type."""
+        """Return itself, in its own type."""
         assert dtype == self.dtype, "uses must have excluded a kernel that is used otherwise"
         return self
 
@@ -66,7 +66,7 @@ class Lifted:
 def lifted_dense(
     x: jax.Array, kernel: "jax.Array | Lifted", bias: jax.Array | None = None, *, out_first: bool = False
 ) -> jax.Array:
-    """x W + b, written so that projected gradients of W can be read without forming them in full.
+    """Compute x W + b, written so that projected gradients of W can be read without forming them in full.
 
     Args:
         x: (…, I).
@@ -93,23 +93,23 @@ def lifted_dense(
 
 @partial(jax.jit, static_argnames="out_first")
 def funcattrib_product(x: jax.Array, kernel: jax.Array, out_first: bool) -> jax.Array:
-    """x W; see ``PRODUCT``."""
+    """Compute x W; see ``PRODUCT``."""
     return x @ (kernel.T if out_first else kernel)
 
 
 PRODUCT = "funcattrib_product"
-"""What a jaxpr calls it, being a compiled function of its own: ``uses`` knows it by that name."""
+"""Name of the product in a jaxpr, a compiled function of its own, by which ``uses`` recognises it."""
 
 
 def along(side: Side, x: jax.Array) -> jax.Array:
-    """``side`` applied to the last axis."""
+    """Apply ``side`` to the last axis."""
     if side is None:
         return x
     return x * side if side.ndim == 1 else x @ side.T
 
 
 def two_sided(left: Side, right: Side, gradient: jax.Array) -> jax.Array:
-    """L G Rᵀ of formed gradients (B, …, …), L g of (B, …)."""
+    """Compute L G Rᵀ of formed gradients (B, …, …), L g of (B, …)."""
     if gradient.ndim == 2:
         return along(left, gradient)
     return along(left, along(right, gradient).mT).mT
@@ -117,7 +117,7 @@ def two_sided(left: Side, right: Side, gradient: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _tap(out_first: bool, y: jax.Array, probe: jax.Array, kept: jax.Array, of_y: Side) -> jax.Array:
-    """y; in backward g goes to y, and the probe receives its coordinates."""
+    """Return y; in backward g goes to y, and the probe receives its coordinates."""
     return y
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 def to_torch(array: jax.Array) -> Tensor:
-    """The array as a tensor: by DLPack, no copy, on the CPU and on GPUs that torch sees; copied to the CPU otherwise.
+    """Convert the array to a tensor: by DLPack, no copy, on the CPU and on GPUs that torch sees; copied to the CPU
+    otherwise.
 
     The tensor must not be written to: JAX takes its arrays for constant.
 
@@ -28,7 +29,8 @@ def to_torch(array: jax.Array) -> Tensor:
 
 
 def to_jax(tensor: Tensor, device: jax.Device | None = None) -> jax.Array:
-    """The tensor as an array: by DLPack, no copy where it is contiguous, aligned to 64 bytes, and on ``device``.
+    """Convert the tensor to an array: by DLPack, no copy where it is contiguous, aligned to 64 bytes, and on
+    ``device``.
 
     Without ``jax_enable_x64``, int64 becomes int32 and float64 float32, as everywhere in JAX.
 
@@ -44,7 +46,9 @@ def to_jax(tensor: Tensor, device: jax.Device | None = None) -> jax.Array:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """The tensor's values for a callback of JAX, whose arrays cannot be made inside one; bfloat16 as JAX has it."""
+    """Convert the tensor's values for a callback of JAX, whose arrays cannot be made inside one; bfloat16 as JAX has
+    it.
+    """
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(jnp.bfloat16)

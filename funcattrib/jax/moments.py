@@ -26,12 +26,12 @@ _FACTORED = {"count", "v_row", "v_col", "v"}
 
 
 def optimizer_state(state: Any, params: Any, *, b2: float = 0.999) -> dict[str, Moment]:
-    """Second moments of every parameter that an optimizer of optax has trained, as the normalisations take them.
+    """Read second moments of every parameter that an optimizer of optax has trained, as the normalisations take them.
 
     Args:
         state: of the optimizer, however its transformations are chained or masked; Flax NNX's ``optimizer.opt_state``.
         params: the parameters, whose names and shapes say which moment is whose.
-        b2: Adam's β₂, which its state does not tell.
+        b2: Adam's β₂, which its state does not hold.
 
     Returns:
         Parameter name → v, shaped like the parameter, or Adafactor's (r, c); float32, bias-corrected. Parameters that
@@ -63,7 +63,7 @@ def optimizer_state(state: Any, params: Any, *, b2: float = 0.999) -> dict[str, 
 
 
 def _states(state: Any) -> Iterator[Any]:
-    """Those with second moments, inside whatever chains, masks and schedules hold them."""
+    """Yield those with second moments, inside whatever chains, masks and schedules hold them."""
     fields = set(getattr(state, "_fields", ()))
     if fields >= _ADAM or fields >= _FACTORED:
         yield state
@@ -76,7 +76,7 @@ def _states(state: Any) -> Iterator[Any]:
 
 
 def _value(count: Any) -> Any:
-    """Of a count, which Flax NNX keeps in a variable."""
+    """Return the value of a count, which Flax NNX keeps in a variable."""
     return jax.tree.leaves(count)[0]
 
 

@@ -35,7 +35,7 @@ Arrays = dict[str, jax.Array]
 
 
 def chunked(examples: int) -> Source:
-    """Per-example gradients of a JAX loss, with a bound on memory: so many examples at a time.
+    """Return a source of per-example gradients of a JAX loss, with a bound on memory: so many examples at a time.
 
     A chain that begins here takes a loss ``loss(params, example) -> scalar`` in JAX, parameters as a pytree of
     floating-point arrays (Flax NNX's state, Linen's variables, an Equinox module's arrays, dicts), and batches as a
@@ -60,7 +60,7 @@ def chunked(examples: int) -> Source:
 
 
 def _measurable(loss: Loss, params: Any, names: Iterable[str], batch: Any) -> set[str]:
-    """All: what is not linear is read off whole gradients."""
+    """Return all: what is not linear is read off whole gradients."""
     return set(names)
 
 
@@ -113,7 +113,7 @@ def _gradients(
     sides: Mapping[str, Pair],
     batch: Any,
 ) -> tuple[jax.Array, Arrays]:
-    """Losses (B,), and name → G of each parameter in ``read``, as L G Rᵀ where it has ``sides``.
+    """Compute losses (B,), and name → G of each parameter in ``read``, as L G Rᵀ where it has ``sides``.
 
     ``names`` and ``leaves`` are in the order of ``structure``: a dict would reach a compiled function sorted by name.
     """
@@ -135,7 +135,7 @@ def _gradients(
 
 
 def _kernels(loss: Loss, structure: PyTreeDef, leaves: tuple[jax.Array, ...], batch: Any) -> set[int]:
-    """Places of the parameters that the loss uses as kernels of ``lifted_dense`` alone."""
+    """Find the places of the parameters that the loss uses as kernels of ``lifted_dense`` alone."""
     example = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape[1:], array.dtype), batch)
     traced = jax.make_jaxpr(lambda given, one: loss(jax.tree.unflatten(structure, given), one))(leaves, example)
     (value, *others) = traced.out_avals or [None]
@@ -148,13 +148,13 @@ def _kernels(loss: Loss, structure: PyTreeDef, leaves: tuple[jax.Array, ...], ba
 
 
 def _probe(kernel: jax.Array, sides: Pair) -> jax.Array:
-    """θ₀ = 0, (P, Q)."""
+    """Return θ₀ = 0, (P, Q)."""
     shape = [n if side is None else side.shape[0] for side, n in zip(sides, kernel.shape, strict=True)]
     return jnp.zeros(shape, kernel.dtype)
 
 
 def _split(gradient_map: GradientMap) -> tuple[TwoSided, GradientMap | None]:
-    """The sides that JAX applies, and what torch reads of what comes out."""
+    """Divide into the sides that JAX applies, and the map that torch applies to the result."""
     if isinstance(gradient_map, TwoSided):
         return gradient_map, None
     if isinstance(gradient_map, Composed):
@@ -172,7 +172,7 @@ def _sides(pair: TwoSided, device: jax.Device) -> Pair:
 
 
 def _read(maps: Readouts, behind: Mapping[str, GradientMap | None], coordinates: Arrays) -> Grads:
-    """A chunk's coordinates as leaves; parameters that share a probe add up in it."""
+    """Read a chunk's coordinates as leaves; parameters that share a probe add up in it."""
     probes: Grads = {}
     for name, how in maps.items():
         value, rest = to_torch(coordinates[name]), behind[name]
@@ -196,7 +196,7 @@ def _operand(device: jax.Device, value: Any) -> jax.Array:
 
 
 def _examples(batch: Any) -> int:
-    """How many are stacked."""
+    """Count the stacked examples."""
     lengths = {name_of(path): leaf.shape[:1] for path, leaf in jax.tree_util.tree_leaves_with_path(batch)}
     if len(set(lengths.values())) != 1 or () in lengths.values():
         found = ", ".join(f"{name} {shape[0] if shape else 'without an axis'}" for name, shape in lengths.items())

@@ -22,7 +22,7 @@ class Named(NamedTuple):
 
 
 def take_apart(tree: Any, what: str = "the parameters", traced: bool = False) -> Named:
-    """The leaves by name.
+    """Return the leaves by name.
 
     A name is the path, its parts joined by dots, without the ``value`` under which Flax NNX keeps a variable's array.
 
@@ -63,12 +63,12 @@ def take_apart(tree: Any, what: str = "the parameters", traced: bool = False) ->
 
 
 def tensors_of(tree: Any) -> dict[str, Tensor]:
-    """The leaves by name as tensors, in the same memory."""
+    """Return the leaves by name as tensors, in the same memory."""
     return {name: to_torch(array) for name, array in take_apart(tree).arrays.items()}
 
 
 def name_of(path: tuple[Any, ...]) -> str:
-    """A path as a name."""
+    """Return a path as a name."""
     if len(path) > 1 and path[-1] == GetAttrKey("value"):
         path = path[:-1]
     return keystr(path, simple=True, separator=".")

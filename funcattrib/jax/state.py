@@ -9,7 +9,7 @@ from funcattrib.jax.dlpack import to_jax, to_torch
 
 
 def state_to_jax(state: Any) -> Any:
-    """A chain's state as a pytree of arrays, in the same memory where that can be.
+    """Convert a chain's state to a pytree of arrays, in the same memory where that can be.
 
     Statistics are in float64 and stay so, whatever ``jax_enable_x64`` says; what JAX computes of them may be narrower.
 
@@ -23,7 +23,7 @@ def state_to_jax(state: Any) -> Any:
 
 
 def state_to_torch(state: Any) -> Any:
-    """The other way; tensors are left as they are.
+    """Convert arrays back to tensors; tensors stay as they are.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Which parameters reach a loss as the kernel of ``lifted_dense`` and in no other way, found in the loss's jaxpr.
+"""Uses of parameters in a loss's jaxpr: which reach it as the kernel of ``lifted_dense`` and in no other way.
 
 A parameter that is also cast, sliced, transposed or passed to a loop keeps its plain gradient.
 """
@@ -13,7 +13,7 @@ _CALLS = ("jit", "pjit", "closed_call", "remat", "remat2", "checkpoint")
 
 
 def dense_kernels(jaxpr: Any, parameters: Sequence[Any]) -> set[int]:
-    """Places in ``parameters`` of those that are used, and only as kernels.
+    """Find the places in ``parameters`` of those that are used, and only as kernels.
 
     Args:
         jaxpr: of the loss.
@@ -24,7 +24,7 @@ def dense_kernels(jaxpr: Any, parameters: Sequence[Any]) -> set[int]:
 
 
 def _uses(jaxpr: Any, places: dict[int, int]) -> list[tuple[int, bool]]:
-    """(parameter, whether as a kernel) of every use."""
+    """List (parameter, whether as a kernel) of every use."""
     found = [(places[id(variable)], False) for variable in jaxpr.outvars if id(variable) in places]
     for equation in jaxpr.eqns:
         operands = [places.get(id(variable)) for variable in equation.invars]

@@ -43,12 +43,12 @@ def settle(
     track_order: bool,
     partial: bool = False,
 ) -> GradientStore:
-    """Make the store of ``folder`` from its journals, which are then removed unless the training broke off.
+    """Build the store of ``folder`` from its journals, which are then removed unless the training broke off.
 
     Args:
         manifest: of the store to make.
         state: the chain's.
-        shown: what the store tells of some rows' examples.
+        shown: returns the metadata of some rows' examples.
         partial: the training broke off; the journals are kept for the one that resumes it.
     """
     visits = read_visits(folder)
@@ -82,7 +82,7 @@ def settle(
 
 
 def read_visits(folder: Path) -> Visits:
-    """What the journals hold; of a segment that was not finished, its finished shards."""
+    """Read the journals; of a segment that was not finished, its finished shards."""
     stores = []
     for path in segments(folder):
         with warnings.catch_warnings():

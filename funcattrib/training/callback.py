@@ -40,7 +40,7 @@ _SHARD_BYTES = 64 << 20
 
 
 class GradientCollectorCallback(TrainerCallback):
-    """Collects while transformers' ``Trainer`` (or TRL's ``SFTTrainer``) trains; see the module.
+    """A callback that collects while transformers' ``Trainer`` (or TRL's ``SFTTrainer``) trains; see the module.
 
     Args:
         path: the folder of the stores.
@@ -58,7 +58,7 @@ class GradientCollectorCallback(TrainerCallback):
         evaluate: also a store `path/eval/step_N` (`eval_NAME` of several sets) of the evaluation set's rows at every
             evaluation while training; with this chain, without the optimizer's moments.
         loss_scale: what the loss is of the sum of the examples' losses, where it is not their mean over tokens.
-        overwrite: begin anew where the folder holds the stores of another training.
+        overwrite: start over where the folder holds the stores of another training.
 
     Raises:
         FuncattribError: where training begins: a Trainer that was not prepared, or cannot be collected from.
@@ -103,7 +103,7 @@ class GradientCollectorCallback(TrainerCallback):
         self._epoch = 0
 
     def training_step(self, original: Any, rows: Tensor | None, *given: Any, **named: Any) -> Tensor:
-        """The Trainer's step, collected from where it is one to keep."""
+        """Call the Trainer's step, and collect from it where it is one to keep."""
         wanted = self.steps is None or self.trainer.state.global_step + 1 in self.steps
         if self._session is None or self._journal is None or rows is None or not wanted:
             return original(*given, **named)
@@ -114,13 +114,13 @@ class GradientCollectorCallback(TrainerCallback):
             self._active = False
 
     def compute_loss(self, original: Any, *given: Any, **named: Any) -> Any:
-        """The Trainer's loss, looked at inside a step."""
+        """Call the Trainer's loss, and observe it inside a step."""
         if self._session is None or not self._active:
             return original(*given, **named)
         return self._session.compute_loss(original, *given, **named)
 
     def evaluated(self, examples: Any, name: str) -> None:
-        """An evaluation while training is over: its rows, where they are wanted."""
+        """Store the rows of an evaluation while training, where they are wanted."""
         examples = self.trainer.eval_dataset if examples is None else examples
         examples = self.trainer.eval_dataset[examples] if isinstance(examples, str) else examples
         if self._session is None or not self.evaluate or isinstance(examples, dict):
@@ -180,17 +180,17 @@ class GradientCollectorCallback(TrainerCallback):
         self._journal = Journal(self._folder(), self._manifest, self._epoch, args.process_index, dtype)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The optimizer's second moments are this step's."""
+        """Read the rows that need the optimizer's second moments of this step."""
         if self._session is not None and self._journal is not None:
             self._session.after_optimizer_step()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Rows up to a checkpoint are on disk with it."""
+        """Write the rows up to a checkpoint to disk with it."""
         if self._journal is not None:
             self._journal.flush()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Make the epoch's store."""
+        """Build the epoch's store."""
         if self._journal is None:
             return
         self._journal.flush()
@@ -199,13 +199,13 @@ class GradientCollectorCallback(TrainerCallback):
             self._settle(self._folder())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Make the sum's store."""
+        """Build the sum's store."""
         self._session = None
         if self.accumulate:
             self._settle(self._folder())
 
     def broken_off(self) -> None:
-        """Training ended with an exception: what there is becomes a store, and a resumed training goes on from it."""
+        """Build a store of what there is, after an exception; a resumed training goes on from it."""
         self._session, journal, self._journal = None, self._journal, None
         if journal is not None:
             journal.flush()
@@ -213,7 +213,7 @@ class GradientCollectorCallback(TrainerCallback):
                 self._settle(self._folder(), partial=True)
 
     def _make_room(self) -> None:
-        """Refuse another training's folder, or forget the rows it left waiting."""
+        """Refuse another training's folder, or remove the rows of it that wait."""
         earlier = [] if self._resumed else [*sorted(self.path.glob("epoch_*")), *self.path.glob("sum")]
         if earlier and not self.overwrite:
             raise FuncattribError(
@@ -246,7 +246,7 @@ class GradientCollectorCallback(TrainerCallback):
         self._journal.add(rows, facts, step)
 
     def _settle(self, folder: Path, partial: bool = False) -> None:
-        """One process makes the store, when all have written theirs."""
+        """Build the store, in one process, when all have written theirs."""
         if not partial:
             self.trainer.accelerator.wait_for_everyone()
         if self.trainer.args.process_index == 0:

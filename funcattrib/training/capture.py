@@ -30,7 +30,7 @@ _EXPERTS = "_experts_implementation_internal"
 
 
 class Reader(NamedTuple):
-    """What is read of each example: the chain's linear prefix, lowered, and the stages behind it with their state."""
+    """A chain ready to be read: its linear prefix, lowered, and the stages after it with their state."""
 
     lowered: Readouts
     rest: Chain
@@ -38,7 +38,7 @@ class Reader(NamedTuple):
 
 
 def reader(model: nn.Module, names: Mapping[str, Any] | set[str], chain: Chain, state: State = None) -> Reader:
-    """A chain made ready for a model's parameters ``names``.
+    """Prepare a chain for a model's parameters ``names``.
 
     Raises:
         ChainError: a chain that does not fit, or one that must be fitted first and comes without a state.
@@ -57,7 +57,7 @@ class Pass(NamedTuple):
 
     @property
     def read(self) -> bool:
-        """Whether a backward pass has reached it."""
+        """Return whether a backward pass has reached it."""
         return any(probe.grad is not None for probe in self.probes.values())
 
 
@@ -69,13 +69,13 @@ class Collected:
         self.passes: list[Pass] = []
 
     def begin(self, weights: Mapping[str, Tensor], examples: int) -> Probes:
-        """New probes for a forward pass with these weights."""
+        """Create probes for a forward pass with these weights."""
         probes = {n: probe.requires_grad_() for n, probe in zero_probes(weights, self._read.lowered, examples).items()}
         self.passes.append(Pass(probes, {name: tensor for name, tensor in weights.items() if tensor.grad is None}))
         return probes
 
     def coordinates(self) -> Grads:
-        """Name → (B, *coordinates) over all examples that went forward and backward, in order.
+        """Return name → (B, *coordinates) over all examples that went forward and backward, in order.
 
         Raises:
             FuncattribError: no forward pass, or no backward pass, happened inside the block; a weight was used where it
@@ -90,11 +90,11 @@ class Collected:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def grads(self, loss_scale: float | Tensor = 1.0) -> Grads:
-        """Divided by ``loss_scale``, behind all of the chain's stages, name → (B, *shape)."""
+        """Return rows divided by ``loss_scale``, after all of the chain's stages, name → (B, *shape)."""
         return _behind(self._read, self.coordinates(), loss_scale)
 
     def take(self, loss_scale: float | Tensor = 1.0) -> list[Grads]:
-        """The rows of each forward pass that backward has reached; those passes are then forgotten."""
+        """Return the rows of each forward pass that backward has reached; those passes are then dropped."""
         done = [each for each in self.passes if each.read]
         self._check(done)
         self.passes = [each for each in self.passes if not each.read]
@@ -153,9 +153,9 @@ def lifted(
     begun: Callable[[Collected], None] = lambda collected: None,
     seen: Callable[[Any], None] = lambda output: None,
 ) -> Iterator[Collected]:
-    """As ``collecting``, with a chain that was made ready before.
+    """Run the model's forward with lifted leaves, as ``collecting``, with a chain that was made ready before.
 
-    A forward pass without gradients (evaluation) is left alone.
+    A forward pass without gradients (evaluation) stays as it is.
 
     Args:
         begun: called as each forward pass begins, which is then the last of ``passes``.
@@ -199,7 +199,7 @@ Places = dict[str, list[tuple[dict[str, Any], str]]]
 
 
 def _places(model: nn.Module, names: Mapping[str, Any]) -> Places:
-    """Where each parameter stands: (a module's parameters, its name there); several places for one that is tied."""
+    """List where each parameter stands: (a module's parameters, its name there); several for a tied one."""
     first: dict[int, str] = {}
     places: Places = {}
     for prefix, module in model.named_modules():
@@ -213,7 +213,7 @@ def _places(model: nn.Module, names: Mapping[str, Any]) -> Places:
 
 @contextmanager
 def _standing_in(places: Places, leaves: Mapping[str, Tensor]) -> Iterator[None]:
-    """The leaves in the parameters' places."""
+    """Put the leaves in the parameters' places inside the block."""
     before = [(parameters, key, parameters[key]) for spots in places.values() for parameters, key in spots]
     try:
         for name, spots in places.items():
@@ -227,7 +227,7 @@ def _standing_in(places: Places, leaves: Mapping[str, Tensor]) -> Iterator[None]
 
 @contextmanager
 def _repeated_alike(model: nn.Module, within: Callable[[], Any]) -> Iterator[None]:
-    """What gradient checkpointing repeats of this forward pass in backward is repeated with the same leaves."""
+    """Repeat with the same leaves what gradient checkpointing repeats of this forward pass in backward."""
     name = "_gradient_checkpointing_func"
     own = [
         (vars(module), vars(module)[name])
@@ -256,7 +256,7 @@ def _call(within: Callable[[], Any], function: Callable[..., Any], *args: Any, *
 
 @contextmanager
 def _experts(model: nn.Module, lowered: Readouts) -> Iterator[None]:
-    """The experts' forward that can be read, where stacks of experts are."""
+    """Use the experts' forward that can be read, where stacks of experts are."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name in lowered}
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     models = [module for module in models if module._can_set_experts_implementation()]
@@ -273,7 +273,7 @@ def _experts(model: nn.Module, lowered: Readouts) -> Iterator[None]:
 
 
 def _batch_shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Size:
-    """Of the model's first input: examples, and tokens where it has them."""
+    """Return the shape of the model's first input: examples, and tokens where it has them."""
     named = [kwargs[name] for name in ("input_ids", "inputs_embeds") if name in kwargs]
     for value in (*args, *named, *kwargs.values()):
         if isinstance(value, Tensor) and value.ndim:

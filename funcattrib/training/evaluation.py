@@ -23,7 +23,7 @@ from funcattrib.training.metadata import data_identity, shown
 def evaluation_store(
     folder: Path, trainer: Any, read: Reader, manifest: Manifest, state: dict[str, Tensor], examples: Any
 ) -> None:
-    """A store of an evaluation set's rows, in its order; every process computes them, the first one writes."""
+    """Store an evaluation set's rows, in its order; every process computes them, the first one writes."""
     manifest = replace(
         manifest,
         rows=len(examples),
@@ -52,7 +52,7 @@ def evaluation_store(
 
 
 def _batches(trainer: Any, read: Reader, examples: Any) -> Iterator[Tensor]:
-    """(B, D) on the CPU, batch by batch."""
+    """Yield rows (B, D) on the CPU, batch by batch."""
     collator, model, size = trainer.data_collator, trainer.model, trainer.args.eval_batch_size
     if isinstance(examples, datasets.Dataset):
         examples = trainer._remove_unused_columns(examples)

@@ -1,6 +1,6 @@
 """Rows in the order of training: stores of consecutive steps, each whole after a checkpoint or at the epoch's end.
 
-A journal lies inside the folder of the store that is made of it, `RUN/epoch_0/gradients/epoch_0-rank_0-000`, and is a
+A journal lies in the folder of the store that is built from it, `RUN/epoch_0/gradients/epoch_0-rank_0-000`, and is a
 store like any other: of a process that was killed, its finished shards open, and their examples say row, step, epoch.
 """
 
@@ -21,10 +21,10 @@ _SEGMENT = re.compile(r"epoch_(\d+)-rank_(\d+)-(\d+)")
 
 
 class Journal:
-    """Writes one process' rows of one epoch.
+    """A writer of one process' rows of one epoch.
 
     Args:
-        folder: of the store that is made of it.
+        folder: of the store that is built from it.
         manifest: whose ``rows`` are the most that can come.
         epoch, rank: of these rows.
         dtype: of the rows until the store is made.
@@ -42,7 +42,7 @@ class Journal:
         self._filled = 0
 
     def add(self, rows: Tensor, facts: Mapping[str, list[Any]], step: int) -> None:
-        """Rows (B, D) with what is told of them; ``step`` is the first that this segment holds."""
+        """Add rows (B, D) with their metadata; ``step`` is the first that this segment holds."""
         if self._writer is None:
             self._writer, self._shard = self._begin(step), 0
         done = 0
@@ -58,7 +58,7 @@ class Journal:
                 self._put()
 
     def flush(self) -> None:
-        """Everything so far is on disk: the segment is complete, and the next row begins another."""
+        """Write everything so far to disk: the segment is complete, and the next row begins another."""
         if self._writer is None:
             return
         rows = self._shard * self._manifest.rows_per_shard + self._filled
@@ -70,7 +70,7 @@ class Journal:
         self._writer = None
 
     def close(self) -> None:
-        """Give up what is not finished."""
+        """Drop what is not finished."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -93,7 +93,7 @@ class Journal:
 
 
 def segments(folder: Path) -> list[Path]:
-    """The journal's stores in ``folder``, by epoch, process and time."""
+    """List the journal's stores in ``folder``, by epoch, process and time."""
     found = [(_SEGMENT.fullmatch(path.name), path) for path in sorted((folder / PARTS).glob("epoch_*"))]
     numbered = [(tuple(map(int, match.groups())), path) for match, path in found if match]
     return [path for _, path in sorted(numbered)]

@@ -39,7 +39,7 @@ def capture_gradients(
     exclude: Globs = (),
     loss_scale: float | Tensor = 1.0,
 ) -> Iterator[Grads]:
-    """Per-example gradients of the forward and backward passes inside the block, there once it is left.
+    """Collect per-example gradients of the forward and backward passes inside the block, there once it is over.
 
     Args:
         chain: transforms, ``compose(project(16), …)``; ``project(16)`` by default.
@@ -50,7 +50,7 @@ def capture_gradients(
             language model of transformers returns.
 
     Yields:
-        A dict that is filled when the block is left: name → (B, *shape).
+        A dict that is filled at the end of the block: name → (B, *shape).
 
     Raises:
         FuncattribError: no forward or backward pass inside the block, or a chain that does not fit.
@@ -69,11 +69,11 @@ def capture_gradients(
 
 
 class GradientCollector:
-    """Collects over many steps; a context manager.
+    """A collector over many steps; a context manager.
 
     Args:
         closure: called with a leaf's name and a batch's gradients (B, *shape) as soon as backward has them, which are
-            then let go. With a chain that is not linear, when the batch is complete: before the next forward pass, or
+            then freed. With a chain that is not linear, when the batch is complete: before the next forward pass, or
             on leaving. Without a closure all rows are kept.
         model, chain, state, modules, exclude, loss_scale: as ``capture_gradients``; the last may be set for
             every batch.
@@ -105,7 +105,7 @@ class GradientCollector:
 
     @property
     def grads(self) -> Grads:
-        """Name → (examples, *shape) of every batch so far, in order; empty with a closure."""
+        """Return name → (examples, *shape) of every batch so far, in order; empty with a closure."""
         return {name: torch.cat(rows) for name, rows in self._rows.items()}
 
     def __enter__(self) -> Self:
@@ -147,7 +147,8 @@ class GradientCollector:
 
 
 def token_mean(labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
-    """1/n over the batch's n labelled tokens that have a token before them: the loss of transformers' language models.
+    """Compute 1/n over the batch's n labelled tokens that have a token before them: the loss of transformers' language
+    models.
 
     Example:
         >>> token_mean(torch.tensor([[5, 6, 7], [5, 6, -100]]))
@@ -157,7 +158,7 @@ def token_mean(labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
 
 
 def trained(model: nn.Module, modules: Globs | None, exclude: Globs) -> set[str]:
-    """Names of the parameters that the globs select; without globs, of the blocks' matrices that are trained.
+    """Return names of the parameters that the globs select; without globs, of the blocks' matrices that are trained.
 
     Stacks of experts must be named: reading them takes a forward of their own, which differs in rounding from the one
     that the model was given, and training shall not change.

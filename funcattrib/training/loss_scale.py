@@ -1,4 +1,4 @@
-"""What the Trainer's loss is of the sum of its examples' losses.
+"""The factor between the Trainer's loss and the sum of its examples' losses.
 
     loss = c Σ_b ℓ_b,   c = P / D        ℓ_b summed over an example's labelled tokens
 
@@ -24,7 +24,9 @@ LossScale = float | Callable[[Mapping[str, Any], Any], float | Tensor]
 
 
 def targets(trainer: Any, inputs: Mapping[str, Any]) -> Tensor | None:
-    """What the loss compares the logits with, −100 where nothing: labels moved to the position that predicts them."""
+    """Return what the loss compares the logits with, −100 where nothing: labels moved to the position that predicts
+    them.
+    """
     if (shifted := inputs.get("shift_labels")) is not None:
         return shifted
     labels = inputs.get("labels")
@@ -34,7 +36,7 @@ def targets(trainer: Any, inputs: Mapping[str, Any]) -> Tensor | None:
 
 
 def token_scale(trainer: Any, target: Tensor | None, num_items: Tensor | int | None) -> Tensor:
-    """c of a loss that is a mean over labelled tokens."""
+    """Compute c of a loss that is a mean over labelled tokens."""
     if num_items is None:
         if target is None:
             raise FuncattribError("expected labels in the batch, found none; give the callback a loss_scale")
@@ -44,12 +46,12 @@ def token_scale(trainer: Any, target: Tensor | None, num_items: Tensor | int | N
 
 
 def own_scale(loss_scale: LossScale, inputs: Mapping[str, Any], num_items: Tensor | int | None) -> Tensor:
-    """c as the user gives it."""
+    """Return c as the user gives it."""
     return torch.as_tensor(loss_scale(inputs, num_items) if callable(loss_scale) else loss_scale)
 
 
 def summed(output: Any, target: Tensor | None, smoothing: float) -> Tensor | None:
-    """Σ_b ℓ_b from what the model returned, an example at a time; None where it returned neither logits nor losses."""
+    """Compute Σ_b ℓ_b from the model's output, an example at a time; None where that has neither logits nor losses."""
     if (of_tokens := _field(output, "log_probs")) is not None:  # TRL's fused head
         return -of_tokens.float().sum()
     logits = _field(output, "logits")
@@ -86,7 +88,7 @@ def check(loss: Tensor, total: Tensor | None, scale: Tensor) -> None:
 
 
 def _predicts_next(trainer: Any) -> bool:
-    """Whether a label belongs to the position before it."""
+    """Return whether a label belongs to the position before it."""
     model = getattr(trainer.model, "get_base_model", lambda: trainer.model)()
     named = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     return named or getattr(trainer, "_loss_shifts_labels", False)

@@ -1,4 +1,4 @@
-"""What a store of a training tells of its data set, and of each example beside its row."""
+"""Metadata of a training's data set, and of each example beside its row."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,13 +9,13 @@ from funcattrib.training.row_ids import Numbered
 
 
 def data_identity(examples: Any) -> dict[str, Any]:
-    """Which data set, as the manifest keeps it."""
+    """Return the manifest's entry for the data set."""
     fingerprint = getattr(examples, "_fingerprint", None)
     return {"id": "in memory", "split": None, "fingerprint": fingerprint, "documents": len(examples)}
 
 
 def shown(examples: Any, tokenizer: Any) -> Callable[[range], Mapping[str, Any]]:
-    """Columns to show of some rows: the data set's ids and texts, or its tokens as text."""
+    """Return a function from rows to columns to show: the data set's ids and texts, or its tokens as text."""
     if isinstance(examples, datasets.Dataset):
         plain = examples.with_format(None)
         texts = [name for name, feature in plain.features.items() if getattr(feature, "dtype", "") == "string"]

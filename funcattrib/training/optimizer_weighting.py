@@ -3,8 +3,8 @@
     Adam        row = lr · C(g ⊙ (√v̂_t + ε)⁻¹),  v̂_t = v_t / (1 − β₂ᵗ) with this step's gradient in v_t
     Adafactor   row = lr · C(diag(r_t)^-½ g diag(c_t)^-½ · √mean(r_t))
 
-v_t is known after the step, so that the factors of each gradient are put aside in backward (``lift/kept.py``) and read
-then. For a batch of one, without clipping and with β₁ = 0, the step is −row (times the loss's scale).
+v_t is known after the step, so that the factors of each gradient are saved in backward (``lift/maps/deferred.py``) and
+read then. For a batch of one, without clipping and with β₁ = 0, the step is −row (times the loss's scale).
 
 References: Adam, arXiv 1412.6980; Adafactor, arXiv 1804.04235.
 """
@@ -25,17 +25,17 @@ from funcattrib.transforms.normalize import adafactor_norm
 from funcattrib.types import Grads, Spec
 
 Put = Mapping[str, list[Part]]
-"""Parameter → what was put aside of its gradient in one forward and backward pass."""
+"""Parameter → saved factors of its gradient in one forward and backward pass."""
 
 
 def put_aside(lowered: Readouts) -> tuple[Readouts, dict[str, list[Part]]]:
-    """Maps that put every parameter's factors aside, and where."""
+    """Return maps that save every parameter's factors, and the lists that they save to."""
     parts: dict[str, list[Part]] = {name: [] for name in lowered}
     return {name: Readout(SavedFactors(parts[name]), name, (name,)) for name in lowered}, parts
 
 
 def read_put(lowered: Readouts, parts: Put, examples: int) -> Grads:
-    """Coordinates by leaf of what was put aside, (E, …)."""
+    """Compute coordinates by leaf of saved factors, (E, …)."""
     probes: dict[str, Tensor] = {}
     for name, (gradient_map, probe, _) in lowered.items():
         read = read_saved(gradient_map, parts[name], examples)
@@ -47,7 +47,7 @@ def read_put(lowered: Readouts, parts: Put, examples: int) -> Grads:
 
 
 def weighed(lowered: Readouts, spec: Spec, optimizer: Any, model: nn.Module, *, moments: bool, rates: bool) -> Readouts:
-    """``lowered`` with the optimizer's normalisation and learning rates before it, as they stand now."""
+    """Return ``lowered`` with the optimizer's normalisation and learning rates before it, as they stand now."""
     names = {id(parameter): name for name, parameter in model.named_parameters() if name in lowered}
     groups = {names[id(p)]: (p, group) for group in optimizer.param_groups for p in group["params"] if id(p) in names}
     if missing := next((name for name in lowered if name not in groups), None):

@@ -1,4 +1,4 @@
-"""Making a Trainer ready: its training examples are numbered, and its steps go through the callback."""
+"""Preparation of a Trainer: its training examples are numbered, and its steps go through the callback."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +14,7 @@ AnyTrainer = TypeVar("AnyTrainer")
 
 
 def prepare_for_gradient_collection(trainer: AnyTrainer) -> AnyTrainer:
-    """The same Trainer, from which its ``GradientCollectorCallback`` collects.
+    """Return the same Trainer, from which its ``GradientCollectorCallback`` collects.
 
     What it computes stays the same to the bit: the same batches in the same order, the same losses, the same weights.
 

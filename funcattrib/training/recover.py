@@ -1,4 +1,4 @@
-"""After a training that was killed: stores of what it had finished."""
+"""Recovery after a training that was killed: stores of what it had finished."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def recover(path: str | Path) -> list[GradientStore]:
         examples that were not visited. ``store.manifest.extra["steps"]`` says which steps it holds.
 
     Raises:
-        FuncattribError: nothing there that a training left.
+        FuncattribError: no rows of a training there.
     """
     path = Path(path)
     folders = [folder for folder in (*sorted(path.glob("epoch_*"), key=_number), path / "sum") if segments(folder)]
@@ -39,7 +39,7 @@ def recover(path: str | Path) -> list[GradientStore]:
 
 
 def save_plan(folder: Path, manifest: Manifest, state: Mapping[str, Tensor], settings: Mapping[str, bool]) -> None:
-    """What ``recover`` must know, beside the journals of ``folder``."""
+    """Save what ``recover`` must know, beside the journals of ``folder``."""
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
     (folder / PARTS / PLAN).write_text(json.dumps({"manifest": manifest.to_json(), "settings": dict(settings)}))
     if state:
@@ -59,7 +59,7 @@ def _recover(folder: Path) -> GradientStore:
 
 
 def _numbers(rows: range) -> dict[str, list[str]]:
-    """The data set is not at hand: its rows' numbers."""
+    """Return the rows' numbers as metadata, as the data set is not at hand."""
     return {"id": [str(row) for row in rows]}
 
 

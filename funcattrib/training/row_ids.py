@@ -33,7 +33,7 @@ class Collate:
         self.collator = collator
 
     def __call__(self, features: list[Any]) -> Any:
-        """The collator's batch, with the examples' numbers where they have any."""
+        """Return the collator's batch, with the examples' numbers where they have any."""
         if not all(isinstance(each, Mapping) and ROW in each for each in features):
             return self.collator(features)
         batch = self.collator([{name: value for name, value in each.items() if name != ROW} for each in features])
@@ -42,7 +42,7 @@ class Collate:
 
 
 def number(examples: Any) -> Any:
-    """The data set with a column of row numbers; it stays what it is, so that the Trainer samples it alike.
+    """Return the data set with a column of row numbers, of its own kind, so that the Trainer samples it alike.
 
     Raises:
         FuncattribError: a data set that cannot be numbered.

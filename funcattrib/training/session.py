@@ -17,11 +17,11 @@ from funcattrib.training.optimizer_weighting import Put, put_aside, read_put, we
 from funcattrib.types import Grads, Spec
 
 Write = Callable[[Tensor, Mapping[str, list[Any]], int], None]
-"""Rows (B, D) on the CPU, what is told of each, and the step."""
+"""Takes rows (B, D) on the CPU, the metadata of each, and the step."""
 
 
 class Weighing(NamedTuple):
-    """Whether rows are normalised by the optimizer's second moments, and scaled by its learning rates."""
+    """Weighting by the optimizer: rows normalised by its second moments, scaled by its learning rates."""
 
     moments: bool
     rates: bool
@@ -36,7 +36,7 @@ class Waiting(NamedTuple):
 
 
 class Session:
-    """Runs the Trainer's steps; ``write`` receives the rows."""
+    """A run of the Trainer's steps; ``write`` receives the rows."""
 
     def __init__(
         self, trainer: Any, model: nn.Module, read: Reader, spec: Spec, how: Weighing, loss_scale: Any, write: Write
@@ -55,7 +55,7 @@ class Session:
     def training_step(
         self, original: Callable[..., Tensor], rows: Tensor, epoch: int, *given: Any, **named: Any
     ) -> Tensor:
-        """The Trainer's own step on a batch of the examples ``rows``."""
+        """Call the Trainer's own step on a batch of the examples ``rows``."""
         self._scale = self._received = self._target = self._total = None
         read = self._read
         parts: Put = {}
@@ -81,7 +81,7 @@ class Session:
     def compute_loss(
         self, original: Callable[..., Any], model: nn.Module, inputs: Any, *given: Any, **named: Any
     ) -> Any:
-        """The Trainer's own loss, looked at."""
+        """Call the Trainer's own loss, and observe it."""
         self._target = losses.targets(self._trainer, inputs)
         names = ("return_outputs", "num_items_in_batch")
         items = {**dict(zip(names, given, strict=False)), **named}.get("num_items_in_batch")

@@ -3,7 +3,7 @@
     v = E[G²], entry by entry        C(G) = G ⊙ (√v + ε)⁻¹
 
 A linear map that is not two-sided: each weight's gradient is formed in its turn and dropped, never all of them. An
-entry that never had a gradient (v = 0) is left at zero, as a row or column is by ``adafactor_norm``.
+entry that never had a gradient (v = 0) stays zero, as a row or column does in ``adafactor_norm``.
 
 The sums are in float64, 8 bytes a parameter: as much as Adam's own state takes in training, so a model that could be
 trained with Adam can be fitted, and small terms are not lost in long passes.
@@ -61,7 +61,7 @@ def _entries(name: str, leaf: Leaf, moment: Moment | None) -> Tensor:
 
 
 def _squares(name: str, grad: Tensor) -> Tensor:
-    """(B, *shape) → the mean square over these examples for each of them: their sum is that of the squares.
+    """Compute the mean square over these examples for each of them, (B, *shape): their sum is that of the squares.
 
     One tensor of the weight's shape, seen B times, so that squares do not add up to (B, every parameter).
     """

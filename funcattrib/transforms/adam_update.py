@@ -2,7 +2,7 @@
 
     m̂ = (β₁ m + (1 − β₁) g) / (1 − β₁ᵗ)        v̂ = (β₂ v + (1 − β₂) g²) / (1 − β₂ᵗ)        Γ(g) = m̂ / (√v̂ + ε)
 
-m and v as the optimizer left them after t − 1 steps. Entry by entry, and not linear: g is in the denominator, and every
+m and v as the optimizer has them after t − 1 steps. Entry by entry, and not linear: g is in the denominator, and every
 example has the momentum m in common. Each weight's gradient is formed in its turn; a projection of the updates is read
 with them, so that no example's updates are ever held together.
 
@@ -24,7 +24,7 @@ from funcattrib.types import Spec
 
 
 class AdamState(NamedTuple):
-    """What Adam keeps of one parameter.
+    """Adam's state of one parameter.
 
     Attributes:
         first, second: m and v as saved, without bias correction, shaped like the parameter.
@@ -68,7 +68,9 @@ def adam_update(states: Mapping[str, AdamState], then: Transform | None = None) 
 
 
 def _init(states: Mapping[str, AdamState], then: Transform | None, spec: Spec) -> tuple[State, Spec]:
-    """Of each leaf (a m + b g) / (√(c v + d g²) + ε): m and v as they are, and b, d, ε, a, c. And the map's state."""
+    """Return m and v as they are, and b, d, ε, a, c of each leaf's (a m + b g) / (√(c v + d g²) + ε). And the map's
+    state.
+    """
     kept = {}
     for name, leaf in spec.items():
         if name not in states:
@@ -96,7 +98,7 @@ def _updates(then: Transform | None, state: State, spec: Spec) -> Readouts:
 
 
 def _update(gradient: Tensor, first: Tensor, second: Tensor, rates: Tensor) -> Tensor:
-    """At least in float32: squares of small gradients vanish in float16."""
+    """Compute the update, at least in float32: squares of small gradients vanish in float16."""
     g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     b, d, eps, a, c = rates.to(g.dtype)
     root = torch.addcmul((g * d).mul_(g), second.to(g.dtype), c).sqrt_().add_(eps)

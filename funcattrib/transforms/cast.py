@@ -43,7 +43,7 @@ def cast(dtype: Precision = "float16") -> Transform:
 
 
 def saturate(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """``values`` in ``dtype``, finite ones clamped to its range; infinities and NaN pass."""
+    """Convert ``values`` to ``dtype``, finite ones clamped to its range; infinities and NaN pass."""
     largest = torch.finfo(dtype).max
     if torch.finfo(values.dtype).max <= largest:
         return values.to(dtype)
@@ -62,7 +62,7 @@ def _apply(state: State, grads: Grads, dtype: Precision) -> Grads:
 
 
 def _on_grid(grads: Grads) -> Grads:
-    """Every row rounded to the 255 multiples of its own s."""
+    """Round every row to the 255 multiples of its own s."""
     rows = {name: saturate(grad, torch.float32).flatten(1) for name, grad in grads.items()}
     largest = torch.stack([row.abs().amax(1) for row in rows.values()]).amax(0)
     scale = torch.where(largest.isfinite(), largest, torch.nan)[:, None] / 127

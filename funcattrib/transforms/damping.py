@@ -21,7 +21,7 @@ Damping = Literal["relative", "absolute", "pseudoinverse"]
 def inverse_power(
     gram: Float[Tensor, "D D"], power: float, damping: float = 0.1, kind: Damping = "relative"
 ) -> Float[Tensor, "D D"]:
-    """The damped ``power`` of a symmetric positive semi-definite matrix, in float64.
+    """Compute the damped ``power`` of a symmetric positive semi-definite matrix, in float64.
 
     A direction that is numerically zero and not damped gets 0, as in a pseudoinverse; so does all of a zero matrix,
     damped or not: what no gradient was seen in stays zero, and nothing is ever infinite.
@@ -46,6 +46,6 @@ def inverse_power(
 
 
 def without_rounding(eigenvalues: Float[Tensor, "D"]) -> Float[Tensor, "D"]:
-    """Eigenvalues of a semi-definite matrix, those below D ε λ_max (what rounding leaves of a zero) set to 0."""
+    """Return eigenvalues of a semi-definite matrix, those below D ε λ_max (a rounded zero) set to 0."""
     tolerance = len(eigenvalues) * torch.finfo(torch.float64).eps * eigenvalues.amax()
     return torch.where(eigenvalues > tolerance, eigenvalues, 0.0)

@@ -18,7 +18,7 @@ _PARAMETER_IS_DIVIDED = -1
 
 
 def split_experts() -> Transform:
-    """Divide every stack of experts into one leaf an expert; other leaves are left as they are.
+    """Divide every stack of experts into one leaf an expert; other leaves stay as they are.
 
     Before or after ``project`` it gives the same: experts share the projection of their stack.
 

@@ -12,7 +12,7 @@ from funcattrib.transforms.precondition import Gram, Preconditioner
 
 
 def gram_matrices(state: Preconditioner | Sequence[object]) -> dict[str, Tensor]:
-    """H of every block from the state of ``precondition``, finalized or not.
+    """Return H of every block from the state of ``precondition``, finalized or not.
 
     Args:
         state: of the stage, or of a chain with one such stage.
@@ -42,7 +42,7 @@ def gram_matrices(state: Preconditioner | Sequence[object]) -> dict[str, Tensor]
 
 
 def spectrum(gram: Gram) -> Float[Tensor, "D"]:
-    """Return the eigenvalues of all blocks of ``gram``, largest first, float64; what rounding leaves of a zero is 0.
+    """Return the eigenvalues of all blocks of ``gram``, largest first, float64; a rounded zero is 0.
 
     Example:
         >>> spectrum({"a": torch.diag(torch.tensor([1.0, 3.0])), "b": torch.tensor([[2.0]])})

@@ -55,7 +55,7 @@ def split_heads(config: Mapping[str, AttentionConfig | Mapping[str, Any]]) -> Tr
 
 
 def whole(name: str) -> str:
-    """The parameter that a leaf is, or is a head of.
+    """Return the parameter that a leaf is, or is a head of.
 
     Example:
         >>> whole("layer.q_proj.weight#h3"), whole("layer.q_proj.weight")
@@ -111,7 +111,7 @@ def _leaves(name: str, heads: Heads) -> tuple[str, ...]:
 
 
 def _heads(name: str, shape: tuple[int, ...], config: Config) -> Heads | None:
-    """How the leaf ``name`` is divided, None where no glob names it."""
+    """Return how the leaf ``name`` is divided, None where no glob names it."""
     found = next((one for glob, one in config.items() if _matches(name, glob)), None)
     if found is None:
         return None

@@ -30,7 +30,7 @@ SCORES = "scores"
 def inner_products(
     queries: Mapping[str, Tensor], unit_norm: bool = False, by: Literal["example", "leaf"] = "example"
 ) -> Transform:
-    """Inner products with K query gradients.
+    """Compute inner products with K query gradients.
 
     Args:
         queries: name → (K, *shape), the leaves that arrive here. They are part of the state, not of the settings.
@@ -57,7 +57,7 @@ def inner_products(
 
 
 def self_influence() -> Transform:
-    """The squared norm of each example's gradient, all leaves together: its influence on itself.
+    """Compute the squared norm of each example's gradient, all leaves together: its influence on itself.
 
     Example:
         >>> stage = self_influence()
@@ -68,7 +68,7 @@ def self_influence() -> Transform:
 
 
 def max_score() -> Transform:
-    """The largest of each leaf's scores: the score against the nearest query.
+    """Take the largest of each leaf's scores: the score against the nearest query.
 
     Example:
         >>> max_score().apply(None, {"scores": torch.tensor([[3.0, 7.0]])})["scores"]
@@ -141,7 +141,7 @@ def _largest(state: State, scores: Grads) -> Grads:
 
 
 def _dtype(spec: Spec) -> torch.dtype:
-    """Scores are at least float32: the sum is over all leaves."""
+    """Return the scores' dtype, at least float32: the sum is over all leaves."""
     dtype = torch.float32
     for leaf in spec.values():
         dtype = torch.promote_types(dtype, leaf.dtype)

@@ -1,4 +1,4 @@
-"""What a leaf of more than two axes is: a convolution's kernel, or a stack of experts.
+"""The kinds of leaves of more than two axes: a convolution's kernel, or a stack of experts.
 
     vector (n,)    matrix (o, i)    kernel (o, i, *spatial), as (o, i · spatial)    stack (x, o, i), expert by expert
 
@@ -14,7 +14,7 @@ from funcattrib.lift.maps.experts import Stack
 
 
 def is_stack(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a leaf is a stack of matrices.
+    """Return whether a leaf is a stack of matrices.
 
     Example:
         >>> is_stack("h.0.experts.down_proj", (8, 4, 6)), is_stack("h.0.conv1d.weight", (8, 4, 6))
@@ -24,7 +24,7 @@ def is_stack(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def sides(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Lengths of the sides that a leaf's matrices have, or of the vector.
+    """Return the lengths of the sides that a leaf's matrices have, or of the vector.
 
     Example:
         >>> sides("conv.weight", (8, 4, 3, 3)), sides("experts.down_proj", (8, 4, 6)), sides("bias", (8,))
@@ -36,19 +36,19 @@ def sides(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def projected(name: str, shape: tuple[int, ...], lengths: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of a leaf whose sides have been taken to ``lengths``: a kernel becomes a matrix."""
+    """Return the shape of a leaf whose sides have been taken to ``lengths``: a kernel becomes a matrix."""
     return (shape[0], *lengths) if is_stack(name, shape) else lengths
 
 
 def projection(name: str, shape: tuple[int, ...], pair: TwoSided) -> GradientMap:
-    """The map with these sides: on a kernel flattened, on each matrix of a stack."""
+    """Return the map with these sides: on a kernel flattened, on each matrix of a stack."""
     if is_stack(name, shape):
         return Stack(pair)
     return pair if len(shape) < 3 else Kernel(pair, shape)
 
 
 def normalisation(name: str, shape: tuple[int, ...], left: Tensor, right: Tensor) -> GradientMap:
-    """The map with these diagonals, which keeps the leaf's shape; of a stack (x, o) and (x, i)."""
+    """Return the map with these diagonals, which keeps the leaf's shape; of a stack (x, o) and (x, i)."""
     if is_stack(name, shape):
         return Stack(left=left, right=right)
     pair = TwoSided(left, right)

@@ -21,7 +21,7 @@ from funcattrib.transforms.precondition import Gram
 
 
 class Mixed(NamedTuple):
-    """What ``mix_grams`` found.
+    """Result of ``mix_grams``.
 
     Attributes:
         gram: block → H, (D, D) float64, for ``precondition(gram=…)``.
@@ -39,7 +39,7 @@ class Mixed(NamedTuple):
 
 
 def mix_grams(query: Gram, train: Gram, k: int = 1000, world: World = SINGLE_PROCESS) -> Mixed:
-    """H = a H_query + (1 - a) H_train, block by block, with one a for all blocks.
+    """Compute H = a H_query + (1 - a) H_train, block by block, with one a for all blocks.
 
     a = σ_train[k] / (σ_query[k] + σ_train[k]), k counted from 1 over the eigenvalues of all blocks together. Where one
     of the two has fewer than k eigenvalues above zero (fewer coordinates, or fewer gradients than directions), the last
@@ -83,7 +83,7 @@ def _pooled(gram: Gram, world: World) -> Tensor:
 
 
 def _weight(query: Tensor, train: Tensor, k: int) -> tuple[float, int]:
-    """a, and the k it was found at."""
+    """Compute a, and the k it was found at."""
     seen_query, seen_train = int((query > 0).sum()), int((train > 0).sum())
     component = min(k, seen_query, seen_train)
     if component == 0:

@@ -23,7 +23,7 @@ Moments = Mapping[str, Moment]
 
 
 def start(spec: Spec, moments: Moments | None, of: Callable[[str, Leaf, Moment | None], Tensor]) -> State:
-    """The state of a stage before its pass, or with given moments.
+    """Return the state of a stage before its pass, or with given moments.
 
     Args:
         of: a leaf's name, the leaf and its moment → what the stage keeps of it, in float64; zeros without a moment.
@@ -46,7 +46,7 @@ def start(spec: Spec, moments: Moments | None, of: Callable[[str, Leaf, Moment |
 
 
 def add_up(state: State, measured: Grads) -> State:
-    """The state with one batch of squares, name → (B, …), added in float64."""
+    """Add one batch of squares, name → (B, …), to the state in float64."""
     sums = {
         name: total + measured[name].sum(0, dtype=torch.float64).to(total.device)
         for name, total in state["sums"].items()
@@ -55,13 +55,13 @@ def add_up(state: State, measured: Grads) -> State:
 
 
 def average(state: State) -> State:
-    """Sums over examples become means."""
+    """Divide sums over examples to means."""
     mean = {name: total / state["count"] for name, total in state["sums"].items()}
     return {"sums": mean, "count": torch.ones_like(state["count"])}
 
 
 def factors(moment: Moment) -> tuple[Tensor, ...]:
-    """(r, c) of a matrix' moment, (v,) of a vector's, in float64.
+    """Compute (r, c) of a matrix' moment, (v,) of a vector's, in float64.
 
     Example:
         >>> factors(torch.tensor([[1.0, 3.0], [5.0, 7.0]]))
@@ -74,7 +74,7 @@ def factors(moment: Moment) -> tuple[Tensor, ...]:
 
 
 def entries(moment: Moment) -> Tensor:
-    """v of every entry, in float64; of factors, Adafactor's r cᵀ / mean(r)."""
+    """Compute v of every entry, in float64; of factors, Adafactor's r cᵀ / mean(r)."""
     if isinstance(moment, Tensor):
         return moment.detach().to(torch.float64)
     r, c = factors(moment)
@@ -83,5 +83,5 @@ def entries(moment: Moment) -> Tensor:
 
 
 def _shape(moment: Moment) -> tuple[int, ...]:
-    """Of the parameter that a moment belongs to."""
+    """Return the shape of the parameter that a moment belongs to."""
     return tuple(moment.shape) if isinstance(moment, Tensor) else (*moment[0].shape, moment[1].shape[-1])

@@ -76,7 +76,7 @@ def _init_adafactor(moments: Moments | None, spec: Spec) -> tuple[State, Spec]:
 
 
 def _factors(name: str, leaf: Leaf, moment: Moment | None) -> Tensor:
-    """r and c one after the other; (x, o + i) of a stack."""
+    """Join r and c one after the other; (x, o + i) of a stack."""
     stack = leaf_shapes.is_stack(name, leaf.shape)
     if moment is None:
         size = sum(leaf_shapes.sides(name, leaf.shape))
@@ -87,7 +87,7 @@ def _factors(name: str, leaf: Leaf, moment: Moment | None) -> Tensor:
 
 
 def _mean_squares(name: str, grad: Tensor) -> Tensor:
-    """(B, …, O, I) → (B, …, O + I): mean over columns, mean over rows; (B, n) → squares."""
+    """Compute the mean over columns, mean over rows, (B, …, O, I) → (B, …, O + I); squares of (B, n)."""
     if grad.ndim == 2:
         return _wide(grad).square()
     if not leaf_shapes.is_stack(name, tuple(grad.shape[1:])):
@@ -110,7 +110,7 @@ def _lower_adafactor(state: State, spec: Spec, eps: float) -> Readouts:
 
 
 def _map(name: str, moments: Tensor, shape: tuple[int, ...], eps: float) -> GradientMap:
-    """diag(r)^-½ √mean(r) and diag(c)^-½; a row or column that never had a gradient is left at zero."""
+    """Return the map of diag(r)^-½ √mean(r) and diag(c)^-½; a row or column that never had a gradient stays zero."""
     if len(shape) == 1:
         return TwoSided(_inverse_root(moments, eps))
     r, c = moments.split(list(leaf_shapes.sides(name, shape)), -1)
@@ -130,5 +130,5 @@ def _apply_unit_norm(state: State, grads: Grads) -> Grads:
 
 
 def _wide(grad: Tensor) -> Tensor:
-    """In float32 at least: in float16 the squares of small gradients are zero."""
+    """Convert to float32 at least: in float16 the squares of small gradients are zero."""
     return grad.to(torch.promote_types(grad.dtype, torch.float32))

@@ -146,7 +146,7 @@ def _finalize(state: Preconditioner, power: float, damping: float, damping_kind:
 
 
 def _powered(given: Gram, power: float, damping: float, damping_kind: Damping) -> Preconditioner:
-    """H in float64 with its powers, in float64 as well."""
+    """Return H in float64 with its powers, in float64 as well."""
     gram = {block: matrix.detach().to(torch.float64) for block, matrix in given.items()}
     for block, matrix in gram.items():
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
@@ -167,7 +167,7 @@ def _apply(state: Preconditioner, grads: Grads, groups: Groups) -> Grads:
 
 
 def _parts(names: Iterable[str], groups: Groups, **settings: Any) -> dict[str, tuple[Transform, list[str]]]:
-    """Block → the stage of that block alone, and its leaves."""
+    """Return block → the stage of that block alone, and its leaves."""
     parts = {}
     for block, leaves in _blocks(names, groups).items():
         alone: Groups = "parameter" if leaves == [block] else {block: [glob.escape(leaf) for leaf in leaves]}
@@ -180,13 +180,13 @@ def _lower(state: Preconditioner, spec: Spec) -> Readouts:
 
 
 def _rows(grads: Grads, names: Sequence[str]) -> Tensor:
-    """(B, D): a block's coordinates one after the other."""
+    """Join a block's coordinates one after the other, (B, D)."""
     parts = [grads[name].flatten(1) for name in names]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _blocks(names: Iterable[str], groups: Groups) -> dict[str, list[str]]:
-    """Block → its leaves, sorted: a state then fits the same leaves in any order, such as JAX's."""
+    """Return block → its leaves, sorted: a state then fits the same leaves in any order, such as JAX's."""
     if isinstance(groups, str):
         return {name: [name] for name in names} if groups == "parameter" else {"all": sorted(names)}
     blocks: dict[str, list[str]] = {group: [] for group in groups}
@@ -200,7 +200,7 @@ def _blocks(names: Iterable[str], groups: Groups) -> dict[str, list[str]]:
 
 
 def _plain(groups: Groups) -> Groups:
-    """``groups`` as JSON would give it back."""
+    """Return ``groups`` as JSON would give it back."""
     if isinstance(groups, str):
         if groups not in ("parameter", "all"):
             raise ChainError(f"expected groups of 'parameter', 'all' or a mapping, found {groups!r}")

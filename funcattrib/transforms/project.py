@@ -4,7 +4,7 @@
     kernel   as a matrix (o, i · spatial)     stack of experts   each of its matrices by the same L and R, (x, p, q)
 
 L and R have entries ±1/√p (Rademacher) or N(0, 1/p), drawn from (seed, parameter name, side) alone. A side no longer
-than k is left as it is. Leaves that one parameter was divided into (heads) each have a side of their own along the axis
+than k stays as it is. Leaves that one parameter was divided into (heads) each have a side of their own along the axis
 that was divided, and share the parameter's along the other.
 
 References: LoGra, arXiv 2405.13954; TrackStar, arXiv 2410.17413.
@@ -77,7 +77,9 @@ def _init(spec: Spec, k: int, kind: Kind, seed: int) -> tuple[State, Spec]:
 
 
 def _source(name: str, leaf: Leaf, axis: int) -> str:
-    """Whose draw a side is: the leaf's own, or its parameter's where the leaf is one part along another axis."""
+    """Return the name that a side is drawn from: the leaf's own, or its parameter's where the leaf is one part along
+    another axis.
+    """
     return name if leaf.split in (None, axis) else whole(name)
 
 

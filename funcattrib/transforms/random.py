@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def generator(seed: int, *names: str) -> torch.Generator:
-    """A CPU generator seeded by a hash of ``seed`` and ``names``.
+    """Return a CPU generator seeded by a hash of ``seed`` and ``names``.
 
     Example:
         >>> a, b = generator(0, "w", "left"), generator(0, "w", "left")
@@ -23,11 +23,11 @@ def generator(seed: int, *names: str) -> torch.Generator:
 
 
 def rademacher(rows: int, columns: int, source: torch.Generator) -> Tensor:
-    """A (rows, columns) float32 matrix with entries ±1/√rows, so that E[AᵀA] = I."""
+    """Draw a (rows, columns) float32 matrix with entries ±1/√rows, so that E[AᵀA] = I."""
     signs = torch.randint(0, 2, (rows, columns), generator=source, dtype=torch.int8)
     return signs.to(torch.float32).mul_(2).sub_(1).div_(rows**0.5)
 
 
 def normal(rows: int, columns: int, source: torch.Generator) -> Tensor:
-    """A (rows, columns) float32 matrix with entries N(0, 1/rows), so that E[AᵀA] = I."""
+    """Draw a (rows, columns) float32 matrix with entries N(0, 1/rows), so that E[AᵀA] = I."""
     return torch.randn(rows, columns, generator=source).div_(rows**0.5)

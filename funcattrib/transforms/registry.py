@@ -34,10 +34,10 @@ FACTORIES: dict[str, Callable[..., Transform]] = {
 
 
 def rebuild(source: Source, description: Sequence[Mapping[str, Any]]) -> Chain:
-    """The chain that ``Chain.describe`` described, behind ``source``.
+    """Rebuild the chain that ``Chain.describe`` described, after ``source``.
 
     Raises:
-        ChainError: a transform of the user's own, which only its author can make again.
+        ChainError: a user's transform, which only its author can make again.
 
     Example:
         >>> from funcattrib.chain.per_example import per_example_grad

@@ -14,7 +14,7 @@ def select(include: Iterable[str] = ("*",), exclude: Iterable[str] = ()) -> Tran
     """Keep the leaves whose name matches a glob of ``include`` and none of ``exclude``.
 
     Raises:
-        ChainError: nothing is left.
+        ChainError: nothing remains.
 
     Example:
         >>> import torch
