@@ -60,7 +60,7 @@ def _take_config(args: Sequence[str]) -> tuple[list[str], Path | None]:
             continue
         path = value if equals else next(words, "")
         if not path or file is not None:
-            found = "nothing" if not path else "two of them"
-            raise FuncattribError(f"expected one file after --config, found {found}; give RUN/config.yaml.")
+            found = "none" if not path else "two"
+            raise FuncattribError(f"--config takes one file, found {found}; give RUN/config.yaml.")
         file = Path(path)
     return rest, file

@@ -74,7 +74,7 @@ def load_defaults(config_type: type[Config], path: Path, *, command: str) -> Con
     values = _read(path)
     writer = values.pop("command", command)
     if writer != command:
-        raise FuncattribError(f"{path}: expected the settings of `{command}`, found those of `{writer}`.")
+        raise FuncattribError(f"{path}: this file holds the settings of `{writer}`, not of `{command}`.")
     defaults = _carrier(config_type, values, path)
     if values:
         raise FuncattribError(_unknown(path, command, sorted(values), sorted(name for name, _ in _leaves(defaults))))
@@ -85,11 +85,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise FuncattribError(
-            f"{path}: expected a config.yaml, found none that can be read ({error.strerror})."
-        ) from None
+        raise FuncattribError(f"{path}: this file cannot be read ({error.strerror}).") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FuncattribError(f"{path}: expected YAML, found something else: {' '.join(str(error).split())}") from None
+        raise FuncattribError(f"{path}: this file is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
         raise FuncattribError(f"{path}: expected lines of `setting: value`, found {type(found).__name__}.")
     return {str(key).replace("-", "_"): value for key, value in found.items()}
@@ -187,5 +185,5 @@ def _name(hint: Any) -> str:
 
 def _unknown(path: Path, command: str, found: list[str], known: list[str]) -> str:
     near = difflib.get_close_matches(found[0], known, n=1)
-    cure = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(known)}."
-    return f"{path}: expected settings of `{command}`, found {', '.join(f'`{name}`' for name in found)}; {cure}"
+    cure = f"did you mean `{near[0]}`?" if near else f"its settings are {', '.join(known)}."
+    return f"{path}: `{command}` has no setting {', '.join(f'`{name}`' for name in found)}; {cure}"

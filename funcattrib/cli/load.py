@@ -47,7 +47,7 @@ def shards_of(device: torch.device, ranks: int | None = None, offload: bool = Fa
     size = world().size
     ranks = ranks or size
     if size % ranks:
-        raise FuncattribError(f"expected --shard-ranks that divides the {size} processes of this run, found {ranks}")
+        raise FuncattribError(f"expected --shard-ranks to divide the {size} processes of this run, found {ranks}")
     own = None
     if ranks > 1:  # each process takes part in making every group
         groups = [dist.new_group(list(range(first, first + ranks))) for first in range(0, size, ranks)]

@@ -178,4 +178,4 @@ def _not_a_command(name: str, commands: Mapping[str, Command]) -> str:
         return _overview(commands)
     near = difflib.get_close_matches(name, commands, n=1)
     cure = f"did you mean `{near[0]}`?" if near else f"choose from {', '.join(commands)}."
-    return f"funcattrib: expected a command, found {name!r}; {cure}"
+    return f"funcattrib: unknown command {name!r}; {cure}"

@@ -66,19 +66,20 @@ class Plan:
         at_least(self, shard_ranks=2, link_bandwidth=1, disk_bandwidth=1, device_flops=1, tokens_per_second=1e-9)
         if not math.isfinite(self.tokens) or self.mean_length > self.tokens:
             raise FuncattribError(
-                f"expected --tokens of a finite number, and of one document of --mean-length {self.mean_length:g} at "
-                f"least, found {self.tokens:g}"
+                f"expected --tokens to be finite and at least --mean-length {self.mean_length:g}, found {self.tokens:g}"
             )
-        if self.shard_ranks is not None and (not self.shard_params or self.devices % self.shard_ranks):
-            raise FuncattribError(
-                f"expected --shard-ranks with --shard-params, and a divisor of {self.devices} devices, found "
-                f"{self.shard_ranks}"
-            )
+        if self.shard_ranks is not None and not self.shard_params:
+            raise FuncattribError("--shard-ranks requires --shard-params")
+        if self.shard_ranks is not None and self.devices % self.shard_ranks:
+            raise FuncattribError(f"expected --shard-ranks to divide {self.devices} devices, found {self.shard_ranks}")
         if not 0 < self.utilisation <= 1:
             raise FuncattribError(f"expected --utilisation above 0 and at most 1, found {self.utilisation}")
         if (self.device_flops is None) == (self.tokens_per_second is None):
-            found = "neither" if self.device_flops is None else "both"
-            raise FuncattribError(f"expected --device-flops or --tokens-per-second, found {found}")
+            raise FuncattribError(
+                "--device-flops or --tokens-per-second is required"
+                if self.device_flops is None
+                else "--device-flops and --tokens-per-second cannot be combined"
+            )
 
 
 @reports_on_stderr()
@@ -94,8 +95,8 @@ def run(config: Plan) -> int | None:
     sizes = sizes_of(described, config.modules, config.exclude, trust_remote_code=trusted)
     if (context := own_context(described)) is not None and config.mean_length > context:
         log.warning(
-            "--mean-length %s is beyond the model's context of %s tokens: a run stops there, or cuts documents with "
-            "--truncation; give the mean of what is left",
+            "--mean-length %s is longer than the model's context of %s tokens: a run stops at such documents, or cuts "
+            "them with --truncation; give the mean length after truncation",
             *(f"{config.mean_length:g}", f"{context:,}"),
         )
     asked = Run(

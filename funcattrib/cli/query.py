@@ -57,7 +57,7 @@ class Query:
         if self.top_k < 1:
             raise FuncattribError(f"expected --top-k of at least 1, found {self.top_k}")
         if self.completion is not None and self.text is None:
-            raise FuncattribError("expected --text before --completion, found none")
+            raise FuncattribError("--completion requires --text")
 
 
 @reports_on_stderr()

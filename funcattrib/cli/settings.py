@@ -23,7 +23,7 @@ class ShardConfig:
         at_least(self, shard_ranks=1)
         for flag, given in (("--shard-ranks", self.shard_ranks is not None), ("--offload-params", self.offload_params)):
             if given and not self.shard_params:
-                raise FuncattribError(f"expected --shard-params with {flag}, found it alone")
+                raise FuncattribError(f"{flag} requires --shard-params")
 
 
 @dataclass(frozen=True)

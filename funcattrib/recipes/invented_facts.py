@@ -68,7 +68,7 @@ def invent_facts(people: int = 40, seed: int = 0) -> Corpus:
     """
     names = [f"{first} {last}" for first in _FIRST.split() for last in _LAST.split()]
     if not 1 <= people <= len(names):
-        raise FuncattribError(f"expected 1 to {len(names)} people, found {people}; ask for as many as have names")
+        raise FuncattribError(f"expected 1 to {len(names)} people, found {people}")
     choose = random.Random(seed)
     sentences: list[dict[str, str | int]] = []
     questions: list[dict[str, str | int]] = []

@@ -260,7 +260,7 @@ def _columns(queries: datasets.Dataset, score: str, subtask_column: str | None) 
         return {str(number): [number] for number in everything}
     if subtask_column not in queries.column_names:
         raise FuncattribError(
-            f"expected a column {subtask_column!r} of subtasks in the queries, found {', '.join(queries.column_names)}"
+            f"the queries have no column {subtask_column!r} of subtasks; they have {', '.join(queries.column_names)}"
         )
     members: dict[str, list[int]] = {}
     for number, value in enumerate(queries[subtask_column][:]):
@@ -270,18 +270,18 @@ def _columns(queries: datasets.Dataset, score: str, subtask_column: str | None) 
 
 def _check_asked(folders: Sequence[Path], fraction: float, score: str, subtask_column: str | None) -> None:
     if not folders:
-        raise FuncattribError("expected checkpoints (--checkpoint), found none")
+        raise FuncattribError("no checkpoint was given; name at least one with --checkpoint")
     if not 0 < fraction <= 1:
-        raise FuncattribError(f"expected a fraction of the examples above 0 and at most 1, found {fraction}")
+        raise FuncattribError(f"expected --fraction above 0 and at most 1, found {fraction}")
     if score not in ("nearest", "mean"):
-        raise FuncattribError(f"expected a score of 'nearest' or 'mean', found {score!r}")
+        raise FuncattribError(f"expected --score nearest or mean, found {score!r}")
     if subtask_column is not None and score == "mean":
-        raise FuncattribError("expected score 'nearest' with subtasks, found 'mean', which takes all queries together")
+        raise FuncattribError("--subtask-column requires --score nearest: the mean is over all queries together")
     for folder in folders:
         if not folder.is_dir():
-            raise FuncattribError(f"expected a checkpoint's folder at {folder}, found none; give its path")
+            raise FuncattribError(f"the checkpoint {folder} is not a folder; check its path")
         if not (folder / "optimizer.pt").is_file():
             raise FuncattribError(
-                f"expected optimizer.pt in {folder}, found none: LESS needs Adam's moments; give a checkpoint of "
-                "transformers' Trainer, saved without save_only_model"
+                f"{folder} has no optimizer.pt, and LESS needs Adam's moments; give a checkpoint that transformers' "
+                "Trainer saved without save_only_model"
             )

@@ -66,7 +66,7 @@ def quickstart(out: str | Path, *, people: int = 40, epochs: int = 32, seed: int
     out = Path(out)
     facts, model_folder = out / "facts.jsonl", out / "model"
     if out.exists() and not facts.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FuncattribError(f"expected an empty folder or an earlier quickstart in {out}; give another OUT")
+        raise FuncattribError(f"{out} exists and holds no earlier quickstart; give another OUT")
     sentences, questions = invent_facts(people, seed)
     _write(facts, sentences)
     _write(out / "questions.jsonl", questions)

@@ -117,7 +117,8 @@ def trak(
     rows = len(train[0])
     if rows <= sketch_dim and not damping:
         log.warning(
-            "%d documents cannot fill a sketch of %d: use a smaller --sketch-dim, or --damping", rows, sketch_dim
+            "%d documents are too few for a sketch of %d columns: use a smaller --sketch-dim, or --damping",
+            *(rows, sketch_dim),
         )
     return _score(path, train, query, per_token, damping, score, overwrite, config)
 
@@ -176,7 +177,7 @@ def _columns(train: GradientStore, queries: Tensor, damping: float, score: str) 
             count += len(finite)
     total = here.all_reduce({"gram": total})["gram"]
     if not sum(here.all_gather_object(count)):
-        raise FuncattribError(f"expected documents with finite gradients in {train.path}, found none; check their loss")
+        raise FuncattribError(f"no document in {train.path} has a finite gradient; check their loss")
     return inverse_power(total, -1, damping) @ wanted.T
 
 
@@ -219,7 +220,7 @@ def _opened(
     if isinstance(model, str | Path):
         return load_checkpoint(model, tokenizer, options)
     if isinstance(tokenizer, str):
-        raise FuncattribError("expected a tokenizer itself beside a model itself, found a name; load it")
+        raise FuncattribError("expected a tokenizer object with a model object, found a name; load the tokenizer first")
     return model, {"tokenizer": tokenizer}
 
 
@@ -227,14 +228,14 @@ def _check_asked(
     models: Sequence[Model], settings: Mapping[str, Any], score: str, sketch_dim: int, damping: float
 ) -> None:
     if not models:
-        raise FuncattribError("expected models (--checkpoint), found none")
+        raise FuncattribError("no model was given; name at least one with --checkpoint")
     if settings["loss"] != "log_odds" or settings.get("loss_reduction", "sum") != "sum":
         raise FuncattribError(
-            "expected the loss log_odds, summed over tokens, which is TRAK's model output, found "
+            "expected --loss log_odds with --loss-reduction sum, TRAK's model output, found "
             f"{settings['loss']}, {settings.get('loss_reduction', 'sum')}"
         )
     if score not in ("individual", "mean"):
-        raise FuncattribError(f"expected a score of 'individual' or 'mean', found {score!r}")
+        raise FuncattribError(f"expected --score individual or mean, found {score!r}")
     if sketch_dim < 1:
         raise FuncattribError(f"expected --sketch-dim of at least 1, found {sketch_dim}")
     if not 0 <= damping < math.inf:

@@ -76,8 +76,8 @@ def check_model(
     longest = context_length(model)
     if len(lengths) < 2 or min(lengths) < 2 or max(lengths) > longest:
         raise FuncattribError(
-            f"expected two or more lengths of 2 to {longest} tokens, the model's context; found "
-            f"{', '.join(map(str, lengths))}\ngive some with --lengths"
+            f"expected at least two --lengths of 2 to {longest} tokens (the model's context), found "
+            f"{', '.join(map(str, lengths))}"
         )
     loss, params = causal_lm_loss(model, modules=modules)
     chain = compose(per_example_grad, project(projection_dim)) if projection_dim else compose(per_example_grad)

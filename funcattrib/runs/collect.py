@@ -148,9 +148,9 @@ def _warn(finished: Manifest, store: GradientStore) -> None:
     lost = np.flatnonzero(np.isnan(np.asarray(store.examples["loss"][:], dtype=float)))
     if len(lost):
         log.warning(
-            "the loss is NaN or infinite in %s; kept, as rows of NaN, which come last in a search", some_rows(lost)
+            "the loss is NaN or infinite in %s; their rows are stored as NaN and come last in a search", some_rows(lost)
         )
     if finished.clipped:
-        log.warning("%d entries were beyond %s and were clipped", finished.clipped, finished.dtype)
+        log.warning("%d entries were outside the range of %s and were clipped", finished.clipped, finished.dtype)
     if finished.nonfinite > len(lost) * store.width:
         log.warning("%d entries are NaN or infinite; their rows come last in a search", finished.nonfinite)

@@ -42,7 +42,7 @@ class RowConfig:
         if self.token_batch_size != "auto":
             if not isinstance(self.token_batch_size, int):
                 raise FuncattribError(
-                    f"expected --token-batch-size of a number or auto, found {self.token_batch_size!r}"
+                    f"expected --token-batch-size to be a number or auto, found {self.token_batch_size!r}"
                 )
             at_least(self, token_batch_size=1)
         if not 0 <= self.label_smoothing < 1:
@@ -102,31 +102,31 @@ class GradientConfig(FittedConfig):
         for wrong, message in (
             (
                 self.optimizer_state is not None and self.normalizer == "none",
-                "expected --normalizer adafactor or adam with --optimizer-state, found none",
+                "--optimizer-state requires --normalizer adafactor or adam",
             ),
             (
                 self.sketch_dim is not None and self.projection_dim not in (0, RowConfig.projection_dim),
-                "expected --projection-dim or --sketch-dim, found both; a sketch takes the projection's place",
+                "--projection-dim and --sketch-dim cannot be combined: a sketch replaces the projection",
             ),
             (
                 self.sketch_dim is not None and split,
-                "expected leaves of their own for heads or experts, found --sketch-dim, which adds all leaves up",
+                "--sketch-dim adds up all leaves, so heads or experts cannot be split; use --projection-dim",
             ),
             (
                 self.split_heads and self.split_attention_modules,
-                "expected --split-heads (from the model's configuration) or --split-attention-modules, found both",
+                "--split-heads and --split-attention-modules cannot be combined; leave one out",
             ),
             *(
                 (
                     self.split_attention_modules and value is None,
-                    f"expected --{name.replace('_', '-')} with --split-attention-modules, found none",
+                    f"--split-attention-modules requires --{name.replace('_', '-')}",
                 )
                 for name, value in by_hand.items()
             ),
             *(
                 (
                     not self.split_attention_modules and value is not None,
-                    f"expected --split-attention-modules with --{name.replace('_', '-')}, found none",
+                    f"--{name.replace('_', '-')} requires --split-attention-modules",
                 )
                 for name, value in {**by_hand, "head_dim": self.head_dim}.items()
             ),

@@ -56,8 +56,8 @@ def _heads(gradients: GradientConfig, model: nn.Module | Params) -> dict[str, At
     if gradients.split_heads:
         if not isinstance(model, nn.Module):
             raise FuncattribError(
-                "expected a model of transformers to read its heads off, found a loss of one's own; "
-                "name them with split_attention_modules"
+                "split_heads reads the heads off a transformers model, and (loss, params) has none; describe them "
+                "with split_attention_modules"
             )
         return attention_configs(model)
     if gradients.num_heads is None or gradients.head_size is None:

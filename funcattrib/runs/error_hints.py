@@ -19,18 +19,18 @@ def explained() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if "data-dependent control flow" in str(error):
             raise FuncattribError(
-                "expected a loss without branches on values (if, while, float(), .item()), found one; choose between "
+                "the loss branches on values (if, while, float(), .item()), which vmap cannot batch; choose between "
                 "tensors with torch.where"
             ) from error
         if is_random(error):
             raise FuncattribError(
-                "expected a model that is deterministic in eval mode, found one that draws random numbers (dropout, "
-                "noise)\nmake the same input give the same output; `funcattrib check` tries it"
+                "the model draws random numbers in eval mode (dropout, noise), so its gradients are not deterministic\n"
+                "switch the randomness off; `funcattrib check` tests it"
             ) from error
         if is_short(error):
             raise FuncattribError(
-                f"expected memory for a batch, found too little: {''.join(str(error).splitlines()[:1])[:120]}\n"
-                "use a smaller --token-batch-size, or --projection-dim; what is finished is kept"
+                f"a batch does not fit in memory: {''.join(str(error).splitlines()[:1])[:120]}\n"
+                "use a smaller --token-batch-size or --projection-dim; finished work is kept"
             ) from error
         raise
 

@@ -186,7 +186,7 @@ def settings_of(values: Mapping[str, Any]) -> GradientConfig:
     """
     known = GradientConfig.__dataclass_fields__
     if unknown := sorted(values.keys() - known.keys()):
-        raise FuncattribError(f"expected settings among {', '.join(known)}; found {unknown[0]!r}")
+        raise FuncattribError(f"unknown setting {unknown[0]!r}; the settings are {', '.join(known)}")
     globs = {
         name: (value,) if isinstance(value, str) else tuple(value or ())
         for name, value in values.items()
@@ -251,7 +251,7 @@ def _own_loss(model: tuple[Loss, Params], source: Source, gradients: per_example
     loss, params = model
     if source.own_loss is not None or source.reference_model is not None:
         raise FuncattribError(
-            "expected a model for a loss or a reference of one's own, found (loss, params); give either"
+            "(loss, params) cannot be combined with loss= or reference_model=; give a model, or leave these out"
         )
     if not callable(loss):
         raise FuncattribError(f"expected a loss function and its parameters, found {type(loss).__name__} for the loss")

@@ -32,12 +32,11 @@ def query_rows(stores: Sequence[GradientStore], unit_norm: bool) -> tuple[Tensor
         matrix = store.matrix().tensor(0, len(store)).float()
         if bad := (~matrix.isfinite().all(1)).nonzero().flatten().tolist():
             raise FuncattribError(
-                f"expected finite queries, found NaN or infinity in rows {bad[:5]} of {store.path}; "
-                "check those queries' loss"
+                f"the queries in rows {bad[:5]} of {store.path} are NaN or infinite; check their loss"
             )
         norms = torch.linalg.vector_norm(matrix, dim=1, keepdim=True)
         if zero := (norms[:, 0] == 0).nonzero().flatten().tolist():
-            log.warning("queries %s of %s have a gradient of zeros: their scores are 0", zero[:5], store.path)
+            log.warning("the gradients of queries %s in %s are zero, and so are their scores", zero[:5], store.path)
         rows.append(matrix / divisors(norms) if unit_norm else matrix)
         told += [dict(entry) for entry in store.examples]
     return torch.cat(rows), told

@@ -93,9 +93,9 @@ def _reduce(work: Work, writer: StoreWriter, state: State, method: Method, unit:
     found = fold_parts(work, writer, step, Fold(start, partial(_add, work, compute, unit), _add_up), "reduce")
     count, loss = int(found["facts"][0]), float(found["facts"][1])
     if not count:
-        raise FuncattribError("expected documents with finite gradients, found none; check the model's loss on them")
+        raise FuncattribError("no document has a finite gradient; check the model's loss on them")
     if (lost := len(lengths) - count) and work.world.is_rank_zero:
-        log.warning("%d of %d documents have gradients that are NaN or infinite and are left out", lost, len(lengths))
+        log.warning("%d of %d documents have gradients that are NaN or infinite; they are left out", lost, len(lengths))
     row = found["sum"] / count if method == "mean" else found["sum"]
     told: dict[str, Any] = {
         "id": [f"{method} of {count} documents"],

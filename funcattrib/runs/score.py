@@ -219,7 +219,7 @@ def _spec(prepared: Prepared, last: Sequence[Transform]) -> Mapping[str, Any]:
 def _gradients_at(path: str | Path) -> GradientStore:
     store = open_store(path)
     if "queries" in store.manifest.extra:
-        raise FuncattribError(f"expected query gradients at {path}, found scores; give what build or reduce left")
+        raise FuncattribError(f"expected query gradients at {path}, found scores; give what build or reduce wrote")
     return store
 
 
@@ -228,7 +228,9 @@ def _say_other_loss(prepared: Prepared, store: GradientStore) -> None:
     for name in ("kind", "reduction", "label_smoothing"):
         ours, theirs = prepared.manifest.loss.get(name), store.manifest.loss.get(name)
         if ours != theirs:
-            log.warning("the queries of %s have the loss %s %s, the documents %s", store.path, name, theirs, ours)
+            log.warning(
+                "the queries in %s were computed with loss %s %s, the documents with %s", store.path, name, theirs, ours
+            )
 
 
 def _check_asked(
@@ -236,24 +238,29 @@ def _check_asked(
 ) -> None:
     given = bool(paths) + (query_data is not None)
     for wrong, message in (
-        (score == "self" and given, "expected no queries with score 'self', found some"),
-        (score == "self" and unit_norm, "expected no unit norm with score 'self': every gradient would score 1"),
-        (score == "self" and granularity != "example", f"expected score 'self' of examples, found {granularity}"),
-        (score != "self" and not given, "expected queries (--query-path or --query-dataset), found none"),
-        (given == 2, "expected --query-path or --query-dataset, found both"),
+        (score == "self" and given, "--score self compares each document with itself and takes no queries"),
+        (
+            score == "self" and unit_norm,
+            "--score self and --unit-norm cannot be combined: every score would be 1",
+        ),
+        (
+            score == "self" and granularity != "example",
+            f"--score self and --granularity {granularity} cannot be combined",
+        ),
+        (score != "self" and not given, "queries are required: give --query-path or --query-dataset"),
+        (given == 2, "--query-path and --query-dataset cannot be combined"),
         (top_k is not None and top_k < 1, f"expected --top-k of at least 1, found {top_k}"),
         (
             top_k is not None and granularity != "example",
-            f"expected --top-k or --granularity {granularity}, found both",
+            f"--top-k and --granularity {granularity} cannot be combined",
         ),
         (
             score == "nearest" and granularity != "example",
-            f"expected score 'individual' or 'mean' with granularity {granularity}, found 'nearest': its parts do not "
-            "add up",
+            f"--score nearest and --granularity {granularity} cannot be combined: the parts of a maximum do not add up",
         ),
         (
             unit_norm and granularity == "token",
-            "expected inner products with granularity token, found unit norm: a token's part has no norm of its own",
+            "--unit-norm and --granularity token cannot be combined: the norm is of the whole document's gradient",
         ),
     ):
         if wrong:

@@ -35,10 +35,10 @@ def by_token(manifest: Manifest, work: Work, rows_per_shard: int) -> Manifest:
             not torch's.
     """
     if (source := work.chain.started()) not in (per_example_grad, per_token_grad):
-        raise FuncattribError(f"expected torch's gradients with granularity token, found those of {source.name}")
+        raise FuncattribError(f"granularity 'token' requires a chain of per_example_grad, found {source.name}")
     if any(stage.lower is None and stage.name not in ("precondition", "max_score") for stage in work.chain.stages):
         name = next(stage.name for stage in work.chain.stages if stage.lower is None)
-        raise FuncattribError(f"expected stages whose parts add up with granularity token, found {name}; leave it out")
+        raise FuncattribError(f"granularity 'token' requires linear stages, and {name} is not linear; leave it out")
     return replace(
         manifest,
         rows=int(work.corpus.lengths.sum()),

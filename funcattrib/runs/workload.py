@@ -166,7 +166,7 @@ def warn_unused_leaves(compute: Callable[[Batch], PerExample]) -> Callable[[Batc
             if told and zero:
                 log.warning(
                     "%d of %d leaves have no gradient in the first batch (%s%s): the loss does not use them, or no "
-                    "token reached them; without one they are zero",
+                    "token reached them; their columns are zero",
                     *(len(zero), len(result.grads), ", ".join(zero[:3]), ", …" if zero[3:] else ""),
                 )
         return result

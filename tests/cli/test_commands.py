@@ -176,7 +176,7 @@ def test_documents_without_a_gradient(funcattrib, tmp_path: Path, model_folder: 
         ('{"text": "w1 w2"}\n', ("--device", "cuda:99"), "expected a device that is here"),
         ('{"text": "w1 w2"}\n', ("--device", "abacus"), "expected a device such as cpu or cuda, found 'abacus'"),
         ('{"text": "w1 w2"}\n', ("--tokenizer", "./nowhere"), "nowhere"),
-        ('{"text": "w1 w2"}\n', ("--config", "nowhere.yaml"), "nowhere.yaml: expected a config.yaml"),
+        ('{"text": "w1 w2"}\n', ("--config", "nowhere.yaml"), "nowhere.yaml: this file cannot be read"),
     ],
 )
 def test_mistakes_of_the_data_and_the_flags(
@@ -421,7 +421,7 @@ def test_query_prompt_loop_and_record(funcattrib, tmp_path: Path, store: Path, m
         (("--text", "w1"), "the text has fewer than two tokens that count"),
         (("--text", "w1 w2", "--faiss", "Nonsense"), "Nonsense"),
         (("--text", "w1 w2", "--top-k", "0"), "expected --top-k of at least 1, found 0"),
-        (("--completion", "w1 w2"), "expected --text before --completion"),
+        (("--completion", "w1 w2"), "--completion requires --text"),
         (("--text", "w1 w2", "--precision", "bf16"), "dtype float32"),
         (("--text", "w1 w2", "--model", "./nowhere"), "nowhere"),
     ],

@@ -153,8 +153,8 @@ def test_wrong_flags(toy, words, says):
 @pytest.mark.parametrize(
     ("word", "says"),
     [
-        ("toi", "funcattrib: expected a command, found 'toi'; did you mean `toy`?\n"),
-        ("zzz", "funcattrib: expected a command, found 'zzz'; choose from toy, trip.\n"),
+        ("toi", "funcattrib: unknown command 'toi'; did you mean `toy`?\n"),
+        ("zzz", "funcattrib: unknown command 'zzz'; choose from toy, trip.\n"),
     ],
 )
 def test_unknown_command(funcattrib, word, says):
@@ -210,9 +210,9 @@ def test_checks_of_the_configuration_hold_for_a_file_too(toy, config_file):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("modules_: [a]", "expected settings of `toy`, found `modules_`; did you mean `modules`?"),
-        ("qqq: 1\nzzz: 2", "expected settings of `toy`, found `qqq`, `zzz`; there are damping, dtype, model"),
-        ("command: build", "expected the settings of `toy`, found those of `build`."),
+        ("modules_: [a]", "`toy` has no setting `modules_`; did you mean `modules`?"),
+        ("qqq: 1\nzzz: 2", "`toy` has no setting `qqq`, `zzz`; its settings are damping, dtype, model"),
+        ("command: build", "this file holds the settings of `build`, not of `toy`."),
         ("token_batch_size: many", "token_batch_size: expected int, found 'many'."),
         ("token_batch_size: yes", "token_batch_size: expected int, found True."),
         ("truncation: 1", "truncation: expected bool, found 1."),
@@ -224,7 +224,7 @@ def test_checks_of_the_configuration_hold_for_a_file_too(toy, config_file):
         ("dtype: int8", "dtype: expected 'float32' or 'float16', found 'int8'."),
         ("run: 3", "run: expected Path, found 3."),
         ("- a\n- b", "expected lines of `setting: value`, found list."),
-        ("a: [", "expected YAML, found something else"),
+        ("a: [", "this file is not valid YAML"),
     ],
 )
 def test_wrong_files(toy, config_file, text, says):
@@ -237,9 +237,9 @@ def test_wrong_files(toy, config_file, text, says):
 
 def test_no_file(toy, tmp_path):
     ran = toy("--config", tmp_path / "none.yaml")
-    assert (ran.code, "found none that can be read (No such file or directory)" in ran.err) == (2, True)
-    assert "found nothing" in toy("--config").err
-    assert "found two of them" in toy("--config", "a", "--config=b").err
+    assert (ran.code, "none.yaml: this file cannot be read (No such file or directory)" in ran.err) == (2, True)
+    assert "--config takes one file, found none" in toy("--config").err
+    assert "--config takes one file, found two" in toy("--config", "a", "--config=b").err
 
 
 def test_two_settings_of_one_name_are_a_mistake():

@@ -479,7 +479,7 @@ def test_inside_jit_it_says_so() -> None:
 
 
 def test_too_little_memory_is_explained_as_torchs_is() -> None:
-    with pytest.raises(FuncattribError, match="expected memory for a batch"), explained():
+    with pytest.raises(FuncattribError, match="a batch does not fit in memory"), explained():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.")
 
 

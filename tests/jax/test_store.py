@@ -134,7 +134,7 @@ def test_what_is_refused(tmp_path) -> None:
     model = (nets.dense, nets.plain(nets.flax()[1]))
     with pytest.raises(FuncattribError, match=r"found .*\nof JAX, begin the chain at funcattrib.jax"):
         fa.collect_gradients(model, records(), **settings(tmp_path / "no chain"))
-    with pytest.raises(FuncattribError, match="expected torch's gradients with granularity token, found those of jax"):
+    with pytest.raises(FuncattribError, match="granularity 'token' requires a chain of per_example_grad, found jax"):
         fa.collect_gradients(
             model,
             records(),

@@ -277,6 +277,6 @@ def test_what_a_loss_asks_for_in_vain_is_named() -> None:
 
     rows = [{"input_ids": [3, 4, 5]}]
     common = {"modules": "lm_head.weight", "quiet": True}
-    for loss, message in ((asks, "expected 'reward' for the loss"), (branches, "without branches on values")):
+    for loss, message in ((asks, "expected 'reward' for the loss"), (branches, "the loss branches on values")):
         with tempfile.TemporaryDirectory() as folder, pytest.raises(fa.FuncattribError, match=message):
             fa.collect_gradients(model, rows, path=f"{folder}/run", loss=loss, **common)

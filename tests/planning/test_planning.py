@@ -260,13 +260,17 @@ def test_the_command_needs_a_configuration_alone(funcattrib, tmp_path) -> None:
     assert not ran.err
     long = funcattrib(*words, "--device-flops", "4e14", "--mean-length", 4000)
     assert long.code == 0
-    assert "--mean-length 4000 is beyond the model's context of 2,048 tokens" in long.err
+    assert "--mean-length 4000 is longer than the model's context of 2,048 tokens" in long.err
     for wrong, said in (
-        ((), "--device-flops or --tokens-per-second, found neither"),
-        (("--device-flops", 1e14, "--tokens-per-second", 3), "found both"),
+        ((), "--device-flops or --tokens-per-second is required"),
+        (
+            ("--device-flops", 1e14, "--tokens-per-second", 3),
+            "--device-flops and --tokens-per-second cannot be combined",
+        ),
         (("--device-flops", 1e14, "--utilisation", 0), "--utilisation above 0"),
-        (("--device-flops", 1e14, "--shard-params", "--shard-ranks", 3), "a divisor of 8 devices, found 3"),
-        (("--device-flops", 1e14, "--mean-length", 1e30), "one document of --mean-length 1e+30"),
+        (("--device-flops", 1e14, "--shard-params", "--shard-ranks", 3), "--shard-ranks to divide 8 devices, found 3"),
+        (("--device-flops", 1e14, "--shard-ranks", 4), "--shard-ranks requires --shard-params"),
+        (("--device-flops", 1e14, "--mean-length", 1e30), "at least --mean-length 1e+30, found"),
     ):
         ran = funcattrib(*words, *wrong)
         assert (ran.code, said in ran.err) == (2, True), ran.err

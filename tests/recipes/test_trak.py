@@ -121,7 +121,7 @@ def test_models_in_memory_and_too_wide_a_sketch(tmp_path, caplog) -> None:
     model = cases.causal("llama")
     with caplog.at_level(logging.WARNING):
         twice = trak([model, model], TRAIN, QUERY, path=tmp_path / "two", sketch_dim=16, **COMMON)
-    assert "14 documents cannot fill a sketch of 16" in caplog.text
+    assert "14 documents are too few for a sketch of 16 columns" in caplog.text
     once = trak([model], TRAIN, QUERY, path=tmp_path / "one", sketch_dim=16, **COMMON)
     assert np.isfinite(np.asarray(twice)).all()
     assert not np.allclose(np.asarray(twice), np.asarray(once))  # a second sketch was drawn
@@ -130,7 +130,7 @@ def test_models_in_memory_and_too_wide_a_sketch(tmp_path, caplog) -> None:
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        ({"models": []}, "expected models"),
+        ({"models": []}, "no model was given"),
         ({"loss": "ce"}, "found ce, sum"),
         ({"loss_reduction": "mean"}, "found log_odds, mean"),
         ({"score": "nearest"}, "found 'nearest'"),
@@ -154,7 +154,7 @@ def test_models_that_do_not_fit_are_refused(run, tmp_path) -> None:
         trak([tmp_path], TRAIN, QUERY, path=tmp_path / "b", **common)
     nan = {"w": torch.full((2,), float("nan"))}
     data = [{"x": [1.0, 2.0]}]
-    with pytest.raises(fa.FuncattribError, match="expected finite queries"):
+    with pytest.raises(fa.FuncattribError, match="are NaN or infinite; check their loss"):
         trak([(lambda p, e: (p["w"] * e["x"]).sum() ** 2, nan)], data, data, path=tmp_path / "c", quiet=True)
 
 

@@ -105,18 +105,18 @@ def test_heads_of_a_loss_of_ones_own_must_be_named() -> None:
 
 
 REFUSED = {
-    "an optimizer's state alone": ({"optimizer_state": "x"}, "--normalizer adafactor or adam with --optimizer-state"),
-    "two reductions": ({"sketch_dim": 8, "projection_dim": 4}, "expected --projection-dim or --sketch-dim"),
-    "a sketch of heads": ({"sketch_dim": 8, "split_heads": True}, "found --sketch-dim, which adds all leaves up"),
-    "a sketch of experts": ({"sketch_dim": 8, "split_experts": True}, "found --sketch-dim, which adds all leaves up"),
+    "an optimizer's state alone": ({"optimizer_state": "x"}, "--optimizer-state requires --normalizer adafactor"),
+    "two reductions": ({"sketch_dim": 8, "projection_dim": 4}, "--projection-dim and --sketch-dim cannot"),
+    "a sketch of heads": ({"sketch_dim": 8, "split_heads": True}, "--sketch-dim adds up all leaves"),
+    "a sketch of experts": ({"sketch_dim": 8, "split_experts": True}, "--sketch-dim adds up all leaves"),
     "heads twice": (
         {"split_heads": True, "split_attention_modules": "q", "num_heads": 1, "head_size": 1},
-        "found both",
+        "--split-heads and --split-attention-modules cannot be combined",
     ),
-    "no head": ({"split_attention_modules": "q", "head_size": 2}, "expected --num-heads with --split-att"),
-    "no size": ({"split_attention_modules": "q", "num_heads": 2}, "expected --head-size with --split-att"),
-    "heads of nothing": ({"num_heads": 2}, "expected --split-attention-modules with --num-heads"),
-    "an axis of nothing": ({"head_dim": 0}, "expected --split-attention-modules with --head-dim"),
+    "no head": ({"split_attention_modules": "q", "head_size": 2}, "--split-attention-modules requires --num-heads"),
+    "no size": ({"split_attention_modules": "q", "num_heads": 2}, "--split-attention-modules requires --head-size"),
+    "heads of nothing": ({"num_heads": 2}, "--num-heads requires --split-attention-modules"),
+    "an axis of nothing": ({"head_dim": 0}, "--head-dim requires --split-attention-modules"),
     "damping": ({"damping": -0.1}, "--damping of at least 0, found -0.1"),
     "sketch": ({"sketch_dim": 0}, "--sketch-dim of at least 1, found 0"),
 }
@@ -157,4 +157,4 @@ def test_the_command_has_the_flags(funcattrib, tmp_path, model_folder) -> None:
     assert "found one of another chain at" in ran.err
     ran = funcattrib("build", tmp_path / "no", *words, "--sketch-dim", 8)
     assert ran.code == 2
-    assert "expected --projection-dim or --sketch-dim, found both" in ran.err
+    assert "--projection-dim and --sketch-dim cannot be combined" in ran.err

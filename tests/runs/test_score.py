@@ -235,21 +235,21 @@ def test_zero_queries_warn_and_score_zero_and_nan_rows_are_left_out(tmp_path, ca
         out = tmp_path / f"out-{top_k}"
         with caplog.at_level(logging.WARNING):
             scores = score_gradients((loss, params), train, path=out, queries=tmp_path / "query", top_k=top_k, **common)
-        assert "gradient of zeros" in caplog.text
+        assert "the gradients of queries" in caplog.text
         assert scores.topk(3).rows.tolist() == [[0, 2], [0, 2]]
         assert scores.topk(3).values.tolist() == [[0.0, 0.0], [2.0, 2.0]]
     collect_gradients((loss, params), [{"x": [float("inf"), 0.0]}], path=tmp_path / "bad", **common)
-    with pytest.raises(fa.FuncattribError, match="expected finite queries"):
+    with pytest.raises(fa.FuncattribError, match="are NaN or infinite; check their loss"):
         score_gradients((loss, params), train, path=tmp_path / "no", queries=tmp_path / "bad", **common)
 
 
 @pytest.mark.parametrize(
     ("asked", "found"),
     [
-        ({}, "expected queries"),
-        ({"queries": "a", "query_data": QUERY}, "found both"),
-        ({"score": "self", "query_data": QUERY}, "expected no queries"),
-        ({"score": "self", "unit_norm": True}, "every gradient would score 1"),
+        ({}, "queries are required"),
+        ({"queries": "a", "query_data": QUERY}, "--query-path and --query-dataset cannot be combined"),
+        ({"score": "self", "query_data": QUERY}, "takes no queries"),
+        ({"score": "self", "unit_norm": True}, "every score would be 1"),
         ({"query_data": QUERY, "top_k": 0}, "--top-k of at least 1"),
         ({"query_data": QUERY, "score": "nearest", "granularity": "module"}, "do not add up"),
     ],
@@ -269,7 +269,7 @@ def test_what_is_no_query_is_said_to_be_none(tmp_path, caplog) -> None:
         cosines = score_gradients(
             model, TRAIN, path=tmp_path / "other", queries=queries, loss="log_odds", unit_norm=True, **settings
         )
-    assert "have the loss kind ce, the documents log_odds" in caplog.text
+    assert "were computed with loss kind ce, the documents with log_odds" in caplog.text
     assert cosines.manifest.score_convention.startswith("cosine")
 
 

@@ -114,7 +114,7 @@ def test_runs(two: list[dict], folder: Path, tmp_path: Path) -> None:
     same(folder / "build", alone(tmp_path / "build", normalizer="adafactor", fit_documents=0))
     same(folder / "reduce", alone(tmp_path / "reduce", reduce_gradients))
     same(folder / "kl", alone(tmp_path / "kl", loss="kl", reference_model=cases.causal(cases.TIED)))
-    assert "memory was short for a batch" in (folder / "build/logs/rank-1.log").read_text()
+    assert "did not fit in memory: it is computed in halves" in (folder / "build/logs/rank-1.log").read_text()
 
 
 def budget_of(path: Path) -> int:
@@ -170,7 +170,7 @@ def ended(case: str, folder: Path, models: Path) -> list[tuple[int, str]]:
 def test_a_document_that_cannot_fit_ends_all(tmp_path: Path, models: Path) -> None:
     (first, out), (second, err) = ended("one_document", tmp_path, models)
     assert (first, second) == (2, 2), out + err
-    told = re.search(r"rank 1: expected memory for one document, found too little for row (\d+) of (\d+) tokens", err)
+    told = re.search(r"rank 1: one document does not fit in memory: row (\d+) of (\d+) tokens", err)
     assert told is not None
     assert len(TEXTS[int(told[1])].split()) == int(told[2]) > FEW
     assert "--truncation --max-length N" in err
@@ -203,6 +203,6 @@ def test_torch_s_own_allocation_fails(tmp_path: Path, models: Path, monkeypatch:
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
     (first, out), (second, limited) = ended("limited", tmp_path, models)
     assert (first, second) == (0, 0), out + limited
-    assert "memory was short" not in out
-    assert limited.count("memory was short for a batch of 64 documents of up to 256 tokens") == 1
+    assert "did not fit in memory" not in out
+    assert limited.count("a batch of 64 documents of up to 256 tokens did not fit in memory") == 1
     assert max(float(each.split("difference ")[1]) for each in (out, limited)) < 1e-5
