@@ -22,11 +22,23 @@ help:
 quickstart: $(INSTALLED)
 	@$(BIN)/funcattrib quickstart
 
-test: lint
-	$(PYTEST) -m "not slow"
+test: $(INSTALLED)
+	$(call tested,-m "not slow")
 
-test-all: lint
-	$(PYTEST)
+test-all: $(INSTALLED)
+	$(call tested,)
+
+# ruff, then pytest with mypy beside it, whose report comes last; what fails in any of them fails the target.
+define tested
+$(BIN)/ruff check .
+$(BIN)/ruff format --check .
+@report=$$(mktemp); trap 'rm -f "$$report"' EXIT; \
+	$(BIN)/mypy >"$$report" 2>&1 & types=$$!; \
+	echo '$(PYTEST) $(1)'; $(PYTEST) $(1); tests=$$?; \
+	wait $$types; types=$$?; \
+	echo '$(BIN)/mypy'; cat "$$report"; \
+	exit $$((tests | types))
+endef
 
 # What an instruction set or a thread count could change: every sum and product. A processor without one takes its own.
 NUMERICAL := tests/chain tests/jax tests/kernels tests/lift tests/losses tests/models tests/transforms tests/weights/test_stored.py
