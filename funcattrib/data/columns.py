@@ -1,5 +1,6 @@
 """The columns of a data set, by what they hold."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import datasets
@@ -43,3 +44,16 @@ class Columns:
         """Return whether these are the tokens of a data set that is tokenised already, and no text of it."""
         unsaid = (self.prompt_column, self.completion_column, self.conversation_column) == ("text", None, None)
         return "input_ids" in dataset.column_names and (unsaid or self.prompt_column == "input_ids")
+
+
+def shown_name(name: str, taken: Collection[str]) -> str:
+    """Return the name of a data set's column among the columns that the library writes itself, ``taken``.
+
+    Example:
+        >>> shown_name("document", ["id", "loss"]), shown_name("loss", ["id", "loss"])
+        ('document', 'data.loss')
+    """
+    bare = name
+    while bare.startswith("data."):  # so that two names never become one
+        bare = bare.removeprefix("data.")
+    return f"data.{name}" if bare in taken else name

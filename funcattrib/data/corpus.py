@@ -19,6 +19,10 @@ class Corpus(Protocol):
     def batch(self, indices: Sequence[int], device: torch.device | str = "cpu") -> Batch:
         """Stack and pad documents."""
 
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """Columns of ``metadata`` that hold text."""
+
     def metadata(self, rows: range) -> dict[str, Any]:
         """Return what a store keeps of each document to show it."""
 

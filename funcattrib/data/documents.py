@@ -23,9 +23,12 @@ from funcattrib.data import (
     some_rows,
     tokenize,
 )
+from funcattrib.data.columns import shown_name
 from funcattrib.types import Batch
 
 Records: TypeAlias = datasets.Dataset | Sequence[Mapping[str, Any]]
+
+_TAKEN = ("id", "loss", "tokens", "advantage")  # columns that a store has of every document
 
 
 class Documents(NamedTuple):
@@ -50,13 +53,19 @@ class Documents(NamedTuple):
         batch = collate([self._example(i) for i in indices], pad_id=self.pad_id)
         return {name: tensor.to(device) for name, tensor in batch.items()}
 
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """Columns of ``metadata`` that hold text."""
+        shown = tuple(shown_name(name, _TAKEN) for name in self._shown())
+        return shown or (() if self.tokenizer is None else ("text",))
+
     def metadata(self, rows: range) -> dict[str, Any]:
-        """Return what a store keeps of each example to show it: its id and the columns that were read, or else its
-        tokens.
+        """Return what a store keeps of each example to show it: its id and the columns that were read, or its tokens.
+
+        A column called as one that the store has of every document is kept as ``data.NAME``.
         """
         part = self.source.select(rows)
-        names = [name for name in _text_columns(self.columns) if name in part.column_names and name != "input_ids"]
-        shown = {name: part[name][:] for name in names}
+        shown = {shown_name(name, _TAKEN): part[name][:] for name in self._shown()}
         if not shown and self.tokenizer is not None:
             shown = {"text": [self.tokenizer.decode(self.rows[row]["input_ids"].tolist()) for row in rows]}
         ids = part["id"][:] if "id" in part.column_names else list(rows)
@@ -82,6 +91,12 @@ class Documents(NamedTuple):
         left_out = self._without_reward()
         told = f"no reward in {some_rows(left_out)}; kept, with a zero gradient, and not in its prompt's mean"
         return [*self.report.lines(), *([told] if len(left_out) else [])]
+
+    def _shown(self) -> list[str]:
+        """Columns of the data set that are shown: those of text that were read."""
+        columns = self.columns
+        names = [columns.prompt_column, columns.completion_column, columns.conversation_column]
+        return [name for name in names if name and name in self.source.column_names and name != "input_ids"]
 
     def _example(self, row: int) -> dict[str, Any]:
         example: dict[str, Any] = {**self.rows[row], **{name: values[row] for name, values in self.numbers.items()}}
@@ -126,8 +141,3 @@ def read_documents(
     if (advantage := advantages(source, tokens, columns)) is not None:
         numbers["advantage"] = advantage
     return Documents(source, tokens, rows, rows.lengths, report, columns, pad or 0, tokenizer, numbers)
-
-
-def _text_columns(columns: Columns) -> list[str]:
-    names = [columns.prompt_column, columns.completion_column, columns.conversation_column]
-    return [name for name in names if name is not None]

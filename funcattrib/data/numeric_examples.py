@@ -38,6 +38,11 @@ class Examples:
         padded: dict[str, Tensor] = collate(flat, pad_id=0) if any(flat) else {}
         return {name: tensor.to(device) for name, tensor in (padded | stacked).items()}
 
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """No column: examples of numbers have no text."""
+        return ()
+
     def metadata(self, rows: range) -> dict[str, Any]:
         """Return ids alone: what to show of numbers is the user's to say."""
         ids = [self.records[row].get("id", row) for row in rows]

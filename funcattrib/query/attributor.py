@@ -32,28 +32,30 @@ from funcattrib.query.stored_loss import stored_loss
 from funcattrib.query.topk import TopK, store_blocks, topk
 from funcattrib.store import GradientStore, open_store
 from funcattrib.store.compatibility import same_chain, same_state
+from funcattrib.store.metadata import example_text
 from funcattrib.training.capture import collecting
 from funcattrib.transforms.registry import rebuild
 from funcattrib.types import Batch, Grads, PerExample
 
 _BUDGET = 4096
-_FACTS = ("id", "loss", "tokens", "advantage", "document", "position", "loss_scale", "visits", "step", "epoch", "rank")
-"""Columns of a store's examples that are no text."""
 
 
 class Hit(NamedTuple):
-    """One training example found: its rank (from 1), score, row in the store, and its metadata in the store."""
+    """One training example that a search found.
+
+    Attributes:
+        rank: from 1.
+        score: the inner product or cosine.
+        row: in the store.
+        example: its columns beside the row.
+        text: its columns of text one after the other, a conversation turn by turn.
+    """
 
     rank: int
     score: float
     row: int
     example: Mapping[str, Any]
-
-    @property
-    def text(self) -> str:
-        """Return the example's text: its columns one after the other, a conversation turn by turn."""
-        shown = [value for name, value in self.example.items() if name not in _FACTS and value is not None]
-        return " ".join(_as_text(value) for value in shown)
+    text: str = ""
 
 
 class Trace:
@@ -215,11 +217,13 @@ class Attributor:
 
     def hits(self, values: Float[Tensor, " k"], rows: Tensor) -> list[Hit]:
         """Return scores and row numbers with the examples' metadata; places that an index did not fill are dropped."""
-        return [
-            Hit(rank, float(value), int(row), self.store.examples[int(row)])
-            for rank, (value, row) in enumerate(zip(values, rows, strict=True), 1)
-            if row >= 0
-        ]
+        found = []
+        for rank, (value, row) in enumerate(zip(values.tolist(), rows.tolist(), strict=True), 1):
+            if row >= 0:
+                example = self.store.examples[row]
+                text = example_text(example, self.store.manifest.text_columns)
+                found.append(Hit(rank, value, row, example, text))
+        return found
 
     def _columns(self, records: Sequence[Mapping[str, Any] | str]) -> Columns:
         if any(isinstance(record, str) for record in records):
@@ -284,11 +288,3 @@ class Attributor:
                 f"expected the chain's state in {self.store.path}, found none; finish building the store first"
             )
         return chain, state_tree.restore(template, saved)
-
-
-def _as_text(value: Any) -> str:
-    if isinstance(value, list):
-        return "\n".join(
-            f"{turn['role']}: {turn['content']}" if isinstance(turn, Mapping) else str(turn) for turn in value
-        )
-    return str(value)

@@ -129,6 +129,7 @@ def prepare(
         dtype=gradients.dtype,
         rows=len(corpus.lengths),
         rows_per_shard=rows_per_shard,
+        text_columns=corpus.text_columns,
         extra=corpus.notes(),
     )
     pieces = Pieces(partial(_described, corpus))

@@ -74,7 +74,12 @@ def reduce_gradients(
     step = gradients.rows_per_shard or shard_rows(manifest.width)
     how = {"reduced": method, "unit_normalize": unit_normalize, "documents": manifest.rows, "part": step}
     manifest = replace(
-        manifest, rows=1, rows_per_shard=1, dtype="float32", computed_with={**manifest.computed_with, **how}
+        manifest,
+        rows=1,
+        rows_per_shard=1,
+        dtype="float32",
+        computed_with={**manifest.computed_with, **how},
+        text_columns=(),
     )
     with share_store(path, manifest, prepared.work.world, overwrite=overwrite) as writer:
         if config is not None:

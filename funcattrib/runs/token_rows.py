@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from funcattrib.chain.per_example import per_example_grad
 from funcattrib.chain.per_token import per_token_grad
@@ -44,6 +45,7 @@ def by_token(manifest: Manifest, work: Work, rows_per_shard: int) -> Manifest:
         rows=int(work.corpus.lengths.sum()),
         rows_per_shard=rows_per_shard,
         computed_with={**manifest.computed_with, "granularity": "token"},
+        text_columns=() if _tokenizer(work) is None else ("text",),
     )
 
 
@@ -97,7 +99,12 @@ def _told(work: Work, documents: range, losses: np.ndarray) -> dict[str, Any]:
         "position": np.asarray(positions),
         "loss": np.repeat(losses, lengths),
     }
-    if isinstance(work.corpus, Documents) and (tokenizer := work.corpus.tokenizer) is not None:
+    if isinstance(work.corpus, Documents) and (tokenizer := _tokenizer(work)) is not None:
         rows = work.corpus.rows
         told["text"] = [tokenizer.decode([int(token)]) for i in documents for token in rows[i]["input_ids"]]
     return told
+
+
+def _tokenizer(work: Work) -> PreTrainedTokenizerBase | None:
+    """Return what decodes a token to show it, where there is one."""
+    return work.corpus.tokenizer if isinstance(work.corpus, Documents) else None

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from torch import Tensor
 
+from funcattrib.data.columns import shown_name
 from funcattrib.errors import FuncattribError, StoreError
 from funcattrib.query.topk import TopK
 from funcattrib.scores import top_k as kept_best
@@ -36,6 +37,7 @@ class Scores:
         path: the folder.
         manifest: how they were made.
         queries: metadata of each query, one dict a column.
+        query_text_columns: which entries of ``queries`` hold text; None in scores written before this was kept.
         kept: how many rows of each query were kept, best first; None where all were.
         modules: leaf names, where each one's part was kept; else none.
     """
@@ -44,6 +46,7 @@ class Scores:
         self._store = store
         self.path, self.manifest = store.path, store.manifest
         self.queries: list[dict[str, Any]] = list(store.manifest.extra["queries"])
+        self.query_text_columns: list[str] | None = store.manifest.extra.get("query_text_columns")
         self.kept: int | None = store.manifest.computed_with.get("top_k")
         self.modules = [] if list(store.leaves) == ["scores"] else list(store.leaves)
 
@@ -115,9 +118,9 @@ class Scores:
 
     def to_parquet(self, path: str | Path) -> None:
         """Write the examples with a column ``score_K`` for every query K."""
-        columns = {name: self.examples[name][:] for name in self.examples.column_names}
         matrix = np.asarray(self)
-        columns |= {f"score_{number}": matrix[:, number] for number in range(matrix.shape[1])}
+        scored = {f"score_{number}": matrix[:, number] for number in range(matrix.shape[1])}
+        columns = {shown_name(name, scored): self.examples[name][:] for name in self.examples.column_names} | scored
         try:
             pyarrow.parquet.write_table(pa.table(columns), path)
         except OSError as error:
@@ -193,10 +196,20 @@ def scores_manifest(
             "method": {**method, "columns": len(queries)},
             "query_data": [query.data["fingerprint"] for query in of],
         },
-        extra={"queries": [dict(entry) for entry in queries]},
+        extra={"queries": [dict(entry) for entry in queries], "query_text_columns": _text_columns(of)},
         shards=[],
         complete=False,
         clipped=0,
         nonfinite=0,
         state=None,
     )
+
+
+def _text_columns(of: Sequence[Manifest]) -> list[str] | None:
+    """Columns of text of any of the stores; None where one of them does not say."""
+    found: dict[str, None] = {}
+    for manifest in of:
+        if manifest.text_columns is None:
+            return None
+        found |= dict.fromkeys(manifest.text_columns)
+    return list(found)

@@ -97,4 +97,6 @@ def load_best(folder: Path, queries: int) -> Best:
 def load_example(folder: Path, row: int) -> dict[str, Any]:
     """Read the metadata of a row that was kept; nothing of one that was not."""
     table = pq.read_table(folder / FILE, filters=[("row", "==", row)]).slice(0, 1)
-    return {name: values[0] for name, values in table.to_pydict().items() if values and name not in _PLACE.names}
+    told = {name: values[0] for name, values in table.to_pydict().items() if values and name not in _PLACE.names}
+    ours = {f"example_{name}": name for name in _PLACE.names}
+    return {ours.get(name, name): value for name, value in told.items()}

@@ -47,6 +47,7 @@ _IDENTITY = (
     "rows",
     "rows_per_shard",
 )
+_ADDED: dict[str, Any] = {"text_columns": None}  # fields that an older store's manifest lacks
 _NOTHING = object()  # of a key that one side lacks
 
 
@@ -66,6 +67,8 @@ class Manifest:
         rows: of the whole data set; shard i holds rows [i * rows_per_shard, (i + 1) * rows_per_shard).
         rows_per_shard: rows in every shard but the last.
         score_convention: what the sign and size of an inner product mean.
+        text_columns: columns of the examples that hold text, in the order to show them; None in a store written before
+            this was kept. Not compared.
         extra: notes; JSON values, never compared.
         shards: the finished ones, once the store is complete (until then each has a file of its own).
         complete: every shard is written and listed.
@@ -85,6 +88,7 @@ class Manifest:
     dtype: str = "float16"
     computed_with: dict[str, Any] = field(default_factory=dict)
     score_convention: str = SCORE_CONVENTION
+    text_columns: tuple[str, ...] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     funcattrib_version: str = __version__
     format_version: int = FORMAT_VERSION
@@ -142,7 +146,9 @@ class Manifest:
                 f"{values.get('funcattrib_version', 'of unknown version')}, this is {__version__}); use that version"
             )
         try:
+            values = {**_ADDED, **values}
             known = {f.name: values[f.name] for f in fields(cls)}
+            known["text_columns"] = None if known["text_columns"] is None else tuple(known["text_columns"])
             known["leaves"] = [
                 LeafColumns(leaf["name"], tuple(leaf["shape"]), leaf["start"], leaf["stop"]) for leaf in known["leaves"]
             ]

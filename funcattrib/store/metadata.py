@@ -17,6 +17,11 @@ from funcattrib.store.layout import FileFacts
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_NO_TEXT = frozenset(
+    ("id", "loss", "tokens", "advantage", "document", "position", "loss_scale", "visits", "step", "epoch", "rank")
+)
+"""Columns without text in stores whose manifest does not say which columns have it."""
+
 Column = Sequence[Any] | np.ndarray | Tensor
 
 
@@ -77,3 +82,27 @@ def read_examples(path: Path, files: Sequence[FileFacts]) -> "Dataset":
         raise StoreError(f"expected examples of equal columns in all shards of {path}, found: {error}") from error
     # The fingerprint is given, as to compute one would read every column.
     return Dataset(InMemoryTable(table), fingerprint=Hasher.hash([facts.sha256 for facts in files]))
+
+
+def example_text(example: Mapping[str, Any], text_columns: Sequence[str] | None) -> str:
+    """Return an example's text: its columns one after the other, a conversation turn by turn.
+
+    Args:
+        example: column name → value.
+        text_columns: the manifest's; None, of a store written before manifests had any, takes every column but those
+            that the library wrote itself.
+
+    Example:
+        >>> example_text({"id": "7", "document": "It rains.", "loss": 1.5}, ["document"])
+        'It rains.'
+    """
+    names = [name for name in example if name not in _NO_TEXT] if text_columns is None else text_columns
+    return " ".join(_as_text(value) for name in names if (value := example.get(name)) is not None)
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, list):
+        return "\n".join(
+            f"{turn['role']}: {turn['content']}" if isinstance(turn, Mapping) else str(turn) for turn in value
+        )
+    return str(value)

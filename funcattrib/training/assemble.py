@@ -19,9 +19,9 @@ from funcattrib.errors import FuncattribError
 from funcattrib.store import GradientStore, Manifest, create_store, open_store
 from funcattrib.store.create import PARTS
 from funcattrib.training.journal import segments
+from funcattrib.training.metadata import ORDER
 
 Shown = Callable[[range], Mapping[str, Any]]
-ORDER = ("step", "epoch", "position", "rank")
 
 
 class Visits(NamedTuple):

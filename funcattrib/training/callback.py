@@ -30,7 +30,7 @@ from funcattrib.training.evaluation import evaluation_store
 from funcattrib.training.journal import Journal
 from funcattrib.training.loop import trained
 from funcattrib.training.loss_scale import LossScale
-from funcattrib.training.metadata import data_identity, shown
+from funcattrib.training.metadata import data_identity, shown, text_columns
 from funcattrib.training.recover import save_plan
 from funcattrib.training.session import Session, Weighing
 from funcattrib.transforms import project
@@ -160,6 +160,7 @@ class GradientCollectorCallback(TrainerCallback):
             leaves=leaves,
             dtype=self.dtype,
             rows=len(self.trainer.train_dataset),
+            text_columns=text_columns(self.trainer.train_dataset, self.trainer.processing_class),
             rows_per_shard=max(1, min(_SHARD_ROWS, _SHARD_BYTES // (4 * leaves[-1].stop))),
         )
         self._resumed = state.global_step > 0

@@ -17,7 +17,7 @@ from funcattrib.errors import FuncattribError
 from funcattrib.store import Manifest, create_store
 from funcattrib.training import loss_scale as losses
 from funcattrib.training.capture import Reader, lifted
-from funcattrib.training.metadata import data_identity, shown
+from funcattrib.training.metadata import data_identity, shown, text_columns
 
 
 def evaluation_store(
@@ -29,6 +29,7 @@ def evaluation_store(
         rows=len(examples),
         data=data_identity(examples),
         rows_per_shard=max(1, min(manifest.rows_per_shard, len(examples))),
+        text_columns=text_columns(examples, trainer.processing_class),
         extra={"step": trainer.state.global_step},
     )
     tell = shown(examples, trainer.processing_class)

@@ -5,7 +5,12 @@ from typing import Any
 
 import datasets
 
+from funcattrib.data.columns import shown_name
 from funcattrib.training.row_ids import Numbered
+
+ORDER = ("step", "epoch", "position", "rank")
+"""Columns that say when and where an example was trained on."""
+_TAKEN = ("tokens", "loss_scale", "visits", *ORDER)  # columns that a store of a training has of every example
 
 
 def data_identity(examples: Any) -> dict[str, Any]:
@@ -14,15 +19,24 @@ def data_identity(examples: Any) -> dict[str, Any]:
     return {"id": "in memory", "split": None, "fingerprint": fingerprint, "documents": len(examples)}
 
 
+def text_columns(examples: Any, tokenizer: Any) -> tuple[str, ...]:
+    """Return the names of the columns of text that ``shown`` gives."""
+    names = _strings(examples) if isinstance(examples, datasets.Dataset) else []
+    decoded = ("text",) if hasattr(tokenizer, "decode") else ()
+    return tuple(shown_name(name, _TAKEN) for name in names) or decoded
+
+
 def shown(examples: Any, tokenizer: Any) -> Callable[[range], Mapping[str, Any]]:
-    """Return a function from rows to columns to show: the data set's ids and texts, or its tokens as text."""
+    """Return a function from rows to columns to show: the data set's ids and texts, or its tokens as text.
+
+    A column called as one that the store has of every example is shown as ``data.NAME``.
+    """
     if isinstance(examples, datasets.Dataset):
-        plain = examples.with_format(None)
-        texts = [name for name, feature in plain.features.items() if getattr(feature, "dtype", "") == "string"]
+        plain, texts = examples.with_format(None), _strings(examples)
 
         def of_dataset(rows: range) -> dict[str, Any]:
             some = plain[rows.start : rows.stop]
-            columns = {name: some[name] for name in texts if name != "id"}
+            columns = {shown_name(name, _TAKEN): some[name] for name in texts}
             if not columns and "input_ids" in some:
                 columns = _decoded(some["input_ids"], tokenizer)
             return {"id": [str(i) for i in some.get("id", rows)], **columns}
@@ -39,6 +53,12 @@ def shown(examples: Any, tokenizer: Any) -> Callable[[range], Mapping[str, Any]]
         return {"id": ids, **_decoded([each["input_ids"] for each in some], tokenizer)}
 
     return of_sequence
+
+
+def _strings(examples: datasets.Dataset) -> list[str]:
+    """Columns of the data set that hold text, but its ids."""
+    features = examples.with_format(None).features
+    return [name for name, feature in features.items() if getattr(feature, "dtype", "") == "string" and name != "id"]
 
 
 def _decoded(ids: Any, tokenizer: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
@@ -54,7 +55,7 @@ def _recover(folder: Path) -> GradientStore:
     except (OSError, ValueError) as error:
         raise FuncattribError(f"expected {PLAN} in {kept}, found none that can be read; resume the training") from error
     state = safetensors.torch.load_file(kept / STATE) if (kept / STATE).exists() else {}
-    manifest = Manifest.from_json(plan["manifest"])
+    manifest = replace(Manifest.from_json(plan["manifest"]), text_columns=())  # ids alone are told
     return settle(folder, manifest, state, _numbers, partial=True, **plan["settings"])
 
 

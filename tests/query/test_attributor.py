@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import funcattrib as fa
-from funcattrib.data import collate
+from funcattrib.data import Columns, collate
 from funcattrib.query.attributor import Attributor
+from funcattrib.report.table import hits_table
 from tests.runs.test_collect import build, records
 from tests.support import cases, tiny
 
@@ -70,6 +71,29 @@ def test_search_is_the_dense_product(runs, unit_norm: bool) -> None:
     assert [[hit.row for hit in each] for each in hits] == indices.tolist()
     assert [hit.rank for hit in hits[0]] == list(range(1, 8))
     assert hits[0][0].text == TEXTS[hits[0][0].row]
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (Columns("document"), ("document",)),
+        (Columns("tokens", "loss"), ("data.tokens", "data.loss")),
+        (Columns("id"), ("data.id",)),
+    ],
+)
+def test_text_of_any_column(columns: Columns, shown: tuple[str, ...], tmp_path: Path) -> None:
+    named = (columns.prompt_column, columns.completion_column)
+    data = [dict(zip(filter(None, named), (text, " w3 w4"), strict=False)) for text in TEXTS[:4]]
+    model, tokenizer = cases.causal("gpt_neox"), tiny.make_tokenizer()
+    settings = {"tokenizer": tokenizer, "columns": columns, "quiet": True}
+    store = fa.collect_gradients(model, data, path=tmp_path / "run", projection_dim=4, **settings)
+    assert store.manifest.text_columns == shown
+    assert store.examples.column_names == ["id", *shown, "loss", "tokens"]
+    assert all(isinstance(loss, float) and loss > 0 for loss in store.examples["loss"][:])
+    assert store.examples["tokens"][:] == [len(tokenizer("".join(row.values()))["input_ids"]) for row in data]
+    hits = attributor(tmp_path / "run").ask([TEXTS[0]], 4)[0]
+    assert {hit.row: hit.text for hit in hits} == {row: " ".join(each.values()) for row, each in enumerate(data)}
+    assert f"{TEXTS[0][:10]}" in hits_table(hits, TEXTS[0])
 
 
 def test_a_query_is_the_chain_on_it(runs) -> None:

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import funcattrib as fa
+from funcattrib.data import Columns
+from funcattrib.report.scores import scores_table
 from funcattrib.runs import score as recipe
 from funcattrib.runs.collect import collect_gradients
 from funcattrib.runs.reduce import reduce_gradients
 from funcattrib.runs.score import score_gradients
-from tests.support import cases
+from tests.support import cases, tiny
 
 COMMON = {"dtype": "float32", "rows_per_shard": 4, "token_batch_size": 40, "quiet": True}
 
@@ -159,6 +161,22 @@ def test_the_best_alone_are_kept(tmp_path) -> None:
         best[0]
     with pytest.raises(fa.FuncattribError, match="found 4"):
         best.topk(4)
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_tables_show_text_of_any_column(top_k, tmp_path) -> None:
+    texts = tiny.texts(3)
+    data = [{"query": text} for text in texts]
+    settings = {**COMMON, "columns": Columns("query"), "tokenizer": tiny.make_tokenizer(), "top_k": top_k}
+    scores = score_gradients(
+        cases.causal("gpt_neox"), data, path=tmp_path / "out", query_data=data[:1], projection_dim=4, **settings
+    )
+    assert scores.manifest.text_columns == ("query",)
+    best = int(scores.topk(1).rows[0, 0])
+    assert scores.example(best)["query"] == texts[best]
+    asked, *_, last = scores_table(scores, 1, width=200).split("\n")[2:]
+    assert asked == texts[0]
+    assert last.endswith(texts[best])
 
 
 @pytest.mark.parametrize("top_k", [None, 4])
