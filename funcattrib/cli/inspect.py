@@ -39,7 +39,7 @@ def run(config: Inspect) -> int | None:
     for stage in manifest.chain:
         settings = ", ".join(f"{key}={value}" for key, value in stage.items() if key != "name")
         print(f"stage: {stage['name']}({settings})")
-    if not manifest.rows and manifest.state is not None and "queries" not in manifest.extra:
+    if manifest.kind == "state" and manifest.state is not None:
         print("a fitted state without rows: give it to --state")
     print(f"shards: {len(store.shards)} of {manifest.shard_count}{'' if manifest.complete else ' (unfinished)'}")
     for what, count in (("clipped", manifest.clipped), ("not finite", manifest.nonfinite)):

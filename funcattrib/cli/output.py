@@ -30,7 +30,7 @@ def reports_on_stderr() -> Iterator[None]:
 def print_store(store: "GradientStore") -> None:
     """One line on what a store holds, of gradients or of scores."""
     manifest = store.manifest
-    if "queries" in manifest.extra:
+    if manifest.kind == "scores":
         kept = manifest.computed_with.get("top_k")
         best = f"the best {kept} of {manifest.computed_with['scored']:,} rows" if kept else f"{len(store):,} rows"
         print(f"{store.path}: scores of {best} for {len(manifest.extra['queries']):,} queries")

@@ -73,9 +73,12 @@ def run(config: Query) -> int | None:
     from funcattrib.runtime.devices import pick_device
     from funcattrib.runtime.world import world
     from funcattrib.store import read_manifest
+    from funcattrib.store.compatibility import check_kind
 
     here = world()
-    made_with = read_manifest(config.index).model
+    manifest = read_manifest(config.index)
+    check_kind(manifest, config.index, "gradients")  # before a model is loaded
+    made_with = manifest.model
     device = pick_device(config.device)
     loaded = load_model(
         config.model or made_with["id"],

@@ -31,7 +31,7 @@ from funcattrib.query.faiss_index import search as search_index
 from funcattrib.query.stored_loss import stored_loss
 from funcattrib.query.topk import TopK, store_blocks, topk
 from funcattrib.store import GradientStore, open_store
-from funcattrib.store.compatibility import same_chain, same_state
+from funcattrib.store.compatibility import check_kind, same_chain, same_state
 from funcattrib.store.metadata import example_text
 from funcattrib.training.capture import collecting
 from funcattrib.transforms.registry import rebuild
@@ -81,7 +81,7 @@ class Attributor:
         state: a folder with the fitted state, which must be the one that the store was made with.
 
     Raises:
-        FuncattribError: no store; a model, chain or state other than the store's.
+        FuncattribError: no store of gradients; a model, chain or state other than the store's.
 
     Example:
         >>> import tempfile
@@ -107,6 +107,7 @@ class Attributor:
         state: str | Path | None = None,
     ) -> None:
         self.store: GradientStore = open_store(run)
+        check_kind(self.store.manifest, run, "gradients")
         self.device = torch.device(device)
         self.unit_norm = unit_norm
         self._model = str(model) if isinstance(model, Path) else model

@@ -125,7 +125,8 @@ def fit_chain(
     """
     source, gradients = split_settings(data, settings)
     prepared = with_budget(prepare(model, source, gradients, chain, None), path, overwrite=overwrite)
-    with share_store(path, replace(prepared.manifest, rows=0), prepared.work.world, overwrite=overwrite) as writer:
+    manifest = replace(prepared.manifest, kind="state", rows=0)
+    with share_store(path, manifest, prepared.work.world, overwrite=overwrite) as writer:
         if config is not None:
             writer.save_config(config)
         if not writer.manifest.complete:

@@ -32,6 +32,7 @@ from funcattrib.runtime.world import world
 from funcattrib.scores import Scores, check_gradients, open_scores, scores_manifest
 from funcattrib.scores.top_k import Best, best_of, fold, nothing, save_best
 from funcattrib.store import GradientStore, StoreWriter, open_store, require_shared, share_store
+from funcattrib.store.compatibility import check_kind
 from funcattrib.store.create import PARTS
 from funcattrib.transforms import inner_products, max_score, self_influence
 from funcattrib.types import Batch, PerExample
@@ -218,8 +219,7 @@ def _spec(prepared: Prepared, last: Sequence[Transform]) -> Mapping[str, Any]:
 
 def _gradients_at(path: str | Path) -> GradientStore:
     store = open_store(path)
-    if "queries" in store.manifest.extra:
-        raise FuncattribError(f"expected query gradients at {path}, found scores; give what build or reduce wrote")
+    check_kind(store.manifest, path, "gradients")
     return store
 
 

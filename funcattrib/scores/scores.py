@@ -22,7 +22,7 @@ from funcattrib.query.topk import TopK
 from funcattrib.scores import top_k as kept_best
 from funcattrib.scores.top_k import fold, nothing
 from funcattrib.store import GradientStore, Manifest, lay_out, open_store
-from funcattrib.store.compatibility import check_gradients, refuse, state_hash
+from funcattrib.store.compatibility import check_gradients, check_kind, refuse, state_hash
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -155,8 +155,7 @@ def open_scores(path: str | Path) -> Scores:
         ((2, 1), array([ 4., 12.], dtype=float32))
     """
     store = open_store(path)
-    if "queries" not in store.manifest.extra:
-        raise StoreError(f"expected scores at {path}, found a store of gradients; open it with open_store")
+    check_kind(store.manifest, path, "scores")
     if not store.manifest.complete:
         raise StoreError(f"expected finished scores at {path}, found an interrupted run; the same command continues it")
     return Scores(store)
@@ -188,6 +187,7 @@ def scores_manifest(
         convention = convention.replace("inner product", "cosine", 1)
     return replace(
         train,
+        kind="scores",
         leaves=leaves,
         dtype="float32",
         score_convention=convention,

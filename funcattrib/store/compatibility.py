@@ -7,8 +7,29 @@ from typing import Any
 
 import torch
 
-from funcattrib.errors import ChainError, FuncattribError
+from funcattrib.errors import ChainError, FuncattribError, StoreError
 from funcattrib.store import GradientStore, Manifest, open_store
+from funcattrib.store.manifest import Kind
+
+_KINDS: Mapping[Kind, str] = {"gradients": "gradients", "scores": "scores", "state": "a fitted state"}
+_ADVICE: Mapping[Kind, str] = {
+    "gradients": "give the folder that build or reduce wrote",
+    "scores": "open it with open_store",
+    "state": "give the folder that fit or build wrote",
+}
+
+
+def check_kind(manifest: Manifest, path: str | Path, expected: Kind, *also: Kind) -> None:
+    """Refuse a store of another kind than ``expected``, or than those in ``also``.
+
+    Raises:
+        StoreError: naming both kinds.
+    """
+    if manifest.kind not in (expected, *also):
+        raise StoreError(
+            f"expected {_KINDS[expected]} at {path}, found another kind of store: {_KINDS[manifest.kind]}; "
+            f"{_ADVICE[expected]}"
+        )
 
 
 def same_chain(made_with: Sequence[Mapping[str, Any]], given: Sequence[Mapping[str, Any]]) -> None:
@@ -36,6 +57,7 @@ def same_state(store: GradientStore, path: str | Path) -> None:
         FuncattribError: no state at ``path``, one of another model or chain, or other numbers; it says which.
     """
     given, advice = open_store(path), "search a store that was built with this --state, or leave it out"
+    check_kind(given.manifest, path, "state", "gradients")
     ours, theirs = store.manifest, given.manifest
     if theirs.state is None:
         raise FuncattribError(f"expected a fitted state at {path}, found none that is finished; fit it to its end")
@@ -61,6 +83,7 @@ def same_state(store: GradientStore, path: str | Path) -> None:
 def check_given(wanted: Manifest, given: GradientStore) -> None:
     """Refuse a state that was fitted for another model, chain, or set of parameters; the message names which."""
     found, path = given.manifest, given.path
+    check_kind(found, path, "state", "gradients")
     if found.state is None:
         raise ChainError(f"expected a fitted state at {path}, found an interrupted run; finish it with its own command")
     for what, ours, theirs in (

@@ -7,7 +7,7 @@ import json
 import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from funcattrib.errors import StoreError
 from funcattrib.store.layout import (
@@ -23,6 +23,8 @@ from funcattrib.version import __version__
 
 FORMAT = "funcattrib gradient store"
 FORMAT_VERSION = 1
+Kind: TypeAlias = Literal["gradients", "scores", "state"]
+"""What a store holds: rows of gradients, scores of rows against queries, or a fitted state without rows."""
 DTYPES = ("float16", "float32", "bfloat16", "int8")
 SCORE_CONVENTION = (
     "inner product of the transformed gradients of a training example and a query; positive means that a step that "
@@ -33,6 +35,7 @@ FILE = "manifest.json"
 
 # Everything that must agree before a run may continue another's store. `extra` holds notes and is not compared.
 _IDENTITY = (
+    "kind",
     "format_version",
     "funcattrib_version",
     "model",
@@ -47,7 +50,6 @@ _IDENTITY = (
     "rows",
     "rows_per_shard",
 )
-_ADDED: dict[str, Any] = {"text_columns": None}  # fields that an older store's manifest lacks
 _NOTHING = object()  # of a key that one side lacks
 
 
@@ -56,6 +58,7 @@ class Manifest:
     """The contents of a store and how they were made.
 
     Attributes:
+        kind: gradients, scores or state; in a store written before this was kept, by what it holds.
         model: id, revision or fingerprint, and whatever else settles its weights.
         data: id, split, columns, content fingerprint, documents, tokens.
         loss: kind, reduction and other settings of the loss.
@@ -77,6 +80,7 @@ class Manifest:
         state: the chain's fitted state, where there is one.
     """
 
+    kind: Kind = "gradients"
     model: dict[str, Any]
     data: dict[str, Any]
     loss: dict[str, Any]
@@ -146,7 +150,7 @@ class Manifest:
                 f"{values.get('funcattrib_version', 'of unknown version')}, this is {__version__}); use that version"
             )
         try:
-            values = {**_ADDED, **values}
+            values = {"kind": _older_kind(values), "text_columns": None, **values}  # an older store's lacks these
             known = {f.name: values[f.name] for f in fields(cls)}
             known["text_columns"] = None if known["text_columns"] is None else tuple(known["text_columns"])
             known["leaves"] = [
@@ -198,6 +202,8 @@ def check_manifest(manifest: Manifest) -> None:
     Raises:
         StoreError: Naming the field.
     """
+    if manifest.kind not in get_args(Kind):
+        raise StoreError(f"expected a store of kind {', '.join(get_args(Kind))}, found {manifest.kind!r}")
     if manifest.dtype not in DTYPES:
         raise StoreError(f"expected a store dtype of {', '.join(DTYPES)}, found {manifest.dtype!r}")
     if manifest.rows < 0 or manifest.rows_per_shard < 1:
@@ -217,6 +223,13 @@ def check_manifest(manifest: Manifest) -> None:
 def unfinished(manifest: Manifest) -> Manifest:
     """Return the same manifest, before any shard was written."""
     return replace(manifest, shards=[], complete=False, clipped=0, nonfinite=0, state=None)
+
+
+def _older_kind(values: dict[str, Any]) -> Kind:
+    """Return the kind of a store whose manifest does not say it."""
+    if "queries" in values["extra"]:
+        return "scores"
+    return "gradients" if values["rows"] else "state"
 
 
 def _plain(manifest: Manifest) -> dict[str, Any]:

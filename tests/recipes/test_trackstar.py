@@ -98,7 +98,7 @@ def test_the_mean_of_the_queries_is_one_column(tmp_path) -> None:
 
 def test_a_store_of_gradients_is_no_scores(tmp_path) -> None:
     fa.collect_gradients(cases.causal("llama"), records(QUERY, 2), path=tmp_path / "run", quiet=True)
-    with pytest.raises(fa.StoreError, match="found a store of gradients"):
+    with pytest.raises(fa.StoreError, match="found another kind of store: gradients"):
         open_scores(tmp_path / "run")
 
 

@@ -280,7 +280,7 @@ def test_what_cannot_be_asked_for(asked, found, tmp_path) -> None:
 def test_what_is_no_query_is_said_to_be_none(tmp_path, caplog) -> None:
     model, settings = cases.causal("llama"), {**COMMON, "projection_dim": 4}
     score_gradients(model, TRAIN, path=tmp_path / "scores", query_data=QUERY, **settings)
-    with pytest.raises(fa.FuncattribError, match=r"expected query gradients at .*, found scores"):
+    with pytest.raises(fa.FuncattribError, match=r"expected gradients at .*, found another kind of store: scores"):
         score_gradients(model, TRAIN, path=tmp_path / "again", queries=tmp_path / "scores", **settings)
     queries = tmp_path / "scores" / "gradients" / "query"
     with caplog.at_level(logging.WARNING):
