@@ -45,7 +45,7 @@ def parse(config_type: type[Config], args: Sequence[str], *, command: str) -> Co
 
 
 def _description(config_type: type) -> str:
-    """The docstring up to its Args, which tyro shows beside the flags."""
+    """Return the docstring up to its Args, which tyro shows beside the flags."""
     return (inspect.getdoc(config_type) or "").partition("\n\nArgs:")[0]
 
 

@@ -25,11 +25,11 @@ class Build:
     data: DataConfig
     gradients: GradientConfig = field(default_factory=GradientConfig)
     state: Path | None = None
-    """A state that `funcattrib fit` left; by default the normalizer is fitted here."""
+    """A fitted state, of `funcattrib fit`; by default the normalizer is fitted here."""
     granularity: Literal["example", "token"] = "example"
     """A row an example, or a row a token; an example's token rows add up to its gradient."""
     overwrite: bool = False
-    """Begin anew where RUN holds another run."""
+    """Start over where RUN holds another run."""
 
 
 @reports_on_stderr()

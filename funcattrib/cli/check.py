@@ -1,4 +1,4 @@
-"""``funcattrib check``: do a model's gradients depend on their batch?"""
+"""``funcattrib check``: a test that a model's gradients do not depend on their batch."""
 
 from dataclasses import dataclass, field
 

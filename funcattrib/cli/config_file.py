@@ -24,7 +24,7 @@ Config = TypeVar("Config")
 
 
 def settings(config: object, *, command: str) -> dict[str, Any]:
-    """Every setting of a configuration, its groups flattened, as plain YAML values.
+    """Return every setting of a configuration, its groups flattened, as plain YAML values.
 
     Args:
         config: The dataclass a command was run with.
@@ -168,7 +168,7 @@ def _first_that_fits(hints: Sequence[Any], value: Any, where: str) -> Any:
 
 
 def _as_float(value: int | str) -> tuple[bool, float]:
-    """YAML reads `1e-5`, without a point, as a string."""
+    """Convert to a number, also `1e-5`, which YAML reads as a string, having no point."""
     try:
         return True, float(value)
     except ValueError:

@@ -24,7 +24,7 @@ class Fit:
     data: DataConfig
     gradients: GradientConfig = field(default_factory=GradientConfig)
     overwrite: bool = False
-    """Begin anew where OUT holds something else."""
+    """Start over where OUT holds something else."""
 
 
 @reports_on_stderr()

@@ -1,4 +1,4 @@
-"""``funcattrib inspect``: what a store holds."""
+"""``funcattrib inspect``: the contents of a store."""
 
 from dataclasses import dataclass
 from pathlib import Path

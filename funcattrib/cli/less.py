@@ -39,7 +39,7 @@ class Less:
     """Column of the queries; those with the same value are one subtask, and their scores are averaged."""
     gradients: RowConfig = field(default_factory=lambda: RowConfig(loss_reduction="mean"))
     overwrite: bool = False
-    """Begin anew where OUT holds another run."""
+    """Start over where OUT holds another run."""
     show: int = 3
     """Selected examples to show."""
 

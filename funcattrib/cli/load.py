@@ -26,18 +26,20 @@ def load_from(config: ModelConfig) -> Loaded:
 
 
 def load_options(config: ModelConfig | LoadConfig) -> dict[str, Any]:
-    """Keyword settings of ``load_model`` beside which model it is; process groups are made here, once."""
+    """Return keyword settings of ``load_model`` beside which model it is; process groups are made here, once."""
     options = {each.name: getattr(config, each.name) for each in fields(LoadConfig)}
     return {**options, "shards": shards_from(config.shards, config.device)}
 
 
 def shards_from(config: ShardConfig, device: str) -> Shards | None:
-    """Which processes hold a model together; None where each has all of it. Every process of the run calls this."""
+    """Return the processes that hold a model together; None where each has all of it. Every process of the run calls
+    this.
+    """
     return shards_of(pick_device(device), config.shard_ranks, config.offload_params) if config.shard_params else None
 
 
 def shards_of(device: torch.device, ranks: int | None = None, offload: bool = False) -> Shards:
-    """Which processes hold a model together: each with its ``ranks`` neighbours, or all of them.
+    """Return the processes that hold a model together: each with its ``ranks`` neighbours, or all of them.
 
     Every process of the run calls this.
 
@@ -56,7 +58,7 @@ def shards_of(device: torch.device, ranks: int | None = None, offload: bool = Fa
 
 
 def source_of(loaded: Loaded, data: DataConfig) -> dict[str, Any]:
-    """Keyword settings of ``collect_gradients`` that say which documents, and what belongs to them."""
+    """Return keyword settings of ``collect_gradients`` for the documents and what belongs to them."""
     return {
         **documents_of(data),
         "tokenizer": loaded.tokenizer,
@@ -67,7 +69,7 @@ def source_of(loaded: Loaded, data: DataConfig) -> dict[str, Any]:
 
 
 def documents_of(data: DataConfig) -> dict[str, Any]:
-    """Keyword settings of ``collect_gradients`` that say which documents, without what comes from a model."""
+    """Return keyword settings of ``collect_gradients`` for the documents, without those that come from a model."""
     return {
         "columns": Columns(**{field.name: getattr(data, field.name) for field in fields(Columns)}),
         "split": data.split,
@@ -78,7 +80,7 @@ def documents_of(data: DataConfig) -> dict[str, Any]:
 
 
 def queries_of(data: DataConfig, own: QueryColumns) -> dict[str, Any]:
-    """Keyword settings that say how the queries' data set is read: its own columns, or else those of ``data``."""
+    """Return keyword settings of the queries' data set: its own columns, or else those of ``data``."""
     columns = Columns(
         own.query_prompt_column or data.prompt_column,
         own.query_completion_column or data.completion_column,

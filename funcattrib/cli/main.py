@@ -25,7 +25,7 @@ class Command(NamedTuple):
     Args:
         module: Where `run` is; imported when the command or its help is asked for.
         summary: One line for `funcattrib --help`: the first line of the configuration's docstring.
-        resumable: Whether the same command, given again, continues what an interruption left.
+        resumable: Whether the same command, given again, continues an interrupted run.
         together: Whether the processes that torchrun starts share its work.
     """
 
@@ -81,7 +81,9 @@ COMMANDS: dict[str, Command] = {
         resumable=True,
         run_distributed=True,
     ),
-    "merge": Command("funcattrib.cli.merge", "Join the parts of a run that machines without a shared folder left."),
+    "merge": Command(
+        "funcattrib.cli.merge", "Join the parts of a run, from machines without a shared folder, into one store."
+    ),
     "inspect": Command("funcattrib.cli.inspect", "Say what RUN holds, and whether it is whole."),
     "check": Command("funcattrib.cli.check", "Check that a model's gradients do not depend on their batch."),
     "plan": Command(
@@ -113,7 +115,7 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
         code = _dispatch(*words, commands=commands)
         sys.stdout.flush()  # here, where a closed pipe is still caught
     except BrokenPipeError:
-        # The reader of our output has gone, as in `funcattrib inspect RUN | head`: nothing is left to say.
+        # The reader of our output has gone, as in `funcattrib inspect RUN | head`: nothing remains to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return code

@@ -10,9 +10,9 @@ from funcattrib.cli.output import print_store, reports_on_stderr
 
 @dataclass(frozen=True)
 class Merge:
-    """Join the parts of a run that machines without a shared folder left.
+    """Join the parts of a run, from machines without a shared folder, into one store.
 
-    Each part is a folder that one machine wrote; together they hold every shard. The parts are left as they are.
+    Each part is a folder that one machine wrote; together they hold every shard. The parts stay as they are.
     """
 
     out: tyro.conf.Positional[Path]

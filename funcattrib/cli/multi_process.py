@@ -21,7 +21,7 @@ _COLLECTIVE_TIMEOUT = 10.0  # seconds
 def run_distributed(run: Callable[[Any], int | None], config: Any) -> int:
     """Run a command as one of the processes that a launcher started.
 
-    Of one error that all of them meet, the first alone tells. Where it came before anything was begun, nothing is left.
+    Of one error that all of them meet, the first alone reports. Where it came before anything began, no file remains.
     """
     folder = getattr(config, "run", None) or getattr(config, "out", None)
     missing = [] if folder is None else [each for each in (Path(folder), *Path(folder).parents) if not each.exists()]
@@ -49,7 +49,7 @@ def run_distributed(run: Callable[[Any], int | None], config: Any) -> int:
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
-    """Folders that were made to see whether all processes share them, the innermost first."""
+    """Remove folders that were made to see whether all processes share them, the innermost first."""
     with suppress(OSError):  # it is not empty, or not there
         for folder in folders:
             folder.rmdir()
@@ -57,7 +57,7 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 @contextmanager
 def rank_zero_reports() -> Iterator[None]:
-    """For what goes wrong in all processes alike, before they know of each other: rank 0 says it, the others end."""
+    """Report errors that all processes meet alike, before they know of each other, on rank 0 alone; the others end."""
     if rank() == 0:
         yield
         return
@@ -72,9 +72,9 @@ def rank_zero_reports() -> Iterator[None]:
 
 
 class Log(TextIOBase):
-    """RUN/logs/rank-N.log, made once the run has begun; what is written before that waits, or is let go with it.
+    """RUN/logs/rank-N.log, made once the run has begun; what is written before that waits, or is dropped with it.
 
-    So nothing is left in the folder of something else, nor where an error came before the first shard.
+    So nothing remains in the folder of something else, nor where an error came before the first shard.
     """
 
     def __init__(self, run: Path, rank: int) -> None:

@@ -1,4 +1,4 @@
-"""What commands say: reports on stderr while they work, results on stdout."""
+"""The output of commands: reports on stderr while they work, results on stdout."""
 
 import logging
 import sys
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def reports_on_stderr() -> Iterator[None]:
-    """Let the library's reports (INFO and above) and warnings through to stderr, as plain lines."""
+    """Print the library's reports (INFO and above) and warnings on stderr, as plain lines."""
     library = logging.getLogger("funcattrib")
     handler, level = logging.StreamHandler(sys.stderr), library.level
     library.addHandler(handler)
@@ -28,7 +28,7 @@ def reports_on_stderr() -> Iterator[None]:
 
 
 def print_store(store: "GradientStore") -> None:
-    """One line on what a store holds, of gradients or of scores."""
+    """Print one line on a store's contents, of gradients or of scores."""
     manifest = store.manifest
     if manifest.kind == "scores":
         kept = manifest.computed_with.get("top_k")

@@ -1,4 +1,4 @@
-"""``funcattrib plan``: what a run will take, before anything is computed."""
+"""``funcattrib plan``: the cost of a run, before anything is computed."""
 
 import logging
 import math
@@ -30,13 +30,13 @@ class Plan:
     utilisation: float = 0.7
     """Part of --device-flops that a run gets."""
     tokens_per_second: float | None = None
-    """What a short build of this model was measured at on one device, in the place of --device-flops."""
+    """Speed that a short build of this model had on one device, in the place of --device-flops."""
     mean_length: float = 512
     """Tokens of a document."""
     projection_dim: int = 16
     """Coordinates a side of each projected matrix; 0 keeps whole gradients."""
     dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16"
-    """How rows are stored."""
+    """Type of the stored rows."""
     modules: tuple[str, ...] = ()
     """Globs of parameter names to attribute; by default the matrices of the model's blocks."""
     exclude: tuple[str, ...] = ()

@@ -31,7 +31,7 @@ class Query:
     completion: str | None = None
     """Continuation of --text whose tokens alone count in the query's loss."""
     top_k: int = 5
-    """How many examples to show."""
+    """Number of examples to show."""
     reverse: bool = False
     """Opponents (lowest scores) in place of proponents."""
     unit_norm: bool = False
@@ -128,7 +128,7 @@ def run(config: Query) -> int | None:
 
 
 def _next_text() -> str | None:
-    """The next text of the prompt, None where there are no more."""
+    """Read the next text of the prompt, None where there are no more."""
     asks = sys.stdin.isatty()
     while True:
         try:

@@ -19,9 +19,9 @@ class Quickstart:
     out: tyro.conf.Positional[Path] = Path("runs/facts")
     """The folder to write."""
     people: int = 40
-    """How many people to invent facts about."""
+    """Number of people to invent facts about."""
     epochs: int = 32
-    """How often the model reads the facts."""
+    """Number of times that the model reads the facts."""
     seed: int = 0
     """Another seed: other facts, another model."""
 

@@ -29,9 +29,9 @@ class Reduce:
     """Scale each document's gradient to unit length before it is added."""
     gradients: GradientConfig = field(default_factory=GradientConfig)
     state: Path | None = None
-    """A state that `funcattrib fit` or a build left; by default statistics are fitted here."""
+    """A fitted state, of `funcattrib fit` or a build; by default statistics are fitted here."""
     overwrite: bool = False
-    """Begin anew where OUT holds another run."""
+    """Start over where OUT holds another run."""
 
 
 @reports_on_stderr()

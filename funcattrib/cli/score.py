@@ -24,7 +24,7 @@ class Score:
     model: ModelConfig
     data: DataConfig
     query_path: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """Query gradients: a folder that build or reduce left. May be repeated."""
+    """Query gradients: a folder of build or reduce. May be repeated."""
     query_dataset: str | None = None
     """Or the queries' data set, whatever --dataset takes: their gradients are computed first."""
     queries: QueryColumns = field(default_factory=QueryColumns)
@@ -40,7 +40,7 @@ class Score:
     state: Path | None = None
     """A fitted state; by default that of the queries, or one fitted here."""
     overwrite: bool = False
-    """Begin anew where OUT holds another run."""
+    """Start over where OUT holds another run."""
     show: int = 3
     """Training examples to show for the first queries."""
 

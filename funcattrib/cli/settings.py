@@ -9,7 +9,7 @@ from funcattrib.runs.config import at_least
 
 @dataclass(frozen=True)
 class ShardConfig:
-    """Whether processes hold a model together, and how."""
+    """Settings of processes that hold a model together."""
 
     shard_params: bool = False
     """Under torchrun or srun: each process keeps a part of every weight, and all together make one when it is used."""
@@ -28,7 +28,7 @@ class ShardConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model, and how it is loaded."""
+    """The model, and how it is loaded."""
 
     model: str
     """A hub id or a folder with a Hugging Face model."""
@@ -49,7 +49,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoadConfig:
-    """How checkpoints are loaded."""
+    """Settings of loading checkpoints."""
 
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer, if it is not the checkpoints' own."""
@@ -64,7 +64,7 @@ class LoadConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which documents, and which of their tokens count in the loss."""
+    """The documents, and which of their tokens count in the loss."""
 
     dataset: str
     """A hub id, a save_to_disk folder, or a csv, json, jsonl, parquet, arrow or txt file or glob."""
@@ -99,7 +99,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class QueryColumns:
-    """Which part and which columns of the queries' data set are read."""
+    """The part and the columns of the queries' data set that are read."""
 
     query_split: str | None = None
     """A split of the queries."""

@@ -36,7 +36,7 @@ class Trackstar:
     """An optimizer's saved state: its second moments take the place of a pass over the data."""
     gradients: FittedConfig = field(default_factory=lambda: FittedConfig(loss="log_odds"))
     overwrite: bool = False
-    """Begin anew where OUT holds another run."""
+    """Start over where OUT holds another run."""
     top_k: int = 3
     """Training examples to show for the first queries."""
 

@@ -36,7 +36,7 @@ class Trak:
     """A column for every query, or one for their mean."""
     gradients: RowConfig = field(default_factory=lambda: RowConfig(projection_dim=0, loss="log_odds", dtype="float32"))
     overwrite: bool = False
-    """Begin anew where OUT holds another run."""
+    """Start over where OUT holds another run."""
     top_k: int = 3
     """Training examples to show for the first queries."""
 

@@ -10,7 +10,7 @@ from funcattrib.errors import DataError
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold what, and so which tokens count in the loss, and how much.
+    """The columns of a data set by what they hold, which decides the tokens that count in the loss, and how much.
 
     Args:
         prompt_column: text; the loss counts every token, or none where there is a completion.

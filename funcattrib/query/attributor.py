@@ -77,7 +77,7 @@ class Attributor:
         device: where exact search is computed, and a model that is loaded here.
         unit_norm: cosine in place of inner product.
         faiss_cfg: search through a FAISS index instead of exactly.
-        chain: only for stores made with transforms of your own.
+        chain: only for stores made with a user's transforms.
         state: a folder with the fitted state, which must be the one that the store was made with.
 
     Raises:
@@ -123,7 +123,7 @@ class Attributor:
             self._index = build_or_load(self.store, faiss_cfg, metric="cosine" if unit_norm else "ip")
 
     def search(self, grads: Grads | Float[Tensor, "K D"], k: int = 5, *, reverse: bool = False) -> TopK:
-        """Search the k best rows for each query gradient.
+        """Find the k best rows for each query gradient.
 
         Args:
             grads: transformed gradients, name → (K, *shape) as the store's leaves, or rows (K, D).
@@ -144,7 +144,7 @@ class Attributor:
         columns: Columns | None = None,
         reverse: bool = False,
     ) -> list[list[Hit]]:
-        """Search the k best training examples for each record: a text, or a row with the columns of ``columns``.
+        """Find the k best training examples for each record: a text, or a row with the columns of ``columns``.
 
         The query's gradient comes from the store's own loss and chain. ``columns`` are the store's by default.
         """

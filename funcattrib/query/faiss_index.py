@@ -128,7 +128,7 @@ def build_or_load(
 
 
 def search(index: FaissIndex, queries: Float[Tensor, "K D"], k: int, *, largest: bool = True) -> TopK:
-    """Search the k best rows of each query, as far as the index finds them.
+    """Find the k best rows of each query, as far as the index has them.
 
     Args:
         index: from `build_or_load`.

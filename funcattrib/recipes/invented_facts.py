@@ -1,7 +1,7 @@
 """A small corpus of invented facts: who was born where, works for whom, and so on, each said in several ways.
 
-Each fact is told in all wordings of its relation but one, and asked in that one: the words of a question never told
-its fact, though they told others. A person has few towns and companies, so name and answer together do not say which
+Each fact is stated in all wordings of its relation but one, and asked in that one: the words of a question never stated
+its fact, though they stated others. A person has few towns and companies, so name and answer together do not say which
 fact is meant; only the sense of the wording does.
 """
 

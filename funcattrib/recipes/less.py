@@ -1,4 +1,4 @@
-"""LESS: which examples of a training set to select for a task that a few queries stand for.
+"""LESS: the examples of a training set to select for a task that a few queries stand for.
 
     Inf(z, z′) = Σ_i η_i cos(P Γ(∇ℓ(z; θ_i)), P ∇ℓ(z′; θ_i))
 
@@ -52,7 +52,7 @@ SELECTED = "selected"
 """Sub-folder of the scores with the data set of the best examples."""
 
 Members = Mapping[str, Sequence[int]]
-"""What a column of scores is called → the queries that it is the mean of."""
+"""Name of a column of scores → the queries that it is the mean of."""
 
 
 def less(
@@ -76,7 +76,7 @@ def less(
     """Score every document and select the best; a run that was interrupted continues with the checkpoint it was in.
 
     Args:
-        checkpoints: folders with a model and its ``optimizer.pt`` (Adam, AdamW), as transformers' Trainer leaves them.
+        checkpoints: folders with a model and its ``optimizer.pt`` (Adam, AdamW), as transformers' Trainer writes them.
         data, queries: as in ``collect_gradients``; ``query_columns`` and ``query_split`` are the queries' own.
         path: folder for the scores, one column; each checkpoint's lie in its sub-folder ``gradients``, and the selected
             documents, best first, in ``selected``, which ``datasets.load_from_disk`` loads.
@@ -150,7 +150,9 @@ def _score_one(
     settings: Mapping[str, Any],
     own: Mapping[str, Any],
 ) -> Scores:
-    """One checkpoint's cosines, (documents, columns); ``sets`` are the data and the queries, ``own`` the latter's."""
+    """Compute one checkpoint's cosines, (documents, columns); ``sets`` are the data and the queries, ``own`` the
+    latter's.
+    """
     (data, queries), settings = sets, dict(settings)
     overwrite = settings.pop("overwrite")
     source, gradients = split_settings(data, settings)
@@ -202,7 +204,7 @@ def _add_up(
     overwrite: bool,
     config: Mapping[str, Any] | None,
 ) -> Scores:
-    """Σ_i η_i of the checkpoints' scores, and the largest of its columns."""
+    """Sum η_i times the checkpoints' scores, and take the largest of their columns."""
     manifests = [part.manifest for part in parts]
     told = {"id": f"{score} of {parts[0].shape[1]} queries" if score == "nearest" else parts[0].queries[0]["id"]}
     manifest = scores_manifest(
@@ -234,7 +236,7 @@ def _add_up(
 
 
 def _save_selected(records: datasets.Dataset, scores: Scores, fraction: float, folder: Path) -> None:
-    """The best documents as a data set, best first; it takes the place of an earlier one when it is whole."""
+    """Save the best documents as a data set, best first; it takes the place of an earlier one when it is whole."""
     count = max(1, math.floor(fraction * len(records) + 1e-9))
     rows = [int(row) for row in scores.topk(count).rows[0] if row >= 0]
     partial = folder.with_name(f".{folder.name}")
@@ -252,7 +254,7 @@ def _opened(data: Records | str, split: str | None, subset: str | None) -> datas
 
 
 def _columns(queries: datasets.Dataset, score: str, subtask_column: str | None) -> Members:
-    """What a column is called, and the queries that it is the mean of."""
+    """Return each column's name, and the queries that it is the mean of."""
     everything = range(len(queries))
     if score == "mean":
         return {f"mean of {len(queries)} queries": everything}

@@ -1,4 +1,4 @@
-"""The main job in one file: from a model and its training data to the training examples behind its answers.
+"""The main job in one file: from a model and its training data to the training examples that its answers come from.
 
     invented facts → tiny GPT-NeoX → gradient store → held-out questions → MRR and Recall@10
 
@@ -35,7 +35,7 @@ Row = Mapping[str, Any]
 
 
 class Retrieval(NamedTuple):
-    """How well the sentences that state the asked fact were found: ``mrr`` and ``recall`` at 10, 0 to 1."""
+    """Quality of the search for the sentences that state the asked fact: ``mrr`` and ``recall`` at 10, 0 to 1."""
 
     mrr: float
     recall: float
@@ -121,7 +121,7 @@ def quickstart(out: str | Path, *, people: int = 40, epochs: int = 32, seed: int
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: any text can be asked, and names seen in training are one or two tokens."""
+    """Train a byte-level BPE tokenizer: any text can be asked, and names seen in training are one or two tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -134,7 +134,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def train(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], epochs: int, seed: int) -> GPTNeoXForCausalLM:
-    """A GPT-NeoX of two layers that has read ``texts`` ``epochs`` times."""
+    """Train a GPT-NeoX of two layers on ``texts``, ``epochs`` times."""
     config = GPTNeoXConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -167,7 +167,7 @@ def train(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], epochs: int,
 
 @torch.no_grad()
 def answered(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, questions: Sequence[Row]) -> float:
-    """The share of questions whose every completion token is the model's first choice."""
+    """Compute the share of questions whose every completion token is the model's first choice."""
     tokens = tokenizer([_text(row) for row in questions], padding=True, return_tensors="pt")
     first = torch.tensor([len(tokenizer(row["prompt"])["input_ids"]) for row in questions])[:, None]
     target = tokens["input_ids"][:, 1:]
@@ -178,7 +178,7 @@ def answered(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, ques
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Batches this small gain nothing from more threads, and with one the model is the same on any number of cores."""
+    """Use one thread: more gain nothing on batches this small, and the model is the same on any number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""TrackStar: which training examples a language model has a fact from.
+"""TrackStar: the training examples that a language model has a fact from.
 
     train, query   Adafactor second moments of the training data → projection to (16, 16)      (one pass each)
     H              a H_query + (1 − a) H_train, a from the 1000th pooled eigenvalue
@@ -8,7 +8,7 @@ Of several processes each owns some of the parameters: their H is summed, decomp
 the processes make of their columns, products and squared lengths, is added up.
 
 Reference: TrackStar, arXiv 2410.17413. Its loss is cross-entropy; here it is the log-odds unless asked
-otherwise, because a fact that is known by heart has no cross-entropy left to attribute.
+otherwise, because a fact that is known by heart has no cross-entropy remaining to attribute.
 """
 
 import math
@@ -147,7 +147,7 @@ def trackstar(
 
 
 def blocks_and_head(model: nn.Module, exclude: Any = ()) -> list[str]:
-    """The matrices of the model's blocks, and its head."""
+    """List the matrices of the model's blocks, and its head."""
     names = choose(model, None, exclude)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     shared = {id(tensor): name for name, tensor in reversed(list(model.named_parameters()))}
@@ -161,7 +161,7 @@ def _has_stacks(model: nn.Module, settings: Mapping[str, Any]) -> bool:
 
 
 def gram_of_store(store: GradientStore, names: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """H = E[c cᵀ] of leaves over the rows of a store, (D, D) float64; of all leaves where none are named."""
+    """Compute H = E[c cᵀ] of leaves over the rows of a store, (D, D) float64; of all leaves where none are named."""
     wanted = list(store.leaves) if names is None else names
     if not wanted:
         return {}
@@ -177,18 +177,18 @@ def _spec(store: GradientStore) -> Spec:
 
 
 def _some(block: Tensor, store: GradientStore, names: Sequence[str]) -> dict[str, Tensor]:
-    """The named leaves of rows (n, D)."""
+    """Return the named leaves of rows (n, D)."""
     leaves = as_leaves(block, store, block.device)
     return {name: leaves[name].float() for name in names}
 
 
 def _transformed(after: Transform, state: State, names: Sequence[str], store: GradientStore, block: Tensor) -> Tensor:
-    """The named leaves of rows (n, D), preconditioned, one after the other, float32."""
+    """Precondition the named leaves of rows (n, D), one after the other, float32."""
     if not names:
         return block.new_empty(len(block), 0, dtype=torch.float32)
     return torch.cat([grad.flatten(1) for grad in after.apply(state, _some(block, store, names)).values()], 1)
 
 
 def _lengths(squares: Tensor) -> Tensor:
-    """What rows are divided by to have unit length, (n, 1), of their squared lengths (n,)."""
+    """Return divisors that give rows unit length, (n, 1), from their squared lengths (n,)."""
     return divisors(squares.sqrt().float()[:, None])

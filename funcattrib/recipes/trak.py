@@ -1,7 +1,7 @@
-"""TRAK: how a model's output on a query would change without a training example, from an ensemble of checkpoints.
+"""TRAK: the change of a model's output on a query without a training example, from an ensemble of checkpoints.
 
     f(z; θ)    Σ_t log(p_t / (1 − p_t)) over labelled tokens, p_t of the right one; the loss ``log_odds`` is −f
-    φ_m(z)     S_m ∇f(z; θ_m), (k,), one sketch of the whole gradient, drawn anew for each of M checkpoints
+    φ_m(z)     S_m ∇f(z; θ_m), (k,), one sketch of the whole gradient, drawn again for each of M checkpoints
     τ(z′)      [1/M Σ_m φ_m(z′)ᵀ (Φ_mᵀ Φ_m)⁻¹ Φ_mᵀ] · [1/M Σ_m diag(1 − p_m)], Φ_m (n, k) over all training examples
 
 p_m of an example is the probability whose log-odds are the mean of its tokens', p = σ(f / #tokens). Of an example with
@@ -167,7 +167,7 @@ def _score(
 
 
 def _columns(train: GradientStore, queries: Tensor, damping: float, score: str) -> Tensor:
-    """(ΦᵀΦ)⁻¹ φ(z′) of every query, (k, K) float64. Documents whose gradient is not finite are left out of Φ."""
+    """Compute (ΦᵀΦ)⁻¹ φ(z′) of every query, (k, K) float64. Documents whose gradient is not finite are not in Φ."""
     wanted = queries.double().mean(0, keepdim=True) if score == "mean" else queries.double()
     here, total, count = world(), torch.zeros(train.width, train.width, dtype=torch.float64), 0
     for number, block in enumerate(train.matrix().blocks(_BLOCK_ROWS)):
@@ -182,15 +182,15 @@ def _columns(train: GradientStore, queries: Tensor, damping: float, score: str) 
 
 
 def _losses(store: GradientStore, span: range) -> Tensor:
-    """−f of some documents, float64."""
+    """Read −f of some documents, float64."""
     return torch.tensor(store.examples[span.start : span.stop]["loss"], dtype=torch.float64)
 
 
 def _weights(model: Model, data: Records | str, settings: Mapping[str, Any]) -> Tensor:
-    """What −f of every document is multiplied by to be its tokens' mean, (rows,) float64.
+    """Compute the factors that turn −f of every document into its tokens' mean, (rows,) float64.
 
-    1 / Σ_t a_t over labelled tokens, a_t the weight that the loss gives them; 0 where there is none. 1 for a loss of
-    one's own: it is that of one label.
+    1 / Σ_t a_t over labelled tokens, a_t the weight that the loss gives them; 0 where there is none. 1 for a
+    user's loss: it is that of one label.
     """
     given = {name: value for name, value in settings.items() if name not in ("chain", "overwrite")}
     source, gradients = split_settings(data, {**given, "quiet": True})

@@ -1,1 +1,1 @@
-"""What every command that visits a corpus is made of."""
+"""The engine of the commands that visit a corpus."""

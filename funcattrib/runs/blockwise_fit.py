@@ -38,14 +38,15 @@ class Part(NamedTuple):
     spec: Spec
 
     def start(self) -> State:
-        """Its state before any row."""
+        """Return the state before any row."""
         return self.stage.init(self.spec)[0]
 
 
 def by_owner(writer: StoreWriter, stage: Transform, spec: Spec, rows: Iterable[Grads], world: World) -> State:
-    """A ``fitting.Fold``: what processes hand each other lies in the run's folder, until ``forget_parts``.
+    """Fit a stage as a ``fitting.Fold``: what processes hand each other lies in the run's folder, until
+    ``forget_parts``.
 
-    A stage that is not in parts, and a process that is alone, are left to ``fitting.together``.
+    A stage that is not in parts, and a process that is alone, are fitted by ``fit_all_reduced``.
     """
     if world.size == 1 or stage.parts is None:
         return fit_all_reduced(stage, spec, rows, world)
@@ -82,7 +83,8 @@ def forget_parts(writer: StoreWriter, world: World) -> None:
 
 
 class PartialStates:
-    """Every part's state of the rows of one process: rows wait on the disk, and are folded into a part when asked for.
+    """States of every part from the rows of one process: rows wait on the disk, and are folded into a part when asked
+    for.
 
     Where they become many, they are folded into all parts' states, which lie on the disk as well.
     """
@@ -96,14 +98,14 @@ class PartialStates:
         self._device = torch.device("cpu")
 
     def observe(self, grads: Grads) -> None:
-        """Take the rows of a batch."""
+        """Add the rows of a batch."""
         self._device = next(iter(grads.values())).device
         self._batches.append({name: self._rows.put(grad) for name, grad in grads.items()})
         if self._rows.bytes > self._most:
             self._fold()
 
     def of(self, name: str) -> State:
-        """A part's state, of all rows."""
+        """Return a part's state, of all rows."""
         part = self._parts[name]
         state = part.start()
         if name in self._kept:
@@ -124,7 +126,7 @@ class PartialStates:
         self._rows.clear()
 
     def _read(self, names: Iterable[str]) -> Iterator[Grads]:
-        """Some leaves of the rows, several batches at a time."""
+        """Yield some leaves of the rows, several batches at a time."""
         held: list[dict[str, Slot]] = []
         rows = 0
         for number, batch in enumerate(self._batches, 1):
@@ -151,5 +153,5 @@ def _bytes(state: State) -> int:
 
 
 def _unused(folder: Path) -> int:
-    """A number that no folder in ``folder`` has: that of an earlier stage is still in use."""
+    """Return a number that no folder in ``folder`` has: that of an earlier stage is still in use."""
     return len([*folder.glob("*")]) if folder.exists() else 0

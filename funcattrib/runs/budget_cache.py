@@ -19,7 +19,7 @@ _VERSION = 1  # of the file
 
 
 class Budget(NamedTuple):
-    """As it is kept in the file: tokens of a batch, tokens a second, bytes at the most."""
+    """A budget as it is kept in the file: tokens of a batch, tokens a second, bytes at the most."""
 
     tokens: int
     speed: float
@@ -27,7 +27,7 @@ class Budget(NamedTuple):
 
 
 def key_of(work: Work, manifest: Manifest, longest: int, fits: bool) -> str:
-    """What a budget belongs to, as a hash."""
+    """Compute the key of a budget, a hash."""
     device = work.device
     machine = [torch.cuda.get_device_name(device)] if device.type == "cuda" else [platform.machine(), os.cpu_count()]
     facts = {
@@ -46,7 +46,7 @@ def key_of(work: Work, manifest: Manifest, longest: int, fits: bool) -> str:
 
 
 def known(key: str) -> Budget | None:
-    """What was found before."""
+    """Look up a budget that was found before."""
     return _load().get(key)
 
 
@@ -62,7 +62,7 @@ def keep(key: str, budget: Budget) -> None:
 
 
 def _load() -> dict[str, Budget]:
-    """All that was found; nothing where the file cannot be read as such."""
+    """Load all that was found; nothing where the file cannot be read as such."""
     try:
         kept = json.loads(_file().read_text(encoding="utf-8"))
         if kept["version"] != _VERSION:

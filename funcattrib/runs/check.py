@@ -1,4 +1,4 @@
-"""Whether a model's rows depend on the batch they are computed in, and what to do about it."""
+"""Check that a model's rows do not depend on the batch they are computed in, with advice where they do."""
 
 import math
 from collections.abc import Sequence
@@ -31,11 +31,11 @@ class Verdict(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Rows agree within rounding."""
+        """Return whether rows agree within rounding."""
         return self.finite and max(self.again, self.permuted, self.alone) <= self.tolerance
 
     def lines(self) -> list[str]:
-        """The verdict for people."""
+        """Format the verdict for people."""
         lines = [
             f"computed again:  {self.again:.1e}",
             f"permuted:        {self.permuted:.1e}",

@@ -1,4 +1,4 @@
-"""Collecting per-example gradients of a data set into a store: what ``funcattrib build`` and ``funcattrib fit`` do.
+"""Collection of a data set's per-example gradients into a store, for ``funcattrib build`` and ``funcattrib fit``.
 
 documents → batches by length → chain (one backward pass a batch) → rows in the data set's order → shards
 """
@@ -45,10 +45,10 @@ def collect_gradients(
             scalar`` with the parameters to attribute. For the latter, ``data`` holds its examples as numbers.
         data: a data set, a list of records, or whatever ``--dataset`` takes.
         path: the folder of the store.
-        chain: transforms of your own in place of normalizer and projection.
+        chain: transforms in place of normalizer and projection.
         state: a folder with a fitted state (``fit_chain``, or an earlier store); fitted here when not given.
         granularity: ``token`` makes a row of every token; a document's rows add up to its gradient.
-        overwrite: begin anew where the folder holds another run.
+        overwrite: start over where the folder holds another run.
         config: saved as ``config.yaml``.
         settings: fields of ``prepare.Source`` (tokenizer, columns, split, truncation, max_length, quiet, …) and of
             ``GradientConfig`` (projection_dim, normalizer, loss, modules, token_batch_size, dtype, …). ``loss`` may be
@@ -137,7 +137,7 @@ def fit_chain(
 
 
 def split_settings(data: Records | str, settings: Mapping[str, Any]) -> tuple[Source, GradientConfig]:
-    """Keyword settings as what says which documents, and what is computed of them."""
+    """Divide keyword settings into the documents' and the computation's."""
     if callable(own := settings.get("loss")):
         settings = {**settings, "loss": name_of(own), "own_loss": own}
     of_source = {field.name for field in fields(Source)} - {"data"}

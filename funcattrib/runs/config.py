@@ -9,15 +9,15 @@ from funcattrib.errors import FuncattribError
 
 @dataclass(frozen=True)
 class RowConfig:
-    """What is computed of each example's gradient whatever the method, and how it is kept."""
+    """Settings of each example's row, whatever the method, and of its storage."""
 
     projection_dim: int = 16
     """Coordinates a side of each projected matrix; 0 keeps whole gradients."""
     projection_type: Literal["rademacher", "normal"] = "rademacher"
     """Distribution of the projections' entries."""
     loss: str = "ce"
-    """ce (cross-entropy), log_odds (negative log-odds of each token), kl (divergence from --reference-model), or a loss
-    of your own: package.module:function."""
+    """ce (cross-entropy), log_odds (negative log-odds of each token), kl (divergence from --reference-model), or a
+    function, package.module:function."""
     loss_reduction: Literal["sum", "mean"] = "sum"
     """Sum or mean over an example's labelled tokens."""
     label_smoothing: float = 0.0
@@ -30,7 +30,7 @@ class RowConfig:
     """Tokens in a batch, padding included; not tied to the model's context. auto finds the fastest that fits, by trial,
     once for a model, chain, longest document and device."""
     dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16"
-    """How rows are stored; int8 with one scale a row."""
+    """Type of the stored rows; int8 with one scale a row."""
     rows_per_shard: int | None = None
     """Examples in a shard, the unit of work that is kept; by default at most 1024, and at most 256 MiB in float32."""
     seed: int = 0
@@ -55,7 +55,7 @@ class RowConfig:
 
 @dataclass(frozen=True)
 class FittedConfig(RowConfig):
-    """The same where statistics are fitted too."""
+    """The same settings, where statistics are fitted too."""
 
     fit_documents: int = 1024
     """Documents on which statistics are fitted, spread evenly over the data set; 0 takes all."""
@@ -68,7 +68,7 @@ class FittedConfig(RowConfig):
 
 @dataclass(frozen=True)
 class GradientConfig(FittedConfig):
-    """What is computed of each example's gradient, step by step, and how it is kept."""
+    """Settings of each example's row, step by step, and of its storage."""
 
     normalizer: Literal["adafactor", "adam", "none"] = "none"
     """Divide by the root of second moments before projecting; they are fitted in a pass of their own."""
@@ -77,7 +77,7 @@ class GradientConfig(FittedConfig):
     precondition: Literal["none", "parameter", "all"] = "none"
     """Multiply what was projected by H^-1/2, H fitted for each parameter or for all together: cosines whitened."""
     damping: float = 0.1
-    """Of the preconditioner, in units of the mean eigenvalue."""
+    """Damping of the preconditioner, in units of the mean eigenvalue."""
     sketch_dim: int | None = None
     """One sketch of this length of the whole gradient, in place of a projection of each matrix."""
     split_heads: bool = False

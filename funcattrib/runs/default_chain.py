@@ -24,7 +24,7 @@ from funcattrib.types import Params
 
 
 def chain_of(gradients: GradientConfig, model: nn.Module | Params) -> Chain:
-    """Normaliser, the splits, projection or sketch, preconditioner: TrackStar's order.
+    """Compose normaliser, the splits, projection or sketch, preconditioner: TrackStar's order.
 
     Moments are those of whole weights, as an optimizer has them; what follows sees each head or expert by itself.
 

@@ -1,4 +1,4 @@
-"""What computing gradients may fail at, put into words."""
+"""Errors of gradient computations, put into words."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,5 +36,5 @@ def explained() -> Iterator[None]:
 
 
 def is_random(error: Exception) -> bool:
-    """Whether this is vmap's refusal of a random operation."""
+    """Return whether this is vmap's refusal of a random operation."""
     return "randomness" in str(error)

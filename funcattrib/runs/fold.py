@@ -23,7 +23,7 @@ Result = Mapping[str, Tensor]
 
 
 class Fold(NamedTuple):
-    """How parts become a result.
+    """The functions by which parts become a result.
 
     Attributes:
         start: of no part.
@@ -37,7 +37,7 @@ class Fold(NamedTuple):
 
 
 def fold_parts(work: Work, writer: StoreWriter, step: int, fold: Fold, label: str) -> Result:
-    """The result over all documents, ``step`` of them a part, the same on every process."""
+    """Compute the result over all documents, ``step`` of them a part, the same on every process."""
     world, lengths = work.world, work.corpus.lengths
     spans = [range(start, min(start + step, len(lengths))) for start in range(0, len(lengths), step)]
     saved = load_parts(writer.path) if world.is_rank_zero else []
@@ -65,7 +65,7 @@ def fold_parts(work: Work, writer: StoreWriter, step: int, fold: Fold, label: st
 
 
 def _together(own: Result, fold: Fold, work: Work) -> Result:
-    """One result of all processes, in the order of their ranks."""
+    """Merge the results of all processes, in the order of their ranks."""
     world = work.world
     if world.size == 1:
         return own

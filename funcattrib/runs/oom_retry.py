@@ -36,7 +36,7 @@ class Pieces:
     def __call__(
         self, compute: Callable[[Batch], Result], batch: Batch, documents: Sequence[int], device: torch.device
     ) -> Iterator[Result]:
-        """What ``compute`` makes of consecutive parts of a batch; mostly of one, the whole.
+        """Yield results of ``compute`` on consecutive parts of a batch; mostly of one, the whole.
 
         Args:
             documents: the numbers of the batch's documents, to name one that cannot fit.
@@ -76,7 +76,9 @@ class Pieces:
 
 
 def _tried(compute: Callable[[Batch], Result], batch: Batch) -> tuple[Result] | None:
-    """What is computed, or None where memory was short; outside of the handler, so that nothing is held any more."""
+    """Return what is computed, or None where memory was short; outside of the handler, so that nothing is held any
+    more.
+    """
     try:
         return (compute(batch),)
     except (RuntimeError, MemoryError) as error:

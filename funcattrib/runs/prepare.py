@@ -1,4 +1,4 @@
-"""From what a user names (a model, data, settings) to what is computed, and the manifest that says so."""
+"""Preparation of a run: from what a user names (a model, data, settings) to the work and its manifest."""
 
 import logging
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ from funcattrib.weights.lockstep import Lockstep
 log = logging.getLogger(__name__)
 
 Model: TypeAlias = nn.Module | str | tuple[Loss, Params]
-"""A causal language model, its hub id or folder, or a loss of one's own with the parameters to attribute.
+"""A causal language model, its hub id or folder, or a user's loss with the parameters to attribute.
 
 Parameters are name → tensor, or what the chain's source takes (a JAX pytree)."""
 
@@ -47,7 +47,7 @@ _SHARD_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Source:
-    """Which documents, and what belongs to them.
+    """The documents of a run, and what belongs to them.
 
     Attributes:
         data: a data set, a list of records, or whatever ``--dataset`` takes.
@@ -77,7 +77,7 @@ class Source:
 
 
 class Prepared(NamedTuple):
-    """What is computed, the manifest of what comes out, and the store whose state was given.
+    """The work of a run, the manifest of its result, and the store whose state was given.
 
     With ``token_batch_size="auto"`` the budget is 0 until ``budget.with_budget`` has found it.
     """
@@ -146,12 +146,12 @@ def _parameters(model: nn.Module | Params | None) -> Params:
 
 
 def _shortest(corpus: Corpus, params: Params) -> Batch:
-    """What a process without work of its own computes, so that the others have their weights."""
+    """Return the batch that a process without work computes, so that the others have its weights."""
     return corpus.batch([int(corpus.lengths.argmin())], device_of(params))
 
 
 def with_state(prepared: Prepared, given: GradientStore) -> Prepared:
-    """The same work with the state that another run fitted.
+    """Return the same work with the state that another run fitted.
 
     Raises:
         ChainError: it was fitted for another model, chain, or set of parameters; the message names which.
@@ -165,12 +165,12 @@ def with_state(prepared: Prepared, given: GradientStore) -> Prepared:
 
 
 def shard_rows(width: int, most: int = _SHARD_ROWS) -> int:
-    """Rows of a shard where nobody says how many."""
+    """Compute the rows of a shard where nobody says how many."""
     return max(1, min(most, _SHARD_BYTES // (4 * width)))
 
 
 def state_of(prepared: Prepared, writer: StoreWriter, fit_documents: int) -> State:
-    """The chain's state: what an earlier run saved, or the one given, or fitted now; saved with the rows."""
+    """Return the chain's state: what an earlier run saved, or the one given, or fitted now; saved with the rows."""
     if prepared.given is None:
         return fit_state(prepared.work, fit_documents, writer)
     saved = prepared.given.state()
@@ -180,7 +180,7 @@ def state_of(prepared: Prepared, writer: StoreWriter, fit_documents: int) -> Sta
 
 
 def settings_of(values: Mapping[str, Any]) -> GradientConfig:
-    """Keyword settings as a ``GradientConfig``.
+    """Convert keyword settings to a ``GradientConfig``.
 
     Raises:
         FuncattribError: an unknown setting, or a value out of range.
@@ -232,13 +232,13 @@ def _language_model(
 
 
 def _described(corpus: Corpus, row: int) -> str:
-    """A document for an error: number, id and length."""
+    """Describe a document for an error: number, id and length."""
     name = corpus.metadata(range(row, row + 1))["id"][0]
     return f"row {row}{'' if name == str(row) else f' (id {name})'} of {int(corpus.lengths[row]):,} tokens"
 
 
 def _reference(model: Model, source: Source) -> nn.Module | None:
-    """The reference model, loaded where the model is and in its precision."""
+    """Return the reference model, loaded where the model is and in its precision."""
     if not isinstance(source.reference_model, str):
         return source.reference_model
     if not isinstance(model, nn.Module):
@@ -265,9 +265,9 @@ def _own_loss(model: tuple[Loss, Params], source: Source, gradients: per_example
 
 
 def _fitted_on(chain: Chain, first: State, gradients: GradientConfig) -> dict[str, Any]:
-    """What a state comes from that is fitted here: documents, and the numbers a stage was given.
+    """Return the origin of a state that is fitted here: documents, and the numbers a stage was given.
 
-    Stores made with different moments or Gram matrices are told apart by it.
+    It distinguishes stores made with different moments or Gram matrices.
     """
     numbers = {
         f"{at}/{name}": tensor

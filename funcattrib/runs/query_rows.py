@@ -15,14 +15,14 @@ log = logging.getLogger(__name__)
 
 
 def as_leaves(rows: Tensor, store: GradientStore, device: torch.device) -> dict[str, Tensor]:
-    """Rows (K, D) as ``inner_products`` takes them: leaf → (K, *shape)."""
+    """Convert rows (K, D) to leaves as ``inner_products`` takes them: leaf → (K, *shape)."""
     return {
         name: rows[:, leaf.start : leaf.stop].unflatten(1, leaf.shape).to(device) for name, leaf in store.leaves.items()
     }
 
 
 def query_rows(stores: Sequence[GradientStore], unit_norm: bool) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Every query, (K, D) float32, and what is told of each.
+    """Load every query, (K, D) float32, and its metadata.
 
     Raises:
         FuncattribError: a query that is not finite.

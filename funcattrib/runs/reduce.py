@@ -1,4 +1,4 @@
-"""A data set's gradient as one query row: what ``funcattrib reduce`` does.
+"""A data set's gradient as one query row, for ``funcattrib reduce``.
 
     sum    Σ_b g_b          mean    Σ_b g_b / #documents          with unit norm, g_b / ‖g_b‖ in place of g_b
 
@@ -47,7 +47,8 @@ def reduce_gradients(
     config: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> GradientStore:
-    """The mean or sum of every document's gradient, as a store of one row; continues a run that was interrupted.
+    """Compute the mean or sum of every document's gradient, as a store of one row; continues a run that was
+    interrupted.
 
     Documents whose gradient is NaN or infinite are left out and counted.
 
@@ -114,7 +115,7 @@ def _reduce(work: Work, writer: StoreWriter, state: State, method: Method, unit:
 def _add(
     work: Work, compute: Callable[[Batch], PerExample], unit: bool, total: Result, part: range, bar: Progress
 ) -> Result:
-    """``facts`` are the documents added, and the sum of their losses."""
+    """Add a part of the documents to the sum; ``facts`` are the documents added, and the sum of their losses."""
     rows, losses = rows_of(work, compute, part, bar.update)
     finite = rows.isfinite().all(1)
     rows, losses = rows[finite].double(), losses[finite].double()

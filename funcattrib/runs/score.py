@@ -1,4 +1,4 @@
-"""Scoring a data set against query gradients in one pass: what ``funcattrib score`` does. No gradient is stored.
+"""Scores of a data set against query gradients in one pass, for ``funcattrib score``. No gradient is stored.
 
 documents → batches by length → chain → ⟨·, queries⟩, read in the backward pass → scores in the data set's order
 """
@@ -161,13 +161,13 @@ def _compute(
 
 
 def ending_in(work: Work, fitted: State, last: Sequence[Transform]) -> tuple[Work, State]:
-    """The work with stages behind its chain that score what comes out of it, and the longer chain's state."""
+    """Append stages that score the chain's result to the work, and their states to the chain's."""
     arriving = work.chain.init(work.chain.started().spec(work.params))[1]
     return work._replace(chain=compose(work.chain, *last)), (*fitted, *compose(*last).init(arriving)[0])
 
 
 def _fill_best(work: Work, writer: StoreWriter, state: Any, top_k: int) -> None:
-    """One pass that keeps the best alone; what it has so far is saved now and then."""
+    """Make one pass that keeps the best alone; what it has so far is saved now and then."""
     compute = work.bind(state)
     start = {**nothing(len(writer.manifest.extra["queries"]))._asdict(), "lost": torch.zeros(1, dtype=torch.int64)}
     folded = Fold(start, partial(_take_best, work, compute, top_k), partial(_merge_best, top_k))
@@ -198,7 +198,7 @@ def _merge_best(count: int, parts: Sequence[Result]) -> Result:
 def _against(
     stores: Sequence[GradientStore], score: How, unit_norm: bool, granularity: Granularity, prepared: Prepared
 ) -> tuple[list[Transform], list[dict[str, Any]]]:
-    """The last stages of the chain, and what is told of each column."""
+    """Return the last stages of the chain, and the metadata of each column."""
     if score == "self":
         return [self_influence()], [{"id": "self"}]
     rows, told = query_rows(stores, unit_norm)
@@ -224,7 +224,7 @@ def _gradients_at(path: str | Path) -> GradientStore:
 
 
 def _say_other_loss(prepared: Prepared, store: GradientStore) -> None:
-    """Two losses may be meant (a task's own for the queries), or a flag that was forgotten."""
+    """Warn where the losses differ: two may be meant (a task's own for the queries), or a flag was forgotten."""
     for name in ("kind", "reduction", "label_smoothing"):
         ours, theirs = prepared.manifest.loss.get(name), store.manifest.loss.get(name)
         if ours != theirs:

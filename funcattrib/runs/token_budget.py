@@ -1,4 +1,4 @@
-"""``--token-batch-size auto``: how many tokens a batch should have, found by trial.
+"""``--token-batch-size auto``: the number of tokens in a batch, found by trial.
 
 1, 2, 4, … copies of the longest document go through what the run will compute, until memory or speed says stop:
 
@@ -39,7 +39,7 @@ from funcattrib.types import Batch
 log = logging.getLogger(__name__)
 
 SHARE = {"cuda": 0.8, "cpu": 0.5}
-"""Of the memory that is available when the trial begins, by kind of device."""
+"""Share of the memory that is available when the trial begins, by kind of device."""
 WITHIN = 0.04
 """Differences in speed that count for nothing."""
 
@@ -48,7 +48,7 @@ _STEADY = 0.3  # seconds of measuring after which one time is believed
 
 
 class Cost(NamedTuple):
-    """Of computing one batch: seconds, and the bytes it took at the most beside what was there."""
+    """Cost of computing one batch: seconds, and the bytes it took at the most beside what was there."""
 
     seconds: float
     peak: int
@@ -65,11 +65,12 @@ class Found(NamedTuple):
 def with_budget(
     prepared: Prepared, path: str | Path, *, overwrite: bool = False, tried: Work | None = None
 ) -> Prepared:
-    """The same work with the tokens of a batch, found here where the settings say ``auto``; they go into the manifest.
+    """Return the same work with the tokens of a batch, found here where the settings say ``auto``; they go into the
+    manifest.
 
     Args:
         path: the folder of the run, which may have been begun with a number.
-        tried: the work whose chain is tried, where that is not the one of ``prepared`` (scores behind it).
+        tried: the work whose chain is tried, where that is not the one of ``prepared`` (scores after it).
     """
     if prepared.work.budget:
         return prepared
@@ -87,7 +88,7 @@ def with_budget(
 def token_budget(
     work: Work, manifest: Manifest, path: str | Path, world: World = SINGLE_PROCESS, *, overwrite: bool, fits: bool
 ) -> int:
-    """Tokens of a batch: those of the run that is continued, or found before, or found now.
+    """Return the tokens of a batch: those of the run that is continued, or found before, or found now.
 
     Args:
         work: what is computed, with the chain that is run.
@@ -120,7 +121,7 @@ def token_budget(
 
 
 def _before(work: Work, path: str | Path | None, key: str, room: int) -> int | None:
-    """Of the run at ``path`` that is continued, or found in an earlier one for what fits now."""
+    """Return the budget of the run at ``path`` that is continued, or one found in an earlier run that fits now."""
     begun = None if path is None or not (Path(path) / FILE).exists() else read_manifest(path)
     if begun is not None and isinstance(number := begun.computed_with.get("token_batch_size"), int):
         return number
@@ -132,7 +133,7 @@ def _before(work: Work, path: str | Path | None, key: str, room: int) -> int | N
 
 
 def search(measure: Callable[[int], Cost | None], room: int, most: int = 1 << 20) -> Found:
-    """How many documents a batch should have.
+    """Find the number of documents in a batch.
 
     Args:
         measure: documents → what a batch of them costs; None where memory was short.
@@ -172,19 +173,20 @@ def _speeds(tried: dict[int, Cost]) -> dict[int, float]:
 
 
 def _steady(tried: dict[int, Cost]) -> bool:
-    """Whether the last two doublings gained nothing."""
+    """Return whether the last two doublings gained nothing."""
     speeds = [*_speeds(tried).values()]
     return len(speeds) > 2 and max(speeds[-2:]) <= (1 + WITHIN) * max(speeds[:-2])
 
 
 def _expected(tried: dict[int, Cost]) -> int:
-    """Bytes of a batch twice as large, on the line through the last two."""
+    """Predict the bytes of a batch twice as large, on the line through the last two."""
     *before, last = [cost.peak for cost in tried.values()]
     return last + 2 * max(0, last - before[-1]) if before else last
 
 
 def _trial(work: Work, manifest: Manifest, longest: int, fits: bool, world: World) -> Callable[[int], Cost | None]:
-    """Measures batches of the longest document, through everything that the run computes of a batch.
+    """Return a function that measures batches of the longest document, through everything that the run computes of a
+    batch.
 
     Speed is that of the rows. Memory is the most of rows, fitted statistics, and the batch of most documents that the
     first shard will have at this budget, which has most rows where documents are short.
@@ -205,7 +207,7 @@ def _trial(work: Work, manifest: Manifest, longest: int, fits: bool, world: Worl
     of_rows, *of_stages = [work.step.of(step) for step in steps]
 
     def run(step: Callable[[Batch], Any], documents: Sequence[int]) -> float | None:
-        """Seconds; None where memory was short."""
+        """Measure seconds; None where memory was short."""
         begin = time.perf_counter()
         try:
             result = step(work.corpus.batch(documents, work.device))
@@ -220,7 +222,7 @@ def _trial(work: Work, manifest: Manifest, longest: int, fits: bool, world: Worl
         return time.perf_counter() - begin
 
     def slowest(step: Callable[[Batch], Any], documents: Sequence[int]) -> float | None:
-        """The same for all who try."""
+        """Return the slowest of all who try."""
         seconds = world.all_gather_object(run(step, documents))
         return None if None in seconds else max(seconds)
 
@@ -246,7 +248,7 @@ def _trial(work: Work, manifest: Manifest, longest: int, fits: bool, world: Worl
 
 
 def _fastest(run: Callable[[], float | None]) -> float | None:
-    """Seconds of the fastest of a few runs; one is enough where it takes long. None where memory was short."""
+    """Measure the fastest of a few runs, in seconds; one is enough where it takes long. None where memory was short."""
     all_seconds: list[float] = []
     while len(all_seconds) < 3 and sum(all_seconds) <= _STEADY:
         if (seconds := run()) is None:

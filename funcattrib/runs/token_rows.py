@@ -25,11 +25,11 @@ from funcattrib.store import Manifest, StoreWriter
 from funcattrib.types import Batch, PerExample
 
 MOST_ROWS = 1 << 16
-"""Of a shard, where nobody says how many."""
+"""Rows of a shard, where nobody says how many."""
 
 
 def by_token(manifest: Manifest, work: Work, rows_per_shard: int) -> Manifest:
-    """The manifest of a run with a row a token.
+    """Return the manifest of a run with a row a token.
 
     Raises:
         FuncattribError: a chain with stages that are not linear, whose parts would not add up, or gradients that are
@@ -50,7 +50,7 @@ def by_token(manifest: Manifest, work: Work, rows_per_shard: int) -> Manifest:
 
 
 def as_tokens(work: Work) -> Work:
-    """The work with a row a token in place of a row a document."""
+    """Return the work with a row a token in place of a row a document."""
     return work._replace(chain=work.chain._replace(source=per_token_grad))
 
 
@@ -72,7 +72,7 @@ def fill_tokens(work: Work, writer: StoreWriter, state: State, label: str = "bui
 
 
 def _rows_of(work: Work, compute: Callable[[Batch], PerExample], documents: range) -> tuple[Tensor, np.ndarray]:
-    """(rows (tokens, D) float32 on the CPU, the documents' losses), in order."""
+    """Compute (rows (tokens, D) float32 on the CPU, the documents' losses), in order."""
     lengths = work.corpus.lengths[list(documents)]
     parts: list[Tensor] = [torch.empty(0)] * len(documents)
     losses = np.zeros(len(documents), dtype=np.float32)
@@ -89,7 +89,7 @@ def _rows_of(work: Work, compute: Callable[[Batch], PerExample], documents: rang
 
 
 def _told(work: Work, documents: range, losses: np.ndarray) -> dict[str, Any]:
-    """Of every token: its document's id, number and loss, its position, and its text."""
+    """Return the metadata of every token: its document's id, number and loss, its position, and its text."""
     lengths = work.corpus.lengths[list(documents)]
     ids = work.corpus.metadata(documents)["id"]
     positions = [at for length in lengths for at in range(length)]

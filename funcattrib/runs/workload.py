@@ -1,4 +1,4 @@
-"""Computing rows: documents through a chain, batch by batch, in the data set's order.
+"""The computation of rows: documents through a chain, batch by batch, in the data set's order.
 
 Every command that visits a corpus stands on this file: fit a chain's state, compute the rows of some documents, fill a
 store's pending shards.
@@ -40,7 +40,7 @@ Count = Callable[[int, int], None]
 
 
 class Work(NamedTuple):
-    """What is computed: a loss, its parameters, the chain, the documents, the tokens of a batch; by which processes.
+    """A computation: a loss, its parameters, the chain, the documents, the tokens of a batch; and its processes.
 
     ``budget`` is 0 until ``budget.with_budget`` has found it; ``pieces`` computes batches that memory does not hold.
     """
@@ -56,25 +56,25 @@ class Work(NamedTuple):
     step: Lockstep = Lockstep()
 
     def bind(self, state: State) -> Callable[[Batch], PerExample]:
-        """The chain as a function of the batch; inside ``step``, ranks that share the model compute it together."""
+        """Return the chain as a function of the batch; inside ``step``, ranks that share the model compute together."""
         return self.step.of(self.chain.bind(self.loss, self.params, state))
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Return the device of the parameters."""
         return device_of(self.chain.started().named(self.params))
 
 
 def template(work: Work) -> State:
-    """The chain's state before fitting: the shapes that a saved state must have."""
+    """Return the chain's state before fitting: the shapes that a saved state must have."""
     return work.chain.init(work.chain.started().spec(work.params))[0]
 
 
 def fit_state(work: Work, most: int, writer: StoreWriter) -> State:
-    """The chain's state, fitted on at most ``most`` documents spread evenly over the corpus (all where 0).
+    """Fit the chain's state on at most ``most`` documents spread evenly over the corpus (all where 0).
 
     It is saved after every pass, and an interrupted fit goes on with the pass that it was in. Of several processes each
-    takes every n-th batch; when a pass is done their sums are added, and what is made of them is mapped from the run's
+    takes every n-th batch; when a pass is done their sums are added, and the result is mapped from the run's
     folder by all.
     """
     world, start = work.world, template(work)
@@ -127,7 +127,7 @@ def fill(work: Work, writer: StoreWriter, state: State, label: str = "build") ->
 def rows_of(
     work: Work, compute: Callable[[Batch], PerExample], rows: Sequence[int], count: Count
 ) -> tuple[Tensor, Tensor]:
-    """(matrix (rows, D) float32 on the CPU, losses (rows,)) of some documents, in their order.
+    """Compute (matrix (rows, D) float32 on the CPU, losses (rows,)) of some documents, in their order.
 
     Where the loss is NaN or infinite, both are NaN.
     """
@@ -149,12 +149,12 @@ def rows_of(
 
 
 def flat(result: PerExample) -> tuple[Tensor, Tensor]:
-    """A batch's rows (B, D) and losses (B,), float32 on the CPU."""
+    """Join a batch's rows (B, D) and losses (B,), float32 on the CPU."""
     return torch.cat([grad.flatten(1).float() for grad in result.grads.values()], 1).cpu(), result.losses.float().cpu()
 
 
 def warn_unused_leaves(compute: Callable[[Batch], PerExample]) -> Callable[[Batch], PerExample]:
-    """``compute``, which logs once what has no gradient in the first batch that has any: its columns are zero."""
+    """Return ``compute``, which logs once what has no gradient in the first batch with any: its columns are zero."""
     told = False
 
     def watched(batch: Batch) -> PerExample:
@@ -192,12 +192,12 @@ class Batches:
             self.count(int(self.work.corpus.lengths[self._rows].sum()), len(self._rows))
 
     def pieces(self, read: Callable[[Batch], PerExample], batch: Batch) -> Iterator[PerExample]:
-        """What is read of the batch in hand, in as many pieces as memory asks for."""
+        """Yield what is read of the current batch, in as many pieces as memory asks for."""
         return self.work.pieces(read, batch, self._rows.tolist(), self.work.device)
 
 
 def spread(count: int, most: int) -> list[int]:
-    """At most ``most`` of ``count`` row numbers, evenly spaced (all where ``most`` is 0).
+    """Return at most ``most`` of ``count`` row numbers, evenly spaced (all where ``most`` is 0).
 
     Example:
         >>> spread(10, 4)
@@ -210,7 +210,9 @@ def spread(count: int, most: int) -> list[int]:
 
 @contextmanager
 def progress(work: Work, label: str, tokens: int, done: int = 0) -> Iterator[Progress]:
-    """A line on stderr for all processes together, from rank 0, nothing where the work is quiet; all leave together."""
+    """Show a line on stderr for all processes together, from rank 0, nothing where the work is quiet; all leave
+    together.
+    """
     silent = work.quiet or not work.world.is_rank_zero
     shared = work.world.counter() if work.world.size > 1 else None
     with Progress(tokens, label=label, done=done, stream=io.StringIO() if silent else None, shared=shared) as bar:

@@ -37,7 +37,7 @@ def hub_reachable(seconds: float = _PROBE_SECONDS) -> bool:
 
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
-    """Have `datasets` and `huggingface_hub` use their caches alone, without a try at the network."""
+    """Restrict `datasets` and `huggingface_hub` to their caches, without a try at the network."""
     switches: list[Any] = [datasets.config, huggingface_hub.constants]
     before = [switch.HF_HUB_OFFLINE for switch in switches]
     try:
