@@ -21,7 +21,7 @@ class Corpus(Protocol):
 
     @property
     def text_columns(self) -> tuple[str, ...]:
-        """Columns of ``metadata`` that hold text."""
+        """Return the columns of ``metadata`` that hold text."""
 
     def metadata(self, rows: range) -> dict[str, Any]:
         """Return what a store keeps of each document to show it."""

@@ -55,7 +55,7 @@ class Documents(NamedTuple):
 
     @property
     def text_columns(self) -> tuple[str, ...]:
-        """Columns of ``metadata`` that hold text."""
+        """Return the columns of ``metadata`` that hold text."""
         shown = tuple(shown_name(name, _TAKEN) for name in self._shown())
         return shown or (() if self.tokenizer is None else ("text",))
 
@@ -93,7 +93,7 @@ class Documents(NamedTuple):
         return [*self.report.lines(), *([told] if len(left_out) else [])]
 
     def _shown(self) -> list[str]:
-        """Columns of the data set that are shown: those of text that were read."""
+        """Return the columns of the data set that are shown: those of text that were read."""
         columns = self.columns
         names = [columns.prompt_column, columns.completion_column, columns.conversation_column]
         return [name for name in names if name and name in self.source.column_names and name != "input_ids"]

@@ -40,7 +40,7 @@ class Examples:
 
     @property
     def text_columns(self) -> tuple[str, ...]:
-        """No column: examples of numbers have no text."""
+        """Return no column: examples of numbers have no text."""
         return ()
 
     def metadata(self, rows: range) -> dict[str, Any]:

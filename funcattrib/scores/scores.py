@@ -206,7 +206,7 @@ def scores_manifest(
 
 
 def _text_columns(of: Sequence[Manifest]) -> list[str] | None:
-    """Columns of text of any of the stores; None where one of them does not say."""
+    """Return the columns of text of any of the stores; None where one of them does not state them."""
     found: dict[str, None] = {}
     for manifest in of:
         if manifest.text_columns is None:

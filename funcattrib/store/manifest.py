@@ -24,7 +24,7 @@ from funcattrib.version import __version__
 FORMAT = "funcattrib gradient store"
 FORMAT_VERSION = 1
 Kind: TypeAlias = Literal["gradients", "scores", "state"]
-"""What a store holds: rows of gradients, scores of rows against queries, or a fitted state without rows."""
+"""The kind of a store: rows of gradients, scores of rows against queries, or a fitted state without rows."""
 DTYPES = ("float16", "float32", "bfloat16", "int8")
 SCORE_CONVENTION = (
     "inner product of the transformed gradients of a training example and a query; positive means that a step that "

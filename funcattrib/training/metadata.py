@@ -56,7 +56,7 @@ def shown(examples: Any, tokenizer: Any) -> Callable[[range], Mapping[str, Any]]
 
 
 def _strings(examples: datasets.Dataset) -> list[str]:
-    """Columns of the data set that hold text, but its ids."""
+    """List the columns of the data set that hold text, but its ids."""
     features = examples.with_format(None).features
     return [name for name, feature in features.items() if getattr(feature, "dtype", "") == "string" and name != "id"]
 
