@@ -5,6 +5,7 @@ import doctest
 import importlib
 import inspect
 import re
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -23,13 +24,23 @@ VALUES = {
     "SCORE_CONVENTION",
     "__version__",
 }
-"""Public names that are no functions or classes of this library; a string behind the assignment says what they are."""
+"""Public names that are no functions or classes of this library; a string after the assignment says what they are."""
 
 ERRORS = {"DataError", "StoreError", "ChainError"}
 """Shown by the error that they are kinds of."""
 
 COMMON = {"model", "loss", "params", "data", "overwrite", "config", "path", "settings"}
 """Arguments that mean the same wherever they are; ``collect_gradients`` describes them."""
+
+VERBS = """
+Add Agree Answer Append Apply Assign Begin Build Cache Call Cast Chain Check Collect Compose Compute Convert Copy
+Count Create Cut Decode Defer Dequantise Divide Draw Drop Encode End Estimate Explain Fill Find Fit Fold Format Gather
+Give Group Hand Hash Import Invent Join Keep Lay List Load Look Lower Make Map Mark Merge Multiply Open Poll Prepare
+Print Project Put Quantise Raise Read Rebuild Reduce Refuse Register Release Remove Render Replace Report Reshape
+Restrict Return Run Save Scale Score Search Select Set Show Silence Sketch Stack Store Sum Take Tap Tokenise Train
+Turn Wait Write Yield
+"""
+"""First words of the docstrings of public functions; a new one is added here on purpose."""
 
 FIRST = sorted({name for package, name in PUBLIC if package in ("funcattrib", "funcattrib.transforms")} - VALUES)
 REST = sorted({(package, name) for package, name in PUBLIC if name not in VALUES})
@@ -77,3 +88,43 @@ def test_values_are_described(package: str, name: str) -> None:
     failed, _ = doctest.DocTestRunner().run(test)
     assert not failed
     assert test.examples or not name.endswith("_grad")
+
+
+MODULES = sorted((ROOT / "funcattrib").rglob("*.py"), key=str)
+
+
+def first_words(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """Name and first word of every public function, method and property below ``node`` that has a docstring."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef)) and not child.name.startswith("_"):
+            if isinstance(child, ast.ClassDef):
+                yield from first_words(child)
+            elif text := ast.get_docstring(child):
+                yield child.name, text.split()[0].strip(".,:;")
+        elif isinstance(child, (ast.If, ast.Try)):
+            yield from first_words(child)
+
+
+def test_functions_begin_with_a_verb() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name}: {word}"
+        for path in MODULES
+        if not path.stem.startswith("_") or path.stem == "__init__"
+        for name, word in first_words(ast.parse(path.read_text(encoding="utf-8")))
+        if word not in VERBS.split()
+    ]
+    assert not wrong
+
+
+def test_no_docstring_begins_with_a_question() -> None:
+    """Of modules, classes, fields and values either; private ones too."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+        and re.match(r"\s*(What|Whether|How|Of|Where|Which|Who|When)\b", node.value.value)
+    ]
+    assert not wrong
