@@ -85,7 +85,7 @@ def less(
         score: the nearest query (or subtask), or the mean over all queries.
         subtask_column: column of the queries; those with the same value are one subtask.
         tokenizer: in the place of the checkpoints' own.
-        load_options: of ``load_model``: precision, device, trust_remote_code, and shards (``recipes.load.shards_of``).
+        load_options: of ``load_model``: precision, device, trust_remote_code, and shards (``cli.load.shards_of``).
         settings: further ones of ``collect_gradients``: projection_dim, loss, modules, token_batch_size, … The loss is
             the mean over an example's tokens unless asked otherwise, as in training: Γ weighs it against the momentum.
 

@@ -79,7 +79,7 @@ class Source:
 class Prepared(NamedTuple):
     """The work of a run, the manifest of its result, and the store whose state was given.
 
-    With ``token_batch_size="auto"`` the budget is 0 until ``budget.with_budget`` has found it.
+    With ``token_batch_size="auto"`` the budget is 0 until ``token_budget.with_budget`` has found it.
     """
 
     work: Work

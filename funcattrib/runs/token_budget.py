@@ -6,7 +6,7 @@
     speed    two doublings in a row did not raise tokens/s by more than ``WITHIN``
 
 The smallest size whose tokens/s are within ``WITHIN`` of the best is taken: a larger batch costs memory and gives
-nothing. What was found is kept for the next run (``known_budgets.py``).
+nothing. What was found is kept for the next run (``budget_cache.py``).
 
 Processes that hold the model together try together, each on its device, and what any of them says holds for all: the
 most seconds and bytes, the least room. Where memory is short for one it is short.

@@ -42,7 +42,7 @@ Count = Callable[[int, int], None]
 class Work(NamedTuple):
     """A computation: a loss, its parameters, the chain, the documents, the tokens of a batch; and its processes.
 
-    ``budget`` is 0 until ``budget.with_budget`` has found it; ``pieces`` computes batches that memory does not hold.
+    ``budget`` is 0 until ``token_budget.with_budget`` has found it; ``pieces`` computes batches too large for memory.
     """
 
     loss: Loss
