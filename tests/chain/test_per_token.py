@@ -12,6 +12,7 @@ from funcattrib import testing as laws
 from funcattrib.errors import ChainError
 from tests.models.test_families import InFloat64
 from tests.support import cases
+from tests.support.sweeps import crossed
 
 CHAINS = {
     "plain": (),
@@ -23,8 +24,7 @@ CHAINS = {
 MODELS = ["gpt_neox", "gpt2", "llama", cases.TIED]
 
 
-@pytest.mark.parametrize("chain", CHAINS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "chain"), crossed(MODELS, CHAINS))
 def test_rows_add_up_to_the_examples(model: str, chain: str) -> None:
     batch = cases.batch()
     loss, params = fa.causal_lm_loss(cases.causal(model), modules="all")

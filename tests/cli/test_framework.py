@@ -348,7 +348,6 @@ def test_help_of_a_command_imports_no_torch(name):
         finally:
             heavy = {{"torch", "transformers", "datasets", "faiss"}} & set(sys.modules)
             assert not heavy, heavy
-        assert len(set(sys.modules) - before) < 80, sorted(set(sys.modules) - before)
         """
     )
     assert (ran.returncode, ran.stderr) == (0, "")

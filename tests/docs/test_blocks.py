@@ -41,7 +41,14 @@ def laid_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(b.language not in PROSE for b in blocks_of(page))])
+WITH_BLOCKS = [page for page in PAGES if any(block.language not in PROSE for block in blocks_of(page))]
+COMPILED = "docs/jax.md"
+"""The page whose every block JAX compiles."""
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.slow if page == COMPILED else ()) for page in WITH_BLOCKS]
+)
 def test_blocks(page: str, laid_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for entry in laid_out.iterdir():
         (tmp_path / entry.name).symlink_to(entry)

@@ -50,6 +50,7 @@ class Loads(HTMLParser):
             self.found.append(given["href"])
 
 
+@pytest.mark.slow
 def test_reading_the_site_needs_no_network(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) > 20
@@ -63,6 +64,7 @@ def test_reading_the_site_needs_no_network(site: Path) -> None:
         assert not re.findall(r"(?:url\(|@import)\s*['\"]?(?:https?:)?//", style.read_text(encoding="utf-8")), style
 
 
+@pytest.mark.slow
 def test_every_page_is_reached_from_the_navigation(site: Path) -> None:
     start = (site / "index.html").read_text(encoding="utf-8")
     for page in (ROOT / "docs").rglob("*.md"):
@@ -71,6 +73,7 @@ def test_every_page_is_reached_from_the_navigation(site: Path) -> None:
         assert f'href="{where}/"' in start or where == ".", page
 
 
+@pytest.mark.slow
 def test_the_reference_shows_examples_as_code(site: Path) -> None:
     """``Example:`` is this library's word for what the renderer knows as ``Examples:``."""
     shown = (site / "reference/transforms/index.html").read_text(encoding="utf-8")

@@ -21,6 +21,7 @@ from funcattrib.jax.dlpack import to_jax, to_torch
 from funcattrib.jax.pytrees import take_apart
 from tests.support import cases
 from tests.support import jax_nets as nets
+from tests.support.sweeps import crossed
 
 VECTORS = {name: leaf._replace(dtype=torch.float32) for name, leaf in laws.VECTORS.items()}  # JAX's widest, as it comes
 GRADS = {name: to_jax(grad) for name, grad in laws.grads(6, VECTORS).items()}
@@ -38,8 +39,7 @@ def fitted(name: str):
 NAMES = [name for name in cases.TRANSFORMS if name != "split_experts"]  # which has nothing to split here
 
 
-@pytest.mark.parametrize("callback", [False, True], ids=["outside", "callback"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "callback"), crossed(NAMES, [False, True]))
 def test_every_transform_on_jax_arrays_is_the_same_on_tensors(name, callback) -> None:
     chain, state = fitted(name)
     expected = chain.apply(state, laws.grads(6, VECTORS))

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from funcattrib.kernels.cross_entropy import Reference, head_loss, linear_cross_entropy
 from funcattrib.kernels.head_tokens import Operands
 from funcattrib.kernels.logit_loss import Head
+from tests.support.sweeps import crossed
 
 EXAMPLES, TOKENS, WIDTH, VOCABULARY = 3, 200, 8, 37  # more tokens than one chunk
 
@@ -76,11 +77,11 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "extras", [(), ("bias",), ("factor",), ("bias", "factor")], ids=lambda e: "+".join(e) or "bare"
-)
-@pytest.mark.parametrize("name", HEADS)
+EXTRAS = [(), ("bias",), ("factor",), ("bias", "factor")]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize(("name", "extras", "dtype"), crossed(HEADS, EXTRAS, DTYPES))
 def test_loss_and_gradients(name, extras, dtype) -> None:
     head, x = HEADS[name], inputs()
     bias, factor = (x[n] if n in extras else None for n in ("bias", "factor"))

@@ -12,6 +12,7 @@ from funcattrib.chain.per_example import spec
 from funcattrib.lift.lifted import Lifted
 from funcattrib.lift.maps.conv import patches
 from funcattrib.training.capture import collecting
+from tests.support.sweeps import crossed
 
 CASES = {
     "1d": (lambda: nn.Conv1d(3, 4, 3), (3, 11)),
@@ -83,8 +84,7 @@ def compare(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.usefixtures("no_dense_fallback")
-@pytest.mark.parametrize("chain", CHAINS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "chain"), crossed(CASES, CHAINS))
 def test_under_vmap_and_in_batched_autograd(name: str, chain: str) -> None:
     net, x = made(name)
     parts = fa.functionalize(net, "all")

@@ -21,8 +21,9 @@ from funcattrib.models.loading import load_model
 from funcattrib.recipes.trackstar import trackstar
 from funcattrib.runs.score import score_gradients
 from funcattrib.weights.stored import dense
-from tests.models.test_families import EVERY, loop, worst
+from tests.models.test_families import loop, worst
 from tests.support import cases, tiny
+from tests.support.sweeps import crossed
 
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 pytestmark = pytest.mark.parametrize("device", ["cpu", GPU])
@@ -40,8 +41,7 @@ def moved(name: str, device: str, dtype: torch.dtype = torch.float32) -> torch.n
     return copy.deepcopy(cases.causal(name)).to(device, dtype)
 
 
-@pytest.mark.parametrize("kind", ["ce", "log_odds"])
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize(("name", "kind"), crossed((*cases.CAUSAL, cases.TIED), ["ce", "log_odds"]))
 def test_every_parameter_against_the_float64_loop(name: str, kind: str, device: str) -> None:
     batch = cases.batch()
     loss, params = fa.causal_lm_loss(moved(name, device), modules="all", kind=kind)

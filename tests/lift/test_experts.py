@@ -15,6 +15,7 @@ from funcattrib.lift.lifted import Lifted
 from funcattrib.training.capture import collecting
 from tests.models.test_families import loop, worst
 from tests.support import cases
+from tests.support.sweeps import crossed
 
 MIXTURES = ["mixtral", "qwen3_moe"]
 MODULES = ["*experts*", "*mlp.gate.weight", "*q_proj*"]
@@ -82,8 +83,7 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize("name", CHAINS)
-@pytest.mark.parametrize("model", MIXTURES)
+@pytest.mark.parametrize(("model", "name"), crossed(MIXTURES, CHAINS))
 def test_chains_against_the_float64_loop(model: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         Lifted, "dense", lambda self, operation: pytest.fail(f"{operation} fell back to the dense form")

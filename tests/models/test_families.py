@@ -12,8 +12,6 @@ import funcattrib as fa
 from funcattrib.losses.fused_head import LanguageModel
 from tests.support import cases
 
-EVERY = [*cases.CAUSAL, cases.TIED]
-
 
 class InFloat64(TorchFunctionMode):
     """Casts to float32 that models write into their norms and softmaxes go to float64 instead."""
@@ -64,7 +62,7 @@ def worst(ours: dict[str, Tensor], rows: list[dict[str, Tensor]]) -> float:
     return max(errors)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", cases.EVERY)
 @pytest.mark.parametrize(("kind", "reduction"), [("ce", "sum"), ("ce", "mean"), ("log_odds", "sum")])
 def test_every_parameter_against_the_float64_loop(name: str, kind: str, reduction: str) -> None:
     model, batch = cases.causal(name), cases.batch()
@@ -78,7 +76,7 @@ def test_every_parameter_against_the_float64_loop(name: str, kind: str, reductio
     assert worst(lifted, rows) < 1e-5
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", cases.EVERY)
 def test_a_row_does_not_depend_on_its_batch(name: str) -> None:
     batch = cases.batch((9, 5, 12, 2, 1))
     loss, params = fa.causal_lm_loss(copy.deepcopy(cases.causal(name)).double())  # in float32, rounding depends on it
@@ -91,7 +89,7 @@ def test_a_row_does_not_depend_on_its_batch(name: str) -> None:
             torch.testing.assert_close(grads[b], alone[leaf][0], rtol=0, atol=tolerance * float(grads.abs().max()))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", cases.EVERY)
 def test_the_fused_head_is_used(name: str) -> None:
     loss, _ = fa.causal_lm_loss(cases.causal(name))
     described = loss.args[0]

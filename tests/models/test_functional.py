@@ -18,7 +18,7 @@ def test_globs_choose_by_name() -> None:
 LEFT_OUT = ("embed", "lm_head", "norm", "wte", "wpe", "ln_", "bias", "A_log", ".D", "conv1d")
 
 
-@pytest.mark.parametrize("name", [*cases.CAUSAL, cases.TIED])
+@pytest.mark.parametrize("name", cases.EVERY)
 def test_by_default_the_matrices_of_the_blocks(name) -> None:
     model = cases.causal(name)
     chosen = {n for n, _ in model.named_parameters() if not any(part in n for part in LEFT_OUT)}

@@ -73,7 +73,7 @@ def test_a_model_that_is_not_causal(tmp_path: Path) -> None:
     refused(tmp_path / "t5", "expected a causal language model")
 
 
-@pytest.mark.parametrize("name", [*cases.CAUSAL, cases.TIED])
+@pytest.mark.parametrize("name", cases.EVERY)
 def test_models_that_are_causal(name: str) -> None:
     assert is_causal(cases.causal(name))
 

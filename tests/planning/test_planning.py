@@ -37,7 +37,7 @@ def pythia(size: str) -> GPTNeoXConfig:
 # Sizes and rows
 
 
-@pytest.mark.parametrize("name", cases.CAUSAL)
+@pytest.mark.parametrize("name", cases.swept(cases.CAUSAL))
 def test_a_row_is_as_wide_as_the_chain_makes_it(name) -> None:
     model = cases.causal(name)
     sizes = sizes_of(model.config)

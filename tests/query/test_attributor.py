@@ -17,7 +17,6 @@ from tests.support import cases, tiny
 
 TEXTS = tiny.texts(30, seed=3)
 QUERIES = tiny.texts(5, seed=9)
-EVERY = [*cases.CAUSAL, cases.TIED]
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +117,7 @@ def test_the_store_loads_its_own_model(tmp_path: Path, model_folder: Path) -> No
     assert Attributor(tmp_path / "run", model=model_folder, unit_norm=True).ask([TEXTS[4]], 1)[0][0].row == 4
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", cases.EVERY)
 @pytest.mark.parametrize("training", [False, True])
 def test_trace_reads_the_users_own_backward_pass(runs, name: str, training: bool) -> None:
     model = copy.deepcopy(cases.causal(name)).train(training)

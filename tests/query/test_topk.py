@@ -14,6 +14,7 @@ from torch import Tensor
 
 from funcattrib.errors import FuncattribError
 from funcattrib.query.topk import TopK, store_blocks, topk
+from tests.support.sweeps import crossed
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
@@ -43,10 +44,11 @@ def assert_same(found: TopK, expected: TopK) -> None:
     assert all(len(set(row)) == len(row) for row in found.rows.tolist())
 
 
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("largest", [True, False])
-@pytest.mark.parametrize("unit_norm", [True, False])
+@pytest.mark.parametrize(("dtype", "largest", "unit_norm"), crossed(DTYPES, [True, False], [True, False]))
 def test_agrees_with_dense_float64(dtype: torch.dtype, largest: bool, unit_norm: bool, device: str) -> None:
     generator = torch.Generator().manual_seed(0)
     matrix = (torch.randn(1500, 77, generator=generator) * torch.rand(1500, 1, generator=generator)).to(dtype)
@@ -154,13 +156,13 @@ def test_many_queries() -> None:
 
 
 def test_memory_does_not_grow_with_the_number_of_blocks() -> None:
-    """Peak resident memory after 8 blocks and after 400 of the same size (1.2 GB of rows in float32)."""
+    """Peak resident memory after 8 blocks and after 100 of the same size (0.3 GB of rows in float32)."""
     program = """
 import resource, torch
 from funcattrib.query.topk import topk
 block, queries = torch.randn(512, 1500).half(), torch.randn(16, 1500)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for count in (8, 400):
+for count in (8, 100):
     topk(((512 * i, block) for i in range(count)), queries, 10)
     print(peak())
 """

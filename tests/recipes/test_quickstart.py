@@ -33,6 +33,7 @@ def figures(text: str) -> dict[str, list[float]]:
     return {name: [float(mrr), float(recall)] for name, mrr, recall in lines}
 
 
+@pytest.mark.slow
 def test_attribution_finds_the_facts(said):
     (random_mrr, random_recall), (lexical, _), (mrr, recall) = figures(said).values()
     assert random_mrr < 0.1
@@ -41,11 +42,13 @@ def test_attribution_finds_the_facts(said):
     assert recall > 0.5
 
 
+@pytest.mark.slow
 def test_five_questions_are_shown_with_what_was_found(said):
     assert len(re.findall(r"^Fact \d+, asked as: ", said, re.MULTILINE)) == 5
     assert len(re.findall(r"^ +\d +-?[\d.]+ +\d+[a-e]  \w", said, re.MULTILINE)) == 20
 
 
+@pytest.mark.slow
 def test_the_folder_can_be_worked_with(said, folder, funcattrib):
     facts = [json.loads(line) for line in (folder / "facts.jsonl").read_text(encoding="utf-8").splitlines()]
     question = json.loads((folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()[0])

@@ -62,7 +62,7 @@ class Overflow(nn.Module):
         return hidden * math.inf
 
 
-@pytest.mark.parametrize("name", [*cases.CAUSAL, cases.TIED])
+@pytest.mark.parametrize("name", cases.EVERY)
 def test_models_pass(name: str) -> None:
     verdict = check_model(cases.causal(name))
     assert verdict.passed, verdict

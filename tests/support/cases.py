@@ -1,9 +1,10 @@
 """The tables that laws run over: models, batches, transforms. Everything is made on the spot."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import NamedTuple
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -63,6 +64,16 @@ CAUSAL = {
     "cohere": Causal("Cohere", {**_SMALL, **_GROUPED, "logit_scale": 0.25}),
 }
 TIED = "llama_tied"
+KINDS = ("gpt_neox", "gpt2", "gemma3", "mamba", "qwen3_moe", TIED)
+"""One model of each kind: biases, transposed weights, two kinds of attention, none, experts, a weight used twice."""
+
+
+def swept(names: Iterable[str]) -> list:
+    """Return the models as a test's parameters: those that are of a kind with another are slow."""
+    return [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in names]
+
+
+EVERY = swept((*CAUSAL, TIED))
 
 
 @cache

@@ -15,7 +15,7 @@ from funcattrib.lift.rules import RULES
 from funcattrib.training import GradientCollector, capture_gradients, token_mean
 from tests.support import cases, tiny
 
-EVERY = [name for name in cases.CAUSAL if name != "mamba"] + [cases.TIED]
+EVERY = cases.swept(name for name in (*cases.CAUSAL, cases.TIED) if name != "mamba")
 LENGTHS = (9, 5, 12, 2)
 
 

@@ -10,6 +10,7 @@ from funcattrib import testing as laws
 from funcattrib.checkpoints.adam_state import adam_state
 from funcattrib.transforms.adam_update import AdamState, adam_update
 from tests.support import cases
+from tests.support.sweeps import crossed
 
 BATCH = cases.batch((9, 5, 12, 2))
 
@@ -48,9 +49,10 @@ def steps_of_adam(model, optimizer, reduction: str) -> list[dict[str, torch.Tens
     return updates
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("projected", [False, True], ids=["whole", "projected"])
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2", "mixtral"])
+MODELS = ["llama", "llama_tied", "gpt2", "mixtral"]
+
+
+@pytest.mark.parametrize(("name", "projected", "reduction"), crossed(MODELS, [False, True], ["mean", "sum"]))
 def test_updates_are_adams_next_steps(name, projected, reduction, tmp_path) -> None:
     model, optimizer = trained(name, tmp_path)
     expected = steps_of_adam(model, optimizer, reduction)

@@ -12,6 +12,7 @@ from funcattrib.chain.per_token import per_token_grad
 from funcattrib.lift.factors import OneHot, outer
 from funcattrib.lift.maps.inner_products import InnerProducts
 from tests.support import cases
+from tests.support.sweeps import crossed
 
 MODELS = ["gpt_neox", "gpt2", "llama_tied", "mixtral", "mamba"]
 
@@ -55,12 +56,11 @@ def test_one_forward_mode_pass_gives_the_same_score(name) -> None:
     torch.testing.assert_close(scored, expected.nan_to_num(), rtol=1e-5, atol=1e-5 * float(expected.abs().nanmean()))
 
 
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize(
-    "settings", [{}, {"unit_norm": True}, {"by": "leaf"}, {"by": "leaf", "unit_norm": True}], ids=str
-)
-@pytest.mark.parametrize("before", [(), (fa.adafactor_norm,), (fa.project(4),), (fa.project(4), fa.unit_norm)], ids=len)
-@pytest.mark.parametrize("name", MODELS)
+BEFORE = [(), (fa.adafactor_norm,), (fa.project(4),), (fa.project(4), fa.unit_norm)]
+SETTINGS = [{}, {"unit_norm": True}, {"by": "leaf"}, {"by": "leaf", "unit_norm": True}]
+
+
+@pytest.mark.parametrize(("name", "before", "settings", "count"), crossed(MODELS, BEFORE, SETTINGS, [1, 3]))
 def test_what_the_backward_pass_reads_is_the_plain_form(name, before, settings, count) -> None:
     # Key biases have no gradient but rounding, which Adafactor would blow up.
     loss, params, _ = setting(name, exclude=["*.bias"] if fa.adafactor_norm in before and "gpt" in name else ())

@@ -10,6 +10,7 @@ from funcattrib import testing as laws
 from funcattrib.chain import state_tree
 from funcattrib.errors import ChainError
 from tests.support import cases
+from tests.support.sweeps import crossed
 
 LAWS = [
     laws.apply_is_row_by_row,
@@ -76,8 +77,7 @@ def chains():
     yield ("adafactor_norm", "project", "project_normal", "unit_norm", "cast_float16")
 
 
-@pytest.mark.parametrize("names", list(chains()), ids="-".join)
-@pytest.mark.parametrize("modules", [None, "all"])
+@pytest.mark.parametrize(("names", "modules"), crossed(chains(), [None, "all"]))
 def test_a_lowered_chain_is_the_plain_chain(names, modules) -> None:
     loss, params = fa.causal_lm_loss(cases.causal("llama_tied"), modules=modules)
     batches = [cases.batch((9, 5)), cases.batch((12, 2), seed=2)]
@@ -90,11 +90,11 @@ def test_a_lowered_chain_is_the_plain_chain(names, modules) -> None:
     assert {n: fa.Leaf(tuple(g.shape[1:]), g.dtype) for n, g in lowered.items()} == spec
 
 
-@pytest.mark.parametrize("modules", [None, "all"])
-@pytest.mark.parametrize(
-    "before", [(), ("project",), ("select",), ("unit_norm",)], ids=lambda names: "-".join(names) or "first"
-)
-@pytest.mark.parametrize("model", ["llama_tied", "gpt2", "mamba"])
+MODELS = ["llama_tied", "gpt2", "mamba"]
+BEFORE = [(), ("project",), ("select",), ("unit_norm",)]
+
+
+@pytest.mark.parametrize(("model", "before", "modules"), crossed(MODELS, BEFORE, [None, "all"]))
 def test_statistics_read_in_backward_are_those_of_whole_gradients(model, before, modules) -> None:
     loss, params = fa.causal_lm_loss(cases.causal(model), modules=modules)
     if model == "mamba" and modules == "all":

@@ -10,7 +10,6 @@ import funcattrib as fa
 from funcattrib.weights.stored import Stored, dense
 from tests.support import cases
 
-EVERY = [*cases.CAUSAL, cases.TIED]
 alive, most = [0], [0]
 
 
@@ -47,7 +46,7 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None
 
 
 @pytest.mark.parametrize("modules", [None, "all"])
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", cases.EVERY)
 def test_rows(name: str, modules: str | None) -> None:
     plain, stored = both(name, modules)
     batch = cases.batch()
@@ -66,7 +65,7 @@ def test_other_losses(settings: dict) -> None:
     same(chain(*stored, cases.batch()), chain(*plain, cases.batch()))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", cases.EVERY)
 def test_memory_is_what_is_in_use(name: str) -> None:
     """Vectors that norms keep for backward, and convolution kernels, stay; matrices do not."""
     _, stored = both(name)
