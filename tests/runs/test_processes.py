@@ -2,11 +2,8 @@
 
 import hashlib
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +21,9 @@ from funcattrib.runs.reduce import reduce_gradients
 from funcattrib.runs.score import score_gradients
 from funcattrib.store import merge_stores, open_store, progress_files
 from tests.support import cases, store_run, tiny
+from tests.support.processes import start, torchrun
 from tests.support.saved_runs import save_run
-from tests.support.waiting import OUTER_LIMIT, until
+from tests.support.waiting import until
 
 SETTINGS = {"projection_dim": 4, "rows_per_shard": 4, "token_batch_size": 48, "quiet": True}
 FITTED = {**SETTINGS, "normalizer": "adafactor", "precondition": "parameter", "dtype": "float32"}
@@ -70,7 +68,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from funcattrib.cli.main import main
-from funcattrib.runs import fold, workload
+from funcattrib.runs import fold, reduce, score, workload
 fold._SAVE_EVERY = 0.0
 lives, rows_of, seen = Path(sys.argv[1]), workload.rows_of, []
 def killed(*args):
@@ -80,7 +78,7 @@ def killed(*args):
             life.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
     return rows_of(*args)
-workload.rows_of = killed
+workload.rows_of = reduce.rows_of = score.rows_of = killed
 sys.exit(main(sys.argv[2:]))
 """
 
@@ -133,20 +131,6 @@ except fa.FuncattribError as error:
     (out / "error").write_text(str(error))
 dist.destroy_process_group()
 """
-
-
-def start(*words: object, **environment: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(
-        [sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
-
-
-def torchrun(processes: int, *words: object, restarts: int = 0) -> tuple[int, str]:
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    run = start(*launch, f"--max-restarts={restarts}", *words)
-    out, _ = run.communicate(timeout=OUTER_LIMIT)
-    return run.returncode, out
 
 
 def content(store: Path) -> str:
@@ -268,10 +252,8 @@ def test_a_pass_with_one_result_goes_on_from_what_a_killed_rank_had(
 def test_one_process_finds_the_batch_size_of_all(tmp_path: Path, files: Path, funcattrib) -> None:
     _, run, *rest = words(files, tmp_path / "run")
     auto = [*rest, "--token-batch-size", "auto"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "funcattrib"]
-    ran = start(*launch, "build", run, *auto, XDG_CACHE_HOME=str(tmp_path / "cache"))
-    out, _ = ran.communicate(timeout=OUTER_LIMIT)
-    assert ran.returncode == 0, out
+    code, out = torchrun(2, "-m", "funcattrib", "build", run, *auto, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert code == 0, out
     found = open_store(run).manifest.computed_with["token_batch_size"]
     assert out.count("token batch size ") == out.count(f"token batch size {found:,} ") == 1
     log = (tmp_path / "run/logs/rank-1.log").read_text()
@@ -428,8 +410,8 @@ def test_sigterm_finishes_the_shard_in_hand(tmp_path: Path, files: Path, funcatt
     until(lambda: (tmp_path / "begun").exists() or run.poll() is not None)
     run.send_signal(signal.SIGTERM)
     (tmp_path / "signalled").touch()
-    out, _ = run.communicate(timeout=OUTER_LIMIT)
-    assert run.returncode == 143, out
+    code, out = run.wait()
+    assert code == 143, out
     assert "ended by SIGTERM. What is finished is kept" in out
     assert [file.stem for file in (tmp_path / "run/shards").glob("*.json")] == ["00000"]
     assert funcattrib(*words(files, tmp_path / "run")).code == 0

@@ -34,7 +34,8 @@ from funcattrib.runtime.signals import Terminated, terminating
 from funcattrib.weights import lockstep
 from funcattrib.weights.sharded import Sharded
 from tests.support import cases, tiny
-from tests.support.sharded_run import by_fsdp, difference
+from tests.support.sharded_rows import difference
+from tests.support.sharded_run import by_fsdp
 from tests.support.short_memory import Short
 
 CPU = torch.device("cpu")

@@ -20,7 +20,8 @@ from funcattrib.weights.sharded import Gathers
 from funcattrib.weights.sharded_quantised import ShardedQuantised
 from funcattrib.weights.stored import Stored
 from tests.support import cases, tiny
-from tests.support.sharded_run import CPU, SIZES, compared, watched
+from tests.support.sharded_rows import compared
+from tests.support.sharded_run import CPU, SIZES, watched
 
 MODELS = {2: ["gpt_neox", "gpt2", "llama", cases.TIED, "qwen3_moe"], 3: ["gpt2"]}
 PRECISIONS = ["int8", "int4"]

@@ -24,7 +24,6 @@ from funcattrib.checkpoints.adam_state import adam_state
 from funcattrib.checkpoints.loading import load_checkpoint
 from funcattrib.cli.load import shards_of
 from funcattrib.models.functional import sharing
-from funcattrib.models.identity import model_identity
 from funcattrib.models.loading import load_model
 from funcattrib.models.sharded_loading import Shards
 from funcattrib.runtime.signals import Terminated
@@ -32,25 +31,11 @@ from funcattrib.weights.lockstep import Lockstep
 from funcattrib.weights.sharded import Gathers
 from tests.support import cases, tiny
 from tests.support.saved_runs import save_run
+from tests.support.sharded_rows import compared, difference
 
-CHAINS = {
-    "project": lambda: [fa.project(4)],
-    "statistics": lambda: [fa.adafactor_norm, fa.project(3), fa.unit_norm],
-    "influence": lambda: [fa.self_influence],
-}
 TWO = ["gpt_neox", "gpt2", "llama", cases.TIED, "qwen3_moe"]
 FOUR = ["gpt_neox", cases.TIED]
 CPU = torch.device("cpu")
-
-
-def rows(model: nn.Module, chain: str, modules: str | None, batch: dict) -> dict[str, torch.Tensor]:
-    loss, params = fa.causal_lm_loss(model, modules=modules)
-    composed = fa.compose(fa.per_example_grad, *CHAINS[chain]())
-    return composed(loss, params, batch, composed.fit(loss, params, [batch]))
-
-
-def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    return max(float((ours[name] - grad).norm() / grad.norm().clamp(min=1e-30)) for name, grad in theirs.items())
 
 
 def by_fsdp(name: str, mesh: object, **settings: object) -> nn.Module:
@@ -60,23 +45,6 @@ def by_fsdp(name: str, mesh: object, **settings: object) -> nn.Module:
         fully_shard(block, mesh=mesh, **settings)
     fully_shard(model, mesh=mesh, **settings)
     return model
-
-
-def compared(sharded: nn.Module, whole: nn.Module) -> dict[str, float]:
-    """Differences by chain and parameters, each rank with a batch of its own."""
-    batch = cases.batch((9, 5, 12), seed=dist.get_rank())
-    cells = [("project", None), ("project", "all"), ("statistics", None), ("influence", None)]
-    found = {
-        f"{chain} {modules}": difference(rows(sharded, chain, modules, batch), rows(whole, chain, modules, batch))
-        for chain, modules in cells
-    }
-    (loss, params), (other, dense_params) = fa.causal_lm_loss(sharded), fa.causal_lm_loss(whole)
-    for _ in range(3):  # what is gathered ahead at the end of one is used by the next, outside of its transforms
-        plain = fa.per_example_grad(loss, params, batch), fa.per_example_grad(other, dense_params, batch)
-        composed = fa.compose(fa.per_example_grad, fa.project(2))
-        found["alternating"] = difference(composed(loss, params, batch), composed(other, dense_params, batch))
-    identity = model_identity(sharded, "x") == model_identity(whole, "x")
-    return {**found, "plain": difference(*plain), "identity": float(not identity)}
 
 
 def left_alone(name: str, mesh: object) -> bool:

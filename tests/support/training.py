@@ -2,6 +2,7 @@
 
 import copy
 import random
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -120,17 +121,24 @@ def own_loss(model: nn.Module, example: dict[str, Any], smoothing: float = 0.0) 
     return nn.functional.cross_entropy(logits, target, reduction="sum", label_smoothing=smoothing)
 
 
+@lru_cache(maxsize=2)
+def in_float64(model: nn.Module, training: bool) -> nn.Module:
+    """A copy in float64 that computes as plainly as it can."""
+    double = copy.deepcopy(model).train(training).double()
+    if hasattr(double, "gradient_checkpointing_disable"):
+        double.activation_checkpointing_disable()
+    if hasattr(double, "_can_set_experts_implementation") and double._can_set_experts_implementation():
+        double.set_experts_implementation("eager")
+    return double
+
+
 def gradient(
     model: nn.Module, weights: dict[str, Tensor], example: Any, names: list[str], smoothing: float = 0.0,
     training: bool = True,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Name → (1, *shape), in float64, by one plain backward pass."""
-    double = copy.deepcopy(model).train(training).double()
-    if hasattr(double, "gradient_checkpointing_disable"):
-        double.activation_checkpointing_disable()
+    double = in_float64(model, training)
     double.load_state_dict(weights)
-    if hasattr(double, "_can_set_experts_implementation") and double._can_set_experts_implementation():
-        double.set_experts_implementation("eager")
     double.zero_grad()
     own_loss(double, example, smoothing).backward()
     return {name: parameter.grad[None] for name, parameter in double.named_parameters() if name in names}

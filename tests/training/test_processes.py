@@ -1,9 +1,6 @@
 """Trainings that more than one process sees: two of them under torchrun, and one that is killed."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +9,9 @@ import torch
 import funcattrib as fa
 from funcattrib.training import recover
 from funcattrib.training.assemble import read_visits
+from tests.support.processes import start, torchrun
 from tests.support.training import check, examples, make
-from tests.support.waiting import OUTER_LIMIT, until
+from tests.support.waiting import until
 from tests.training.test_trainer import CHAIN
 
 pytestmark = pytest.mark.slow
@@ -40,21 +38,12 @@ if ran.trainer.args.process_index == 0:
 """
 
 
-def start(*words: object) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
-
-
 def test_two_processes(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     for mode in ("without", "with"):
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        run = start(*launch, script, tmp_path, mode)
-        out, _ = run.communicate(timeout=OUTER_LIMIT)
-        assert run.returncode == 0, out
+        code, out = torchrun(2, script, tmp_path, mode)
+        assert code == 0, out
     a, b = (torch.load(tmp_path / f"{mode}.pt", weights_only=True) for mode in ("without", "with"))
     assert a["losses"] == b["losses"]
     assert all(torch.equal(tensor, b["final"][name]) for name, tensor in a["final"].items())
@@ -77,7 +66,7 @@ def test_killed(tmp_path: Path) -> None:
     # What was handed over is written meanwhile.
     until(lambda: len(list((journal / "shards").glob("*.json"))) == 3 or run.poll() is not None)
     run.send_signal(signal.SIGKILL)
-    run.communicate()
+    run.wait()
     with pytest.warns(UserWarning, match="unfinished: 9 of"):
         store = fa.open_store(journal)
     assert sorted(set(store.examples["step"])) == [1, 2, 3, 4, 5]

@@ -55,7 +55,13 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+SECTION = ("plain", "accumulation", "label smoothing", "checkpointing reentrant", "drop last")
+"""Settings that change what a step computes, or which examples it has; the others are slow."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in SECTION else pytest.mark.slow) for name in SETTINGS]
+)
 def test_rows_and_bits(tmp_path: Path, name: str) -> None:
     settings = SETTINGS[name]
     model = {"model": fresh("llama")} if "checkpointing" in name else {}
@@ -75,7 +81,7 @@ def test_rows_and_bits(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "run/epoch_0/gradients").exists()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama_tied", "gemma3", "mixtral"])
+@pytest.mark.parametrize("name", cases.swept(["gpt2", "llama_tied", "gemma3", "mixtral"]))
 def test_families(tmp_path: Path, name: str) -> None:
     settings = {"num_train_epochs": 1, "gradient_accumulation_steps": 2}
     plain = train(tmp_path, None, model=fresh(name), **settings)

@@ -4,9 +4,6 @@ import copy
 import csv
 import io
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +20,7 @@ from funcattrib.query import stored_loss
 from funcattrib.weights.sharded import Gathers, chunk_rows, row_range
 from funcattrib.weights.stored import Stored
 from tests.support import cases, sharded_run, tiny
-from tests.support.waiting import OUTER_LIMIT
+from tests.support.processes import torchrun
 
 pytestmark = pytest.mark.slow
 
@@ -32,17 +29,8 @@ SINGLE_PROCESS = Shards(Gathers(None), CPU)
 
 
 def start(folder: Path, processes: int, script: str = "tests/support/sharded_run.py") -> list[dict]:
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script]
-    ran = subprocess.run(
-        [sys.executable, *launch, folder],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=OUTER_LIMIT,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    code, out = torchrun(processes, script, folder)
+    assert code == 0, out
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
 
 

@@ -1,10 +1,8 @@
 """Memory that is short on one of the processes that hold a model together: the run goes on, or all of them end."""
 
 import json
-import os
 import re
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,14 +12,12 @@ import pytest
 import funcattrib as fa
 from funcattrib.runs.reduce import reduce_gradients
 from funcattrib.store import GradientStore
-from tests.support import cases, tiny
+from tests.support import cases, processes, tiny
 from tests.support.memory_run import FEW, LONGEST, NAMES, TEXTS
-from tests.support.waiting import OUTER_LIMIT
 
 pytestmark = pytest.mark.slow
 
 SMALL = {"projection_dim": 4, "dtype": "float32", "rows_per_shard": 5, "token_batch_size": 60, "quiet": True}
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +29,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(folder: Path, models: Path, processes: int) -> list[dict]:
+def start(folder: Path, models: Path, ranks: int) -> list[dict]:
     for each in models.iterdir():
         (folder / each.name).symlink_to(each)
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    words = [sys.executable, *launch, "tests/support/memory_run.py", "all", folder]
-    ran = subprocess.run(
-        words, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT}, timeout=OUTER_LIMIT, check=False
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
+    code, out = processes.torchrun(ranks, "tests/support/memory_run.py", "all", folder)
+    assert code == 0, out
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 
 @pytest.fixture(scope="module")
@@ -152,19 +144,9 @@ def ended(case: str, folder: Path, models: Path) -> list[tuple[int, str]]:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = []
-    for rank in ("0", "1"):
-        environment = {**os.environ, **ENVIRONMENT, **place, "RANK": rank, "LOCAL_RANK": rank}
-        words = [sys.executable, "tests/support/memory_run.py", case, str(folder)]
-        processes.append(
-            subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-        )
-    try:
-        outputs = [process.communicate(timeout=OUTER_LIMIT)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, out) for process, out in zip(processes, outputs, strict=True)]
+    words = ["tests/support/memory_run.py", case, folder]
+    both = [processes.start(*words, **place, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+    return [process.wait() for process in both]
 
 
 def test_a_document_that_cannot_fit_ends_all(tmp_path: Path, models: Path) -> None:
@@ -199,8 +181,7 @@ def test_memory_for_nothing(tmp_path: Path, models: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
-def test_torch_s_own_allocation_fails(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+def test_torch_s_own_allocation_fails(tmp_path: Path, models: Path) -> None:
     (first, out), (second, limited) = ended("limited", tmp_path, models)
     assert (first, second) == (0, 0), out + limited
     assert "did not fit in memory" not in out
