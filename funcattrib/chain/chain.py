@@ -117,7 +117,7 @@ class Chain(NamedTuple):
         """
         if self.source is None:
             raise ChainError(
-                "expected a chain that starts at a source, found transforms alone; compose(per_example_grad, …)"
+                "this chain has transforms and no source of gradients; begin it with one: compose(per_example_grad, …)"
             )
         return self.source
 
@@ -130,12 +130,12 @@ class Chain(NamedTuple):
         if state is None:
             if unfitted := [stage.name for stage in self.stages if stage.fitted]:
                 raise ChainError(
-                    f"expected a fitted state for {unfitted[0]}, found none; call fit(loss, params, batches) first"
+                    f"{unfitted[0]} must be fitted before it is used; call fit(loss, params, batches) first"
                 )
             state = self.init(spec)[0]
         if len(state) != len(self.stages):
             raise ChainError(
-                f"expected a state of {len(self.stages)} stages, found {len(state)}; the state fits another chain"
+                f"expected a state of {len(self.stages)} stages, found {len(state)}; it was fitted for another chain"
             )
         return tuple(
             own if stage.parts else map_tensors(lambda tensor: tensor.to(device), own)
@@ -183,7 +183,9 @@ def compose(*stages: Stage) -> Chain:
         resolved = _resolve(stage, number)
         if isinstance(resolved, Source) or (isinstance(resolved, Chain) and resolved.source is not None):
             if number > 1:
-                raise ChainError(f"expected the source first, found it as stage {number} of compose")
+                raise ChainError(
+                    f"a source of gradients must be the first stage, and this one is stage {number} of compose"
+                )
             source = resolved if isinstance(resolved, Source) else resolved.source
         if isinstance(resolved, Chain):
             transforms.extend(resolved.stages)
@@ -223,7 +225,7 @@ def _lowered(stage: Transform, state: State, spec: Spec) -> Readouts:
     except KeyError as error:  # states are dicts by parameter
         name = error.args[0] if error.args[0] in spec else "one of them"
         raise ChainError(
-            f"expected a state of {stage.name} for these {len(spec)} leaves, found none for {name}; fit it on them"
+            f"the state of {stage.name} has no entry for {name}, one of {len(spec)} leaves; fit it on these leaves"
         ) from error
 
 

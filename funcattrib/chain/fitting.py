@@ -114,7 +114,7 @@ def passes(
     to_fit = [at for at, stage in enumerate(chain.stages) if stage.fitted][done:]
     if len(to_fit) > 1 and isinstance(batches, Iterator):
         raise ChainError(
-            f"expected batches that can be iterated {len(to_fit)} times, found a one-shot iterator; pass a list"
+            f"fitting iterates over the batches {len(to_fit)} times, and they are a one-shot iterator; pass a list"
         )
     for at in to_fit:
         stage, before = chain.stages[at], chain.before(at)
@@ -143,7 +143,7 @@ def _some(stage: Transform, rows: Iterator[Grads], world: World) -> Iterator[Gra
         seen += len(next(iter(grads.values())))
         yield grads
     if not sum(world.all_gather_object(seen)):
-        raise ChainError(f"expected examples with a finite loss to fit {stage.name} on, found none")
+        raise ChainError(f"{stage.name} cannot be fitted: no example has a finite loss")
 
 
 def _reading(begin: Callable[[Batch], Callable[[Batch], PerExample]]) -> Callable[[Batch], PerExample]:

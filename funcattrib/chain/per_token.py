@@ -44,7 +44,7 @@ def rows(loss: Loss, params: Params, batch: Batch, lowered: Readouts | None = No
         ChainError: a parameter that is not used once at each token.
     """
     if "input_ids" not in batch or batch["input_ids"].ndim != 2:
-        raise FuncattribError("expected a batch with input_ids (examples, tokens), found none; per token needs tokens")
+        raise FuncattribError("per-token gradients require input_ids of shape (examples, tokens) in the batch")
     tokens = batch["input_ids"].shape[1]
     lowered = {name: readout(name, TwoSided()) for name in params} if lowered is None else lowered
     each = {name: Readout(PerToken(how.map, tokens), how.probe, (how.probe,)) for name, how in lowered.items()}

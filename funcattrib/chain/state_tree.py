@@ -51,12 +51,10 @@ def restore(template: Any, flat: dict[str, Tensor]) -> Any:
     """
     wanted = flatten(template)
     if missing := sorted(wanted.keys() - flat.keys()):
-        raise ChainError(
-            f"expected the state to hold {missing[0]!r}, found no such entry; the state fits another chain"
-        )
+        raise ChainError(f"the state has no entry {missing[0]!r}; it was fitted for another chain")
     if unknown := sorted(flat.keys() - wanted.keys()):
         raise ChainError(
-            f"found {unknown[0]!r} in the state, which this chain does not have; the state fits another chain"
+            f"the state has an entry {unknown[0]!r} that this chain does not have; it was fitted for another chain"
         )
     for name, tensor in wanted.items():
         if tensor.shape != flat[name].shape:

@@ -55,15 +55,15 @@ def adam_state(path: str | Path, model: nn.Module | Mapping[str, Tensor]) -> dic
             first, second = dequantised(state, 1, where), dequantised(state, 2, where)
         else:
             raise FuncattribError(
-                f"expected Adam's first and second moments of {where}, found a state of "
-                f"{', '.join(map(str, state)) or 'nothing'}; the model must have been trained with Adam or AdamW"
+                f"expected Adam's first and second moments of {where}, found "
+                f"{', '.join(map(str, state)) or 'nothing'}; give the state of an Adam or AdamW optimizer"
             )
         beta1, beta2 = group["betas"][:2]
         shared = like if isinstance(params[name], Stored) else None
         first, second = _kept(first, shared), _kept(second, shared)
         found[name] = AdamState(first, second, float(state["step"]), (float(beta1), float(beta2)), float(group["eps"]))
     if not found:
-        raise FuncattribError(f"expected Adam's moments in {path}, found an optimizer that has made no step")
+        raise FuncattribError(f"the optimizer in {path} has made no step and has no moments; give a later checkpoint")
     return found
 
 

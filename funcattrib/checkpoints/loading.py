@@ -45,8 +45,8 @@ def check_same(first: Shapes, other: Shapes, what: object) -> None:
     if differing := [name for name in {**first, **other} if first.get(name) != other.get(name)]:
         name = differing[0]
         raise FuncattribError(
-            f"expected checkpoints of one architecture, found {what} with {name} of shape "
-            f"{other.get(name, 'none')}, where the first has {first.get(name, 'none')}"
+            f"all checkpoints must have one architecture: {name} has shape {other.get(name, 'none')} in {what}, and "
+            f"{first.get(name, 'none')} in the first"
         )
 
 
@@ -85,8 +85,8 @@ def learning_rates(checkpoints: Sequence[Path], given: Sequence[float] = ()) -> 
         rate = sum(logged) / len(logged) if logged else _scheduled(path)
         if not rate > 0:
             raise FuncattribError(
-                f"expected the learning rate of {path} in its trainer_state.json or scheduler.pt, found none above 0; "
-                "give one for each checkpoint with --learning-rate"
+                f"{path} has no learning rate above 0 in its trainer_state.json or scheduler.pt; give one for each "
+                "checkpoint with --learning-rate"
             )
         rates.append(rate)
     return rates

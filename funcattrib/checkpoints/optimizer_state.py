@@ -59,7 +59,7 @@ def optimizer_state(path: str | Path, model: nn.Module | Mapping[str, Tensor]) -
     """
     moments = {name: moment_of(*saved, f"{name} in {path}") for name, saved in saved_states(path, model).items()}
     if not moments:
-        raise FuncattribError(f"expected second moments in {path}, found an optimizer that has made no step")
+        raise FuncattribError(f"the optimizer in {path} has made no step and has no moments; give a later checkpoint")
     return moments
 
 
@@ -87,14 +87,14 @@ def _read(path: Path) -> dict[str, Any]:
     if not file.is_file():
         inside = sorted(each.name for each in path.glob("checkpoint-*")) if path.is_dir() else []
         hint = f"give one of its checkpoints, e.g. {path / inside[-1]}" if inside else "give an optimizer's state_dict"
-        raise FuncattribError(f"expected an optimizer's state at {file}, found no such file; {hint}")
+        raise FuncattribError(f"the optimizer's state {file} does not exist; {hint}")
     try:
         # Mapped, so that of a large file only what is asked for is read.
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # whatever a file written by others makes its reader raise
         raise FuncattribError(
-            f"expected an optimizer's state_dict of tensors and numbers in {file}, found a file that holds something "
-            f"else ({type(error).__name__}); objects in it are not unpickled: save optimizer.state_dict() alone"
+            f"{file} cannot be read as an optimizer's state_dict ({type(error).__name__}); only tensors and numbers "
+            "are unpickled: save optimizer.state_dict() alone"
         ) from error
     candidates = [saved, *(saved[key] for key in _INSIDE if key in saved)] if isinstance(saved, dict) else []
     for found in candidates:
@@ -123,8 +123,8 @@ def moment_of(state: Mapping[str, Any], group: Mapping[str, Any], where: str) ->
         v = state["exp_avg_sq"].float()
     else:
         raise FuncattribError(
-            f"expected second moments of {where}, found a state of {', '.join(map(str, state)) or 'nothing'}\n"
-            "known are Adam, AdamW, bitsandbytes' Adam in 8 bits, and Adafactor"
+            f"expected second moments of {where}, found {', '.join(map(str, state)) or 'nothing'}\n"
+            "supported are Adam, AdamW, bitsandbytes' 8-bit Adam, and Adafactor"
         )
     return v / (1 - group["betas"][1] ** float(state["step"]))
 
@@ -148,7 +148,9 @@ def dequantised(state: Mapping[str, Any], which: int, where: str) -> Tensor:
     absmax, values = state[absmax_name].float(), state[map_name].float()[codes.flatten().long()]
     size = 1 << max(0, -(-codes.numel() // absmax.numel()) - 1).bit_length()  # a power of two, whatever the version
     if -(-codes.numel() // size) != absmax.numel():
-        raise FuncattribError(f"expected blocks of {size} values of {where}, found {absmax.numel()} scales")
+        raise FuncattribError(
+            f"the 8-bit state of {where} is damaged: {absmax.numel()} scales do not fit blocks of {size} values"
+        )
     return (values * absmax.repeat_interleave(size)[: codes.numel()]).reshape(codes.shape)
 
 
@@ -189,7 +191,7 @@ def _match(
         raise FuncattribError(max(problems)[1])
     beyond = list(params)[len(numbers) :]
     raise FuncattribError(
-        f"expected a state of {len(params)} parameters, as the model has, found {len(numbers)} in {path}"
+        f"expected the state of the model's {len(params)} parameters, found {len(numbers)} in {path}"
         + (f"; {beyond[0]} would have none" if beyond else f"; the last parameter is {list(params)[-1]}")
         + "\ngive the model as it was trained, with the same parameters frozen"
     )
@@ -232,11 +234,11 @@ def _misfit(
     """Find the first parameter that a state does not fit: its place, and the message."""
     for place, (name, number) in enumerate(zip(names, numbers, strict=True)):
         if name not in params:
-            return place, f"expected the model to have {name}, which {path} has a state of; give the model it trained"
+            return place, f"{path} has a state of {name}, which the model does not have; give the model it trained"
         shape = shapes.get(number)
         if shape is not None and shape != tuple(params[name].shape):
             return place, (
-                f"expected the state of {name} with shape {tuple(params[name].shape)}, found {shape} in {path}\n"
+                f"expected the state of {name} to have shape {tuple(params[name].shape)}, found {shape} in {path}\n"
                 "give the model that this optimizer trained"
             )
     return None

@@ -48,10 +48,10 @@ def advantages(dataset: datasets.Dataset, tokens: datasets.Dataset, columns: Col
     values = _numbers(dataset, name)
     missing = ~np.isfinite(values)
     if missing.all() or (missing.any() and not columns.skip_missing_rewards):
-        skip = "" if missing.all() else ", or leave them out with --skip-missing-rewards"
+        skip = "" if missing.all() else ", or skip them with --skip-missing-rewards"
         raise DataError(
-            f"expected a finite number in every row of column '{name}', found none in "
-            f"{some_rows(np.flatnonzero(missing))}\nfill or drop these rows{skip}"
+            f"column '{name}' has no finite number in {some_rows(np.flatnonzero(missing))}\n"
+            f"fill or drop these rows{skip}"
         )
     values = np.where(missing, np.nan, values)
     if columns.reward_column is not None:
@@ -99,7 +99,7 @@ def _numbers(dataset: datasets.Dataset, name: str) -> np.ndarray:
     """Read a column of numbers, (rows,) float64; NaN where there is none."""
     if name not in dataset.column_names:
         raise DataError(
-            f"expected a column '{name}', found {', '.join(dataset.column_names)}\n"
+            f"the data has no column '{name}'; its columns are {', '.join(dataset.column_names)}\n"
             "name the right one with --reward-column or --advantage-column"
         )
     kind = getattr(dataset.features[name], "dtype", "no number")

@@ -79,7 +79,7 @@ def collate(rows: Sequence[Mapping[str, Any]], *, pad_id: int, length: int | Non
                 [   7, -100]])
     """
     if not rows:
-        raise DataError("expected at least one example in a batch, found none")
+        raise DataError("a batch needs at least one example, and none was given")
     columns = {name: _numbers(name, [row[name] for row in rows]) for name in _shared_keys(rows)}
     per_token = {name: values for name, values in columns.items() if values[0].ndim == 1}
     tokens = _token_counts(per_token, len(rows))
@@ -102,7 +102,7 @@ def _shared_keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for number, row in enumerate(rows):
         if row.keys() != rows[0].keys():
             raise DataError(
-                f"expected the keys {keys} in every example of a batch, found {list(row)} in number {number}"
+                f"expected the keys {keys} in every example of a batch, found {list(row)} in example {number}"
             )
     return keys
 

@@ -34,11 +34,11 @@ class Columns:
         """Check what a type cannot say."""
         if self.reward_column is not None and self.advantage_column is not None:
             raise DataError(
-                f"expected rewards or advantages, found both columns ('{self.reward_column}' and "
-                f"'{self.advantage_column}')\nleave out --reward-column or --advantage-column"
+                f"--reward-column ('{self.reward_column}') and --advantage-column ('{self.advantage_column}') cannot "
+                "be combined; leave one out"
             )
         if self.skip_missing_rewards and self.reward_column is None and self.advantage_column is None:
-            raise DataError("expected --reward-column or --advantage-column with --skip-missing-rewards, found neither")
+            raise DataError("--skip-missing-rewards requires --reward-column or --advantage-column")
 
     def ready(self, dataset: datasets.Dataset) -> bool:
         """Return whether these are the tokens of a data set that is tokenised already, and no text of it."""

@@ -54,7 +54,7 @@ def render(conversation: Any, write: Callable[[Sequence[Message]], Text], *, row
         raise
     except Exception as error:  # templates raise what they like
         raise DataError(
-            f"expected the chat template to take the conversation in row {row}, found: {reason(error)}\n"
+            f"the chat template refused the conversation in row {row}: {reason(error)}\n"
             f"its roles are {[message['role'] for message in messages][:8]}; change the row or the template"
         ) from error
 
@@ -72,9 +72,7 @@ def _checked(conversation: Any, row: int, column: str) -> list[Message]:
         # Arrow gives every message every key; to a template, one that is null is one that is not there.
         message = {key: value for key, value in message.items() if value is not None}
         if "content" not in message and not message.get("tool_calls"):
-            raise DataError(
-                f"expected a 'content' in every message, found none in {message!r:.80} in row {row}\n{cure}"
-            )
+            raise DataError(f"a message in row {row} has no 'content': {message!r:.80}\n{cure}")
         messages.append(message)
     return messages
 

@@ -64,8 +64,7 @@ def encode(
         )
     except Exception as error:  # the Rust tokenizers raise bare Exception
         raise DataError(
-            f"expected the tokenizer to take rows {first_row} to {first_row + len(documents) - 1}, "
-            f"found: {reason(error)}\n"
+            f"the tokenizer failed on rows {first_row} to {first_row + len(documents) - 1}: {reason(error)}\n"
             "check these rows, and that the tokenizer has an unknown token"
         ) from error
 

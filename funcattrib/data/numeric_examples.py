@@ -22,7 +22,7 @@ class Examples:
 
     def __init__(self, records: Sequence[Mapping[str, Any]]) -> None:
         if not len(records):
-            raise DataError("expected examples, found none")
+            raise DataError("the list of examples is empty; give at least one")
         self.records = records
         self.lengths = np.asarray([_length(record) for record in _each(records)])
 
@@ -75,7 +75,5 @@ def _length(record: Mapping[str, Any]) -> int:
 def _array(name: str, value: Any) -> np.ndarray:
     array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
     if array.dtype.kind not in "biuf":
-        raise DataError(
-            f"expected numbers in '{name}' for a loss of one's own, found {array.dtype}; turn them into tokens"
-        )
+        raise DataError(f"expected numbers in '{name}' for a custom loss, found {array.dtype}; turn text into tokens")
     return array.astype(np.float32) if array.dtype == np.float64 and not isinstance(value, Tensor) else array

@@ -62,7 +62,7 @@ def read_tokens(
         positions = np.flatnonzero(shown)
         if len(positions) and positions[-1] - positions[0] + 1 != len(positions):
             raise DataError(
-                f"expected padding at the ends only, found a hidden token inside row {row} ('attention_mask')\n"
+                f"'attention_mask' hides a token inside row {row}, and may hide padding at the ends only\n"
                 "remove that token or the column"
             )
         columns = {name: values[shown] for name, values in columns.items()}

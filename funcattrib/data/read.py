@@ -60,7 +60,7 @@ def load(source: str | Path, split: str | None = None, *, subset: str | None = N
         dataset = _choose(found, split, source)
     if not len(dataset):
         part = "" if split is None else f" in split '{split}'"
-        raise DataError(f"expected at least one row in {source}, found none{part}\nchoose another split or file")
+        raise DataError(f"{source} has no rows{part}\nchoose another split or file")
     return dataset
 
 
@@ -72,11 +72,11 @@ def _open(source: str, split: str | None, subset: str | None) -> Mapping[str, da
     if glob.has_magic(source):
         files = sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))
         if not files:
-            raise DataError(f"expected files that match {source}, found none\ncheck the pattern; quote it in a shell")
+            raise DataError(f"no file matches {source}\ncheck the pattern, and quote it in a shell")
         return _open_files(files, source, split)
     if _HUB_ID.fullmatch(source) and not source.startswith(".") and _kind(source) is None:
         return _open_hub(source, split, subset)
-    raise DataError(f"expected {_FORMS}; found no '{source}'\n{_neighbours(source)}")
+    raise DataError(f"'{source}' does not exist; give {_FORMS}\n{_neighbours(source)}")
 
 
 def _open_folder(folder: str, split: str | None) -> Mapping[str, datasets.Dataset]:
@@ -101,16 +101,16 @@ def _open_files(files: list[str], source: str, split: str | None) -> Mapping[str
         )
     if len(set(kinds.values())) > 1:
         names = ", ".join(sorted(str(kind) for kind in set(kinds.values())))
-        raise DataError(f"expected files of one kind, found {names} among the files of {source}\nnarrow the pattern")
+        raise DataError(f"the files of {source} are of several kinds ({names})\nnarrow the pattern")
     if not any(map(os.path.getsize, files)):
-        raise DataError(f"expected at least one row in {source}, found an empty file\nchoose another file")
+        raise DataError(f"{source} is empty\nchoose another file")
     kind = str(kinds[files[0]])
     suffixes = {
         Path(path.removesuffix(Path(path).suffix) if Path(path).suffix in _COMPRESSED else path).suffix
         for path in files
     }
     if ".tsv" in suffixes and len(suffixes) > 1:
-        raise DataError(f"expected files of one kind, found csv, tsv among the files of {source}\nnarrow the pattern")
+        raise DataError(f"the files of {source} are of several kinds (csv, tsv)\nnarrow the pattern")
     options = {"sep": "\t"} if ".tsv" in suffixes else {}
     # An empty file among others has no header, and no rows either: left out, where readers would stumble.
     full = [glob.escape(os.path.abspath(path)) for path in files if os.path.getsize(path)]
@@ -118,7 +118,7 @@ def _open_files(files: list[str], source: str, split: str | None) -> Mapping[str
 
 
 def _open_hub(name: str, split: str | None, subset: str | None) -> Mapping[str, datasets.Dataset]:
-    what = f"a data set '{name}' on the hub" + (f" with subset '{subset}'" if subset else "")
+    what = f"the data set '{name}' on the hub" + (f" with subset '{subset}'" if subset else "")
     if hub_reachable():
         return _build(name, None, split, what=what, subset=subset)
     with offline():
@@ -127,10 +127,10 @@ def _open_hub(name: str, split: str | None, subset: str | None) -> Mapping[str, 
         except DataError as error:
             why = "offline mode is on (HF_HUB_OFFLINE)" if _asked_offline() else "the hub does not answer"
             raise DataError(
-                f"expected a file, a folder or a hub data set '{name}', found no such path, no cached copy, and {why}\n"
+                f"'{name}' is no file or folder, no copy of such a data set is in the cache, and {why}\n"
                 "check the spelling and the connection, or copy the data here and name its path"
             ) from error
-    logger.warning("the hub does not answer: using the copy of %s in the cache", name)
+    logger.warning("the hub does not answer; using the cached copy of %s", name)
     return found
 
 
@@ -164,12 +164,10 @@ def _build(
 
 def _choose(found: Mapping[str, datasets.Dataset], split: str | None, source: str) -> datasets.Dataset:
     if not found:
-        raise DataError(f"expected at least one split in {source}, found none\nchoose another data set")
+        raise DataError(f"{source} has no splits\nchoose another data set")
     if split is None:
         if len(found) > 1 and "train" not in found:
-            raise DataError(
-                f"expected a split to be named, found {', '.join(found)} in {source}\nchoose one with --split"
-            )
+            raise DataError(f"{source} has the splits {', '.join(found)}, and no train\nchoose one with --split")
         split = "train" if "train" in found else next(iter(found))
     lengths = {name: len(dataset) for name, dataset in found.items()}
     parts = []
@@ -188,7 +186,7 @@ def _instructions(
     except (ValueError, AssertionError) as error:
         wrong = "" if "Unknown split" in str(error) else f" ({reason(error)})"
         raise DataError(
-            f"expected a split of {source}: {', '.join(lengths)}, found '{split}'{wrong}\n"
+            f"{source} has no split '{split}'{wrong}; its splits are {', '.join(lengths)}\n"
             "name one of these with --split; a part of one is written train[:1%] or train[100:200]"
         ) from error
 
@@ -197,10 +195,10 @@ def _unreadable(source: str, what: str, error: BaseException) -> DataError:
     why = reason(error).rpartition("on the Hugging Face Hub either: ")[2]
     if "hub" in what:
         return DataError(
-            f"expected {what}, found: {why}\ncheck the spelling; a private or gated one needs `hf auth login`"
+            f"{what} cannot be read: {why}\ncheck the spelling; a private or gated one needs `hf auth login`"
         )
     cure = "save the file as UTF-8" if "codec can't decode" in why else "check that it is whole and what its name says"
-    return DataError(f"expected {what}, found {source}, which cannot be read: {why}\n{cure}")
+    return DataError(f"{source} cannot be read as {what}: {why}\n{cure}")
 
 
 def _kind(path: str) -> str | None:

@@ -64,8 +64,8 @@ class ScratchTable:
 
     def _no_room(self, error: OSError) -> DataError:
         return DataError(
-            f"expected to write the tokenised data to {self._folder}, found: {error.strerror or error}\n"
-            "make room there, or name another folder in the environment variable TMPDIR"
+            f"the tokenised data cannot be written to {self._folder}: {error.strerror or error}\n"
+            "free some space there, or name another folder in the environment variable TMPDIR"
         )
 
 

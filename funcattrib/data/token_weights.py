@@ -13,7 +13,7 @@ def check_weights(dataset: datasets.Dataset, name: str) -> None:
     """Refuse a column that is not there, or holds neither numbers nor lists of them, before any row is read."""
     if name not in dataset.column_names:
         raise DataError(
-            f"expected a column '{name}', found {', '.join(dataset.column_names)}\n"
+            f"the data has no column '{name}'; its columns are {', '.join(dataset.column_names)}\n"
             "name the right one with --token-weights-column"
         )
     kind = dataset.features.arrow_schema.field(name).type

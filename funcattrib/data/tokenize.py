@@ -75,9 +75,9 @@ def tokenize(
     """
     columns = columns or Columns()
     if not len(dataset):
-        raise DataError("expected documents to tokenise, found an empty data set\nchoose another split or file")
+        raise DataError("the data set has no rows to tokenise\nchoose another split or file")
     if max_length < 1:
-        raise DataError(f"expected documents of 1 token or more to be allowed, found a longest length of {max_length}")
+        raise DataError(f"expected max_length of at least 1, found {max_length}")
     weights_column, dataset = _weights_beside(dataset, columns)
     read, names = _reader(
         dataset, tokenizer, columns, max_length=max_length, truncation=truncation, vocab_size=vocab_size
@@ -159,19 +159,19 @@ def _reader(
 
     if tokenizer is None:
         raise DataError(
-            f"expected a tokenizer, or ready tokens in a column 'input_ids', found columns {dataset.column_names}\n"
+            f"the data has no column 'input_ids' and no tokenizer was given; its columns are {dataset.column_names}\n"
             "pass the model's tokenizer"
         )
     if conversation is not None and completion is not None:
         raise DataError(
-            f"expected a conversation or a completion, found both columns ('{conversation}' and '{completion}')\n"
-            "leave out --conversation-column or --completion-column"
+            f"--conversation-column ('{conversation}') and --completion-column ('{completion}') cannot be combined\n"
+            "leave one out"
         )
     names = [conversation] if conversation is not None else [prompt] if completion is None else [prompt, completion]
     for name in names:
         _check_column(dataset, name, text=conversation is None)
     if conversation is not None and not has_template(tokenizer):
-        logger.warning("the tokenizer has no chat template: conversations are the plain concatenation of their turns")
+        logger.warning("the tokenizer has no chat template; the turns of a conversation are concatenated")
     write = renderer(tokenizer) if conversation is not None else None
 
     def texts(batch: dict[str, list[Any]], first_row: int) -> Tokens:
@@ -200,7 +200,7 @@ def _check_column(dataset: datasets.Dataset, name: str, *, text: bool) -> None:
     """Check that a column is there, holds text where it should, and no nulls, before anything is tokenised."""
     if name not in dataset.column_names:
         raise DataError(
-            f"expected a column '{name}', found {', '.join(dataset.column_names)}\n"
+            f"the data has no column '{name}'; its columns are {', '.join(dataset.column_names)}\n"
             "name the right one with --prompt-column, --completion-column or --conversation-column"
         )
     kind = dataset.features[name]
@@ -218,7 +218,7 @@ def _check_nulls(dataset: datasets.Dataset, name: str, what: str) -> None:
     nulls = _null_rows(dataset, name)
     if nulls:
         raise DataError(
-            f"expected {what} in every row of column '{name}', found nothing (null) in {some_rows(nulls)}\n"
+            f"column '{name}' has null in place of {what} in {some_rows(nulls)}\n"
             "drop or fill these rows (in a csv, an empty field, NA, null and nan are all read as null)"
         )
 

@@ -41,7 +41,7 @@ def bm25(queries: Sequence[str], documents: Sequence[str], *, k1: float = 1.5, b
         tensor([0])
     """
     if not documents:
-        raise FuncattribError("expected documents to rank, found none")
+        raise FuncattribError("there are no documents to rank; give at least one")
     counts = [Counter(_terms(document)) for document in documents]
     length = torch.tensor([counted.total() for counted in counts], dtype=torch.float64)
     relative = length / length.mean().clamp(min=1e-30)

@@ -77,11 +77,11 @@ def _checked(scores: Tensor, relevant: Tensor) -> tuple[Tensor, Tensor]:
         )
     if scores.isnan().any():
         raise FuncattribError(
-            "expected scores that can be ordered, found NaN; see which example's gradient is not finite"
+            "the scores contain NaN and cannot be ranked; leave out the examples whose gradient is not finite"
         )
     asked = relevant.any(1)
     if not asked.any():
-        raise FuncattribError(f"expected relevant rows for at least one of {len(scores)} queries, found none")
+        raise FuncattribError(f"none of the {len(scores)} queries has a relevant row")
     return scores[asked].contiguous(), relevant[asked].to(torch.float64) > 0
 
 

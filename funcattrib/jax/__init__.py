@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 if find_spec("jax") is None:
-    raise ImportError("expected the package jax, found none; pip install 'funcattrib[jax]'")
+    raise ImportError("jax is not installed; pip install 'funcattrib[jax]'")
 
 from funcattrib.jax.chain import as_jax
 from funcattrib.jax.dense import lifted_dense

@@ -58,8 +58,8 @@ def as_jax(chain: Chain, state: Any = None, *, callback: bool = False) -> Callab
         if spec != first[0]:
             differing = next(name for name in {**spec, **first[0]} if spec.get(name) != first[0].get(name))
             raise FuncattribError(
-                f"expected gradients of one structure in every call, found {differing} as {_told(spec.get(differing))} "
-                f"after {_told(first[0].get(differing))}; make another function for them"
+                f"expected {differing} as {_described(first[0].get(differing))}, as in the first call, found "
+                f"{_described(spec.get(differing))}; make another function for gradients of another structure"
             )
         return first[1], first[2]
 
@@ -90,7 +90,9 @@ def _called(chain: Chain, state: State, arrays: Arrays) -> dict[str, np.ndarray]
 def _spec(arrays: Arrays) -> Spec:
     for name, array in arrays.items():
         if not array.ndim:
-            raise FuncattribError(f"expected gradients (examples, …), found {name} without an axis of examples")
+            raise FuncattribError(
+                f"expected gradients of shape (examples, …), found {name} without an axis of examples"
+            )
     return {name: Leaf(array.shape[1:], getattr(torch, array.dtype.name)) for name, array in arrays.items()}
 
 
@@ -98,5 +100,5 @@ def _dtype(leaf: Leaf) -> np.dtype:
     return jnp.dtype(str(leaf.dtype).removeprefix("torch."))
 
 
-def _told(leaf: Leaf | None) -> str:
+def _described(leaf: Leaf | None) -> str:
     return "nothing" if leaf is None else f"{str(leaf.dtype).removeprefix('torch.')} of shape {leaf.shape}"

@@ -49,8 +49,8 @@ class Lifted:
 
     def __jax_array__(self) -> jax.Array:
         raise FuncattribError(
-            f"expected a kernel of shape {self.shape} to be passed to lifted_dense as it is, found that it is "
-            "converted first\nleave out jnp.asarray and the like around it"
+            f"the kernel of shape {self.shape} was converted to an array before it was passed to lifted_dense\n"
+            "pass it as it is, without jnp.asarray around it"
         )
 
     def __getitem__(self, key: Any) -> "Lifted":

@@ -53,12 +53,12 @@ def optimizer_state(state: Any, params: Any, *, b2: float = 0.999) -> dict[str, 
     for found in _states(state):
         count = int(_value(found.count))
         if not count:
-            raise FuncattribError("expected second moments of an optimizer that was used, found one that made no step")
+            raise FuncattribError(
+                "the optimizer has made no step and has no second moments; give its state after training"
+            )
         moments |= _adam(found, count, b2, shapes) if set(found._fields) >= _ADAM else _factored(found, shapes)
     if not moments:
-        raise FuncattribError(
-            "expected an optimizer's state with second moments, found none; known are optax's Adam and Adafactor"
-        )
+        raise FuncattribError("the optimizer's state has no second moments; supported are optax's Adam and Adafactor")
     return {name: moments[name] for name in shapes if name in moments}
 
 
@@ -91,7 +91,10 @@ def _factored(state: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, Momen
     moments: dict[str, Moment] = {}
     for name, v in whole.items():
         if name not in shapes:
-            raise FuncattribError(f"expected parameters that the optimizer trained, found none called {name}")
+            raise FuncattribError(
+                f"the optimizer's state has moments of {name}, which is not among the parameters; give those that it "
+                "trained"
+            )
         shape, row, col = shapes[name], rows[name].astype(jnp.float32), cols[name].astype(jnp.float32)
         if v.shape == shape and row.shape == (1,):
             moments[name] = to_torch(v.astype(jnp.float32))
@@ -113,8 +116,8 @@ def _fitting(tree: Any, what: str, shapes: dict[str, tuple[int, ...]]) -> dict[s
     for name, array in arrays.items():
         if shapes.get(name) != array.shape:
             raise FuncattribError(
-                f"expected moments for the parameters given, found {what} of {name} with shape {array.shape} for "
-                f"{shapes.get(name, 'no parameter of that name')}; give the parameters that the optimizer trained"
+                f"the optimizer's {what} of {name} has shape {array.shape}, and the parameter has "
+                f"{shapes.get(name, 'no entry of that name')}; give the parameters that the optimizer trained"
             )
     return arrays
 

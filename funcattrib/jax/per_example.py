@@ -69,7 +69,7 @@ def _bind(loss: Loss, params: Any, lowered: Readouts | None, chunk: int) -> Call
         hash(loss)
     except TypeError as error:
         raise FuncattribError(
-            f"expected a function as the loss, found a {type(loss).__name__} that cannot be hashed; wrap it in a def"
+            f"the loss must be hashable, and a {type(loss).__name__} is not; wrap it in a def"
         ) from error
     structure, arrays = take_apart(params)
     maps = {name: readout(name, TwoSided()) for name in arrays} if lowered is None else lowered
@@ -88,7 +88,7 @@ def _bind(loss: Loss, params: Any, lowered: Readouts | None, chunk: int) -> Call
         first = found if first is None else first
         if found != first:
             raise FuncattribError(
-                f"expected batches of one structure, found {found} after {first}; give every batch the same entries"
+                f"expected every batch to have the structure {first}, found {found}; give all batches the same entries"
             )
         if not size:  # of one example made up, nothing
             one = rows(jax.tree.map(lambda a: jnp.zeros((1, *a.shape[1:]), a.dtype), stacked))
@@ -200,9 +200,7 @@ def _examples(batch: Any) -> int:
     lengths = {name_of(path): leaf.shape[:1] for path, leaf in jax.tree_util.tree_leaves_with_path(batch)}
     if len(set(lengths.values())) != 1 or () in lengths.values():
         found = ", ".join(f"{name} {shape[0] if shape else 'without an axis'}" for name, shape in lengths.items())
-        raise FuncattribError(
-            f"expected arrays with one example a row in a batch, as many in each, found {found or 'no arrays'}"
-        )
+        raise FuncattribError(f"expected arrays of equally many examples in a batch, found {found or 'no arrays'}")
     return next(iter(lengths.values()))[0]
 
 

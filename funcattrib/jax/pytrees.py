@@ -47,18 +47,18 @@ def take_apart(tree: Any, what: str = "the parameters", traced: bool = False) ->
             raise FuncattribError(f"expected floating-point arrays in {what}, found {leaf.dtype} at {name}\n{_HINT}")
         if not traced and isinstance(leaf, jax.core.Tracer):
             raise FuncattribError(
-                f"expected the values of {what}, found {name} being traced; call this outside jit, grad and vmap, or "
-                "as_jax with callback=True inside"
+                f"{name} of {what} has no value while it is traced; call this outside jit, grad and vmap, or use "
+                "as_jax with callback=True"
             )
         if not traced and len(devices := jnp.asarray(leaf).devices()) > 1:
             raise FuncattribError(
                 f"expected {what} on one device, found {name} on {len(devices)}; bring them together with device_put"
             )
         if name in arrays:
-            raise FuncattribError(f"expected leaves with different names in {what}, found {name} twice; rename one")
+            raise FuncattribError(f"two leaves of {what} are named {name}; rename one")
         arrays[name] = jnp.asarray(leaf)
     if not arrays:
-        raise FuncattribError(f"expected arrays in {what}, found none\n{_HINT}")
+        raise FuncattribError(f"there are no arrays in {what}\n{_HINT}")
     return Named(structure, arrays)
 
 

@@ -78,7 +78,7 @@ def register_experts() -> str:
 def _interface(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Adapt to the calling convention of transformers: (tokens, width), (tokens, k), (tokens, k) → (tokens, width)."""
     if getattr(module, "_is_expert_parallel", False):
-        raise FuncattribError("expected every expert on this process, found expert parallelism; load without it")
+        raise FuncattribError("expert parallelism is not supported; load the model with every expert on each process")
     tokens, k = top_k_index.shape
     expert = top_k_index.reshape(-1)
     x = hidden_states[:, None].expand(-1, k, -1).reshape(tokens * k, -1)

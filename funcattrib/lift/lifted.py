@@ -69,8 +69,8 @@ class Lifted(Tensor):
         """
         if self.theta.shape[0] != 1:
             raise ChainError(
-                f"{operation} has no rule for attributed parameters outside vmap; "
-                "leave this parameter out (select) or collect with per_example_grad"
+                f"{operation} is not supported for attributed parameters outside vmap; "
+                "leave this parameter out (select), or collect with per_example_grad"
             )
         return self.weight + self.map.adjoint(self.theta[0]).to(self.weight.dtype)
 

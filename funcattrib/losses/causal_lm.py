@@ -85,11 +85,9 @@ def causal_lm_loss(
         if value not in allowed:
             raise FuncattribError(f"expected one of {allowed}, found {value!r}")
     if label_smoothing and kind != "ce":
-        raise FuncattribError(
-            f"expected label_smoothing 0 with kind={kind!r}, found {label_smoothing}; smooth cross-entropy only"
-        )
+        raise FuncattribError(f"label_smoothing={label_smoothing} requires kind='ce', found kind={kind!r}")
     if reference is not None and kind != "kl":
-        raise FuncattribError(f"expected no reference model with kind={kind!r}, found one; use kind='kl'")
+        raise FuncattribError(f"a reference model requires kind='kl', found kind={kind!r}")
     parts = functionalize(model, modules, exclude)
     described = describe(parts)
     head = Head(kind, label_smoothing, described.scale, described.softcap)
@@ -129,14 +127,14 @@ def _reference(parts: Functional, reference: nn.Module | None) -> LanguageModel:
         described = without_adapter(parts)
         if described is None:
             raise FuncattribError(
-                "expected a reference model for the loss kl, found none, and no adapter on the model to switch off\n"
+                "the loss kl requires a reference model, and the model has no adapter to switch off instead\n"
                 "give one with --reference-model (reference=)"
             )
         return described
     own, other = (_vocabulary(model) for model in (parts.skeleton, reference))
     if own != other:
         raise FuncattribError(
-            f"expected a reference model with the model's vocabulary of {own}, found one of {other}\n"
+            f"expected a reference model with the model's vocabulary of {own} tokens, found {other}\n"
             "give one that shares the model's tokenizer"
         )
     return describe(functionalize(reference, "all"))

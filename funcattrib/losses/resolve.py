@@ -70,7 +70,7 @@ def loss_of(
     ):
         if given:
             raise FuncattribError(
-                f"expected no {flag} with a loss of one's own ({name_of(loss)}), found it; write it into the loss"
+                f"{flag} cannot be combined with the custom loss {name_of(loss)}; write it into the loss"
             )
     function = find_loss(loss) if isinstance(loss, str) else loss
     return _own_loss(model, function, name_of(loss), modules, exclude)
@@ -96,7 +96,9 @@ def find_loss(name: str) -> Own:
     """
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
-        raise FuncattribError(f"expected a loss of {', '.join(KINDS)} or package.module:function, found {name!r}")
+        raise FuncattribError(
+            f"expected one of {', '.join(KINDS)} or package.module:function as the loss, found {name!r}"
+        )
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())
     try:
@@ -105,7 +107,7 @@ def find_loss(name: str) -> Own:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise _fails(module_name, error) from error
         raise FuncattribError(
-            f"expected a module {module_name} for the loss {name}, found none in {os.getcwd()} or on the path\n"
+            f"the module {module_name} of the loss {name} is neither in {os.getcwd()} nor installed\n"
             "run the command where the module is, or install it"
         ) from error
     except Exception as error:  # whatever the user's module raises
@@ -114,7 +116,7 @@ def find_loss(name: str) -> Own:
     for part in attribute.split("."):
         found = getattr(found, part, None)
     if not callable(found):
-        raise FuncattribError(f"expected a function {attribute} in {module.__file__ or module_name}, found none")
+        raise FuncattribError(f"{module.__file__ or module_name} has no function {attribute}")
     own: Own = found
     return own
 
@@ -138,7 +140,7 @@ def _own_loss(
         rest = {name: tensor for name, tensor in everything.items() if name not in chosen}
         return partial(_with_rest, loss, rest), chosen
     if not isinstance(params, dict) or not all(isinstance(tensor, Tensor) for tensor in params.values()):
-        raise FuncattribError(f"expected {name}(model) to return its parameters as a dict of tensors, found others")
+        raise FuncattribError(f"{name}(model) must return its parameters as a dict of tensors")
     return _chosen(loss, params, modules, list(exclude), name)
 
 
@@ -172,7 +174,7 @@ def _chosen(
     chosen = {parameter: tensor for parameter, tensor in params.items() if wanted(parameter)}
     if not chosen:
         raise FuncattribError(
-            f"expected --modules to select some of the {len(params)} parameters of {name}, found none"
+            f"--modules selects none of the {len(params)} parameters of {name}, such as {next(iter(params), 'none')}"
         )
     rest = {parameter: tensor for parameter, tensor in params.items() if parameter not in chosen}
     return (partial(_with_rest, loss, rest) if rest else loss), chosen
@@ -191,7 +193,7 @@ def _checked(name: str, loss: Loss, params: Params, example: Example) -> Tensor:
         if key in example or key in params:
             raise
         raise FuncattribError(
-            f"expected {key!r} for the loss {name}, found an example with {', '.join(example)}\n"
+            f"the loss {name} reads {key!r}, and the example has {', '.join(example)}\n"
             "give data with such a column of numbers (a text alone, as in a query, has none)"
         ) from error
     if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
@@ -205,5 +207,5 @@ def _checked(name: str, loss: Loss, params: Params, example: Example) -> Tensor:
 
 def _fails(module_name: str, error: Exception) -> FuncattribError:
     return FuncattribError(
-        f"expected to import {module_name} for the loss, found: {type(error).__name__}: {error}\nmend the module"
+        f"the loss's module {module_name} cannot be imported: {type(error).__name__}: {error}\ncorrect the module"
     )

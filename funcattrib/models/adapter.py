@@ -34,8 +34,7 @@ def base_of(source: Path | str, revision: str | None) -> Base | None:
     name = config.get("base_model_name_or_path")
     if not name:
         raise FuncattribError(
-            f"expected the name of the base model in {source}/adapter_config.json, found none\n"
-            "write it there as base_model_name_or_path"
+            f"{source}/adapter_config.json does not name its base model\nwrite it there as base_model_name_or_path"
         )
     return Base(name, config.get("revision"))
 
@@ -47,7 +46,7 @@ def adapter_on(base: nn.Module, source: Path | str, revision: str | None) -> nn.
         FuncattribError: peft is not installed; an adapter of prompts, or one that is not kept as safetensors.
     """
     if importlib.util.find_spec("peft") is None:
-        raise FuncattribError(f"expected the package peft for the adapter {source}, found none\npip install peft")
+        raise FuncattribError(f"the adapter {source} requires peft, which is not installed\npip install peft")
     import peft
 
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
@@ -59,7 +58,7 @@ def adapter_on(base: nn.Module, source: Path | str, revision: str | None) -> nn.
         )
     if isinstance(source, Path) and not (source / "adapter_model.safetensors").exists():
         raise FuncattribError(
-            f"expected adapter_model.safetensors in {source}, found none\nsave the adapter with safe_serialization=True"
+            f"{source} has no adapter_model.safetensors\nsave the adapter with safe_serialization=True"
         )
     return peft.PeftModel.from_pretrained(base, str(source), config=config, is_trainable=False, **options)
 

@@ -37,7 +37,9 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         """Check what can be checked without a weight."""
         if self.num_heads < 1 or self.head_size < 1:
-            raise ChainError(f"expected num_heads and head_size from 1, found {self.num_heads} and {self.head_size}")
+            raise ChainError(
+                f"expected num_heads and head_size of at least 1, found {self.num_heads} and {self.head_size}"
+            )
         if self.head_dim not in (0, 1, 2):
             raise ChainError(f"expected head_dim 0 (rows) or 1 (columns), found {self.head_dim}")
         if self.order not in get_args(Order):
@@ -78,7 +80,7 @@ def attention_configs(model: nn.Module) -> dict[str, AttentionConfig]:
             found |= dict(_of_attention(model, name, module, size))
     if not found:
         raise FuncattribError(
-            f"expected attention modules in {type(model).__name__}, found none that is known\n"
+            f"{type(model).__name__} has no attention modules of a known kind\n"
             "give split_heads an AttentionConfig for each module instead"
         )
     return _by_glob(found)

@@ -109,7 +109,7 @@ def sharing(*params: Params) -> Gathers | None:
     found = {held.gathers for held in storages if isinstance(held, (Sharded, ShardedQuantised))}
     if len(found) > 1:
         raise FuncattribError(
-            f"expected all parameters in shards of one group of processes, found {len(found)} groups\nshard every part "
+            f"expected all parameters sharded over one group of processes, found {len(found)} groups\nshard every part "
             "of the model, and a reference model too, over the same mesh"
         )
     return next(iter(found), None)

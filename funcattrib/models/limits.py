@@ -26,7 +26,9 @@ def context_length(
     own = own_context(getattr(model, "config", None))
     if asked is not None:
         if own is not None and asked > own:
-            raise FuncattribError(f"expected a longest document within the model's context of {own}, found {asked}")
+            raise FuncattribError(
+                f"expected a longest document within the model's context of {own} tokens, found {asked}"
+            )
         return asked
     limit = getattr(tokenizer, "model_max_length", None)
     return own or (limit if isinstance(limit, int) and 0 < limit < 10**9 else 2048)

@@ -100,7 +100,7 @@ def load_model(
         shards.gathers.settle()
     if not causal:
         raise FuncattribError(
-            f"expected a causal language model at {name}, found that {type(model).__name__} looks at later tokens\n"
+            f"{name} is not a causal language model: {type(model).__name__} attends to later tokens\n"
             "give a decoder (in its config.json, is_decoder: true)"
         )
     return Loaded(model, _own_tokenizer(name, tokenizer, options), _called(name, source), revision)
@@ -119,8 +119,8 @@ def _whole(
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise FuncattribError(
-            f"expected every weight of {type(model).__name__} in {name}, found {len(missing)} missing, among them "
-            f"{missing[0]}\ngive a checkpoint saved with its language-model head"
+            f"{name} lacks {len(missing)} weights of {type(model).__name__}, among them {missing[0]}\n"
+            "give a checkpoint saved with its language-model head"
         )
     codes = any(map(is_quantised, model.modules()))  # bitsandbytes has put them where they belong
     own: nn.Module = model.eval() if codes else model.to(target).eval()
@@ -134,7 +134,7 @@ def _codes(precision: str) -> BitsAndBytesConfig | None:
     for package in ("bitsandbytes", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise FuncattribError(
-                f"expected the package {package} for --precision {precision}, found none\n"
+                f"--precision {precision} requires {package}, which is not installed\n"
                 "install it, e.g. with pip install 'funcattrib[gpu]', or use bf16"
             )
     return BitsAndBytesConfig(**_CODES[precision])
@@ -170,10 +170,10 @@ def load_tokenizer(name: str, options: Mapping[str, Any]) -> PreTrainedTokenizer
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:
         raise FuncattribError(
-            f"expected a tokenizer at {name!r}, found none that loads: {why(error)}\ngive one with --tokenizer"
+            f"the tokenizer {name!r} cannot be loaded: {why(error)}\ngive one with --tokenizer"
         ) from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise FuncattribError(f"expected a tokenizer with words at {name!r}, found none\ngive one with --tokenizer")
+        raise FuncattribError(f"the tokenizer {name!r} has an empty vocabulary\ngive another with --tokenizer")
     return tokenizer
 
 

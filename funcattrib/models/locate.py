@@ -26,7 +26,7 @@ def locate(name: str) -> Path | str:
             raise FuncattribError(f"expected a Hugging Face model in {name}, found {found}; give its folder")
         return folder
     if name.startswith((".", "~", os.path.sep)) or name.count("/") > 1:
-        raise FuncattribError(f"expected a model folder at {name}, found nothing there; give another --model")
+        raise FuncattribError(f"the model folder {name} does not exist; check --model")
     return name
 
 
@@ -42,7 +42,7 @@ def quietly(source: Path | str) -> Iterator[None]:
                 stack.enter_context(offline())
             yield
             if unreachable:
-                log.warning("the hub does not answer: using the copy of %s in the cache", source)
+                log.warning("the hub does not answer; using the cached copy of %s", source)
     finally:
         transformers_logging.set_verbosity(level)
         if shown:
@@ -59,6 +59,6 @@ def readable(name: str, source: Path | str, files: str = "config.json and model.
         raise
     except Exception as error:
         raise FuncattribError(
-            f"expected a causal language model at {name!r}, found none that loads: {why(error)}\n"
+            f"the model {name!r} cannot be loaded: {why(error)}\n"
             f"check the name and the connection to the hub, or give a folder with {files}"
         ) from error

@@ -30,7 +30,7 @@ def choose(model: nn.Module, modules: Iterable[str] | None = None, exclude: Iter
     if not chosen:
         what = "weight matrices in the model's blocks" if include is None else f"parameters matching {list(include)}"
         raise FuncattribError(
-            f"expected {what}{f' and not {exclude}' if exclude else ''}, found none; "
+            f"there are no {what}{f' and not {exclude}' if exclude else ''}; "
             f"name some with --modules, e.g. {aliases[0][0]!r}, or take --modules all"
         )
     return chosen
@@ -38,7 +38,7 @@ def choose(model: nn.Module, modules: Iterable[str] | None = None, exclude: Iter
 
 def _no_match(glob: str, names: list[str]) -> str:
     near = difflib.get_close_matches(glob.strip("*."), names, n=1, cutoff=0.3) or names[:1]
-    return f"expected a parameter whose name matches {glob!r}, found none; did you mean {near[0]!r}?"
+    return f"no parameter's name matches {glob!r}; did you mean {near[0]!r}?"
 
 
 def _block_matrices(model: nn.Module) -> set[str]:

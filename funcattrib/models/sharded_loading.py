@@ -176,8 +176,8 @@ def _complete(model: nn.Module, source: str | Path) -> None:
     """Refuse a model some of whose parameters the files do not have; buffers are as the constructor made them."""
     if missing := sorted(name for name, parameter in model.named_parameters() if parameter.is_meta):
         raise FuncattribError(
-            f"expected every weight of {type(model).__name__} in {source}, found {len(missing)} missing, among them "
-            f"{missing[0]}\ngive a checkpoint saved with its language-model head, or load it without --shard-params"
+            f"{source} lacks {len(missing)} weights of {type(model).__name__}, among them {missing[0]}\n"
+            "give a checkpoint saved with its language-model head, or load it without --shard-params"
         )
 
 

@@ -179,11 +179,10 @@ class Attributor:
             out = flat.new_empty(len(rows), flat.shape[1]) if out is None else out
             out[chosen] = flat
         if out is None:
-            raise FuncattribError("expected at least one query, found none")
+            raise FuncattribError("no query was given; give at least one")
         if not out.any():
             raise FuncattribError(
-                "expected a query with a gradient, found zeros: the text has fewer than two tokens that count; "
-                "ask with a longer text"
+                "the query's gradient is zero: its text has fewer than two tokens that count; give a longer text"
             )
         return out
 
@@ -286,6 +285,6 @@ class Attributor:
         template, saved = chain.init(spec(params))[0], self.store.state()
         if not saved and state_tree.flatten(template):
             raise FuncattribError(
-                f"expected the chain's state in {self.store.path}, found none; finish building the store first"
+                f"{self.store.path} has no fitted state for its chain; finish building the store first"
             )
         return chain, state_tree.restore(template, saved)

@@ -32,4 +32,4 @@ def append_csv(path: Path, query: str, hits: Sequence[Any]) -> None:
             for hit in hits:
                 writer.writerow([query, hit.rank, hit.score, hit.row, *hit.example.values()])
     except OSError as error:
-        raise FuncattribError(f"expected to write {path}: {error.strerror}; record to another file") from error
+        raise FuncattribError(f"{path} cannot be written: {error.strerror}; record to another file") from error

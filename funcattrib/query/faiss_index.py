@@ -159,7 +159,7 @@ def _check(store: GradientStore, config: FaissConfig, metric: str) -> None:
     if metric not in ("ip", "cosine"):
         raise FuncattribError(f"expected metric ip or cosine, found {metric!r}")
     if not len(store):
-        raise FuncattribError("expected a store with rows, found an empty one; finish building it first")
+        raise FuncattribError("the store has no rows to index; finish building it first")
     for name in ("sample_rows", "nprobe", "ef_search"):
         if getattr(config, name) < 1:
             raise FuncattribError(f"expected {name} of at least 1, found {getattr(config, name)}")
@@ -252,8 +252,8 @@ def _gpu(faiss: ModuleType, config: FaissConfig) -> int:
     gpus = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
     if ordinal >= gpus:
         raise FuncattribError(
-            f"expected FAISS to see a GPU for device {config.device!r}, found {gpus}; "
-            "install funcattrib[gpu], or use device cpu"
+            f"device {config.device!r} is not available: FAISS sees {gpus} GPUs; install funcattrib[gpu], or use "
+            "device cpu"
         )
     return ordinal
 

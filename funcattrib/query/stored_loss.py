@@ -28,8 +28,7 @@ def stored_loss(model: nn.Module, manifest: Manifest, device: torch.device) -> t
         reference = load_model(made_with["id"], precision=precision, device=str(device), shards=shards).model
         if model_identity(reference)["fingerprint"] != made_with["fingerprint"]:
             raise FuncattribError(
-                f"expected the reference model that made the store at {made_with['id']}, found another there; "
-                "put the same one back"
+                f"the reference model at {made_with['id']} is not the one that made the store; restore that one"
             )
     return loss_of(
         model,

@@ -272,7 +272,7 @@ def check_queries(queries: Tensor, k: int) -> None:
         raise FuncattribError(f"expected k of at least 1, found {k}")
     bad = (~queries.isfinite().all(dim=1)).nonzero().flatten().tolist()
     if bad:
-        raise FuncattribError(f"expected finite queries, found NaN or infinity in {bad[:5]}; check the queries' loss")
+        raise FuncattribError(f"queries {bad[:5]} are NaN or infinite; check their loss")
 
 
 def _check_block(start: int, block: Tensor, expected: int, width: int) -> None:

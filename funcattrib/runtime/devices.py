@@ -24,5 +24,7 @@ def pick_device(device: str) -> torch.device:
     try:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise FuncattribError(f"expected a device that is here, found {device!r}: {why(error)}") from error
+        raise FuncattribError(
+            f"device {device!r} is not available on this machine: {why(error)}; use --device cpu"
+        ) from error
     return chosen

@@ -56,7 +56,7 @@ class KeyValueStore:
         """Raise the message of another process that stopped."""
         if self.has(FAILED):
             raise FuncattribError(
-                f"expected all processes to go on, found that one stopped\n{self.get(FAILED)}\n"
+                f"another process of this run stopped with an error\n{self.get(FAILED)}\n"
                 "run the same command again: finished shards are kept"
             )
 
@@ -84,6 +84,6 @@ class KeyValueStore:
 
 def _lost(error: Exception) -> FuncattribError:
     return FuncattribError(
-        f"expected the other processes of this run, found the connection to them lost "
-        f"({str(error).splitlines()[0][:80]})\nrun the same command again: finished shards are kept"
+        f"the connection to the other processes of this run was lost ({str(error).splitlines()[0][:80]})\n"
+        "run the same command again: finished shards are kept"
     )

@@ -80,7 +80,7 @@ class Scores:
         """Return one parameter's (or head's) part of the scores, (rows, queries), which slices like an array."""
         if module not in self.modules:
             has = f"{', '.join(self.modules[:3])}, …" if self.modules else "none: score with --granularity module"
-            raise FuncattribError(f"expected a module of the scores, found {module!r}; there are {has}")
+            raise FuncattribError(f"the scores have no module {module!r}; their modules are {has}")
         return self._store[module]
 
     def example(self, row: int) -> dict[str, Any]:
@@ -99,8 +99,8 @@ class Scores:
         if self.kept is not None:
             if reverse or k > self.kept:
                 raise FuncattribError(
-                    f"expected at most the best {self.kept} of each query, which alone were kept, found "
-                    f"{'the lowest' if reverse else k}; score again with a larger --top-k, or without"
+                    f"only the best {self.kept} rows of each query were kept, and "
+                    f"{'the lowest' if reverse else k} were asked for; score again with a larger --top-k, or without"
                 )
             return kept_best.load_best(self.path, len(self.queries)).found(k)
         best, start, sign = nothing(len(self.queries)), 0, -1.0 if reverse else 1.0
@@ -124,13 +124,12 @@ class Scores:
         try:
             pyarrow.parquet.write_table(pa.table(columns), path)
         except OSError as error:
-            raise FuncattribError(f"expected to write {path}: {error}; choose another file") from error
+            raise FuncattribError(f"{path} cannot be written: {error}; choose another file") from error
 
     def _whole(self) -> None:
         if self.kept is not None:
             raise FuncattribError(
-                f"expected every row's scores in {self.path}, found the best {self.kept} of each query alone; "
-                f"use topk, or read {kept_best.FILE}"
+                f"{self.path} has the best {self.kept} scores of each query only; use topk, or read {kept_best.FILE}"
             )
 
 
@@ -157,7 +156,7 @@ def open_scores(path: str | Path) -> Scores:
     store = open_store(path)
     check_kind(store.manifest, path, "scores")
     if not store.manifest.complete:
-        raise StoreError(f"expected finished scores at {path}, found an interrupted run; the same command continues it")
+        raise StoreError(f"the scores at {path} are unfinished; run the same command again to finish them")
     return Scores(store)
 
 

@@ -72,11 +72,11 @@ def explain(error: OSError, path: Path) -> str:
     again = "run the same command again: finished shards are kept"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free / 1e6
-        reason = "the disk full" if error.errno == errno.ENOSPC else "the disk quota used up"
-        return f"expected room to write {path}, found {reason} ({free:,.1f} MB free)\nfree some space, then {again}"
+        reason = "the disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
+        return f"{path} cannot be written: {reason} ({free:,.1f} MB free)\nfree some space, then {again}"
     if error.errno == errno.EFBIG:
-        return f"expected to write {path}, found that it passes the file-size limit\nraise it (ulimit -f), then {again}"
-    return f"expected to write {path}, found: {error.strerror or error}\nmend that, then {again}"
+        return f"{path} cannot be written: it exceeds the file-size limit\nraise the limit (ulimit -f), then {again}"
+    return f"{path} cannot be written: {error.strerror or error}\ncorrect that, then {again}"
 
 
 class _HashingSink:

@@ -46,7 +46,7 @@ def same_chain(made_with: Sequence[Mapping[str, Any]], given: Sequence[Mapping[s
         at = min(len(expected), len(found))
     said = (stages[at] if at < len(stages) else "no stage" for stages in (expected, found))
     raise FuncattribError(
-        f"expected the chain that made the store, with {next(said)} as stage {at + 1}, found {next(said)}"
+        f"expected the chain that made the store, whose stage {at + 1} is {next(said)}, found {next(said)}"
     )
 
 
@@ -60,7 +60,7 @@ def same_state(store: GradientStore, path: str | Path) -> None:
     check_kind(given.manifest, path, "state", "gradients")
     ours, theirs = store.manifest, given.manifest
     if theirs.state is None:
-        raise FuncattribError(f"expected a fitted state at {path}, found none that is finished; fit it to its end")
+        raise FuncattribError(f"the state at {path} is unfinished; run its fit command again to finish it")
     if ours.state is not None and ours.state.sha256 == theirs.state.sha256:
         return
     for what, mine, other in (
@@ -68,15 +68,13 @@ def same_state(store: GradientStore, path: str | Path) -> None:
         ("chain", ours.chain, theirs.chain),
     ):
         if mine != other:
-            raise FuncattribError(
-                f"expected the state of {store.path}, found one of another {what} at {path}; {advice}"
-            )
+            raise FuncattribError(f"the state at {path} is of another {what} than {store.path}; {advice}")
     mine, other = store.state(), given.state()
     differing = [name for name in mine if name not in other or not torch.equal(mine[name], other[name])]
     if differing or len(mine) != len(other):
         named = differing[0] if differing else next(name for name in other if name not in mine)
         raise FuncattribError(
-            f"expected the state of {store.path}, found another at {path} (its {named!r} has other numbers); {advice}"
+            f"the state at {path} is not that of {store.path}: its {named!r} has other numbers; {advice}"
         )
 
 
@@ -85,7 +83,7 @@ def check_given(wanted: Manifest, given: GradientStore) -> None:
     found, path = given.manifest, given.path
     check_kind(found, path, "state", "gradients")
     if found.state is None:
-        raise ChainError(f"expected a fitted state at {path}, found an interrupted run; finish it with its own command")
+        raise ChainError(f"the state at {path} is unfinished; run its own command again to finish it")
     for what, ours, theirs in (
         ("model", wanted.model["fingerprint"], found.model["fingerprint"]),
         ("chain", wanted.chain, found.chain),
@@ -93,8 +91,8 @@ def check_given(wanted: Manifest, given: GradientStore) -> None:
     ):
         if ours != theirs:
             raise ChainError(
-                f"expected a state for this {what}, found one for another at {path} ({_difference(ours, theirs)}); "
-                "fit one with the same settings"
+                f"the state at {path} was fitted for another {what} ({_difference(ours, theirs)}); fit one with the "
+                "same settings"
             )
 
 
@@ -120,8 +118,8 @@ def refuse(what: str, ours: Any, theirs: Any) -> None:
     """Refuse two things that differ, saying how."""
     if ours != theirs:
         raise FuncattribError(
-            f"expected queries of the same {what} as the training gradients, found another"
-            f"{_where(what, ours, theirs)}\ncompute both with the same settings and the same --state"
+            f"the queries and the training gradients differ in their {what}{_where(what, ours, theirs)}\n"
+            "compute both with the same settings and the same --state"
         )
 
 
@@ -136,8 +134,8 @@ def _where(what: str, ours: Any, theirs: Any) -> str:
     if what == "leaves":
         names = [{leaf.name: leaf.shape for leaf in leaves} for leaves in (ours, theirs)]
         differing = [name for name in {**names[0], **names[1]} if names[0].get(name) != names[1].get(name)]
-        return f" ({len(theirs)} beside {len(ours)}, differing in {differing[0]})" if differing else " (in order)"
-    return f" ({str(theirs)[:12]} beside {str(ours)[:12]})"
+        return f" ({len(theirs)} instead of {len(ours)}, differing in {differing[0]})" if differing else " (in order)"
+    return f" ({str(theirs)[:12]} instead of {str(ours)[:12]})"
 
 
 def _stages(chain: Sequence[Mapping[str, Any]]) -> str:

@@ -88,7 +88,7 @@ def _begin(path: Path, wanted: Manifest, overwrite: bool, held: lock.Lock) -> St
         _agree(path, wanted, found)
     finished = shards.recorded(path, found)
     for number, wrong in shards.misfits(path, finished).items():
-        log.warning("%s; shard %d is written anew", wrong, number)
+        log.warning("%s; shard %d is written again", wrong, number)
         del finished[number]
     if found.complete:
         if len(finished) == found.shard_count:  # another writer finished it in the meantime
@@ -111,16 +111,14 @@ def _existing(path: Path) -> Manifest | None:
     if (path / FILE).exists():
         return read_manifest(path)
     if path.exists() and not path.is_dir():
-        raise StoreError(f"expected a folder at {path}, found a file; choose another RUN")
+        raise StoreError(f"{path} is a file; choose another folder as RUN")
     known = {lock.FILE, FILE + TEMPORARY, "lost+found", PARTS, LOGS}
     others = [entry.name for entry in path.iterdir()] if path.exists() else []
     others = sorted(name for name in others if name not in known and not name.startswith("."))
     others = [name for name in others if name not in shards.FOLDERS or any((path / name).iterdir())]
     if others:
         more = f" and {len(others) - 1} more" if others[1:] else ""
-        raise StoreError(
-            f"expected a new folder or a store at {path}, found {others[0]}{more} and no {FILE}\nchoose another RUN"
-        )
+        raise StoreError(f"{path} is no store: it has {others[0]}{more} and no {FILE}\nchoose another RUN")
     return None
 
 
@@ -132,7 +130,7 @@ def _agree(path: Path, wanted: Manifest, found: Manifest) -> None:
         more = f"; and {len(lines) - _NAMED} more" if lines[_NAMED:] else ""
         raise StoreError(
             f"{path} holds another run: {'; '.join(lines[:_NAMED])}{more}\n"
-            "use --overwrite to begin anew, or another RUN"
+            "use --overwrite to replace it, or another RUN"
         )
 
 

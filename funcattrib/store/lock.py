@@ -71,7 +71,7 @@ def _held(folder: Path, owner: Owner) -> str:
     remedy = "close it first" if owner.pid == os.getpid() else "wait for it, or end it and run the same command again"
     if owner.host != socket.gethostname():
         remedy = f"wait for it, or delete {folder / FILE} if that process is gone"
-    return f"expected no other writer of {folder}, found {whom} on {owner.host} (since {owner.since})\n{remedy}"
+    return f"{folder} is being written by {whom} on {owner.host} (since {owner.since})\n{remedy}"
 
 
 @contextmanager

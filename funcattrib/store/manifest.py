@@ -138,10 +138,10 @@ class Manifest:
         try:
             values = json.loads(text)
         except ValueError as error:
-            raise StoreError(f"expected JSON, found none that can be read ({error}); is this a store?") from error
+            raise StoreError(f"this file is not valid JSON ({error}); is the folder a store?") from error
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise StoreError(
-                f'expected "format": "{FORMAT}", found the manifest of something else; choose another folder'
+                f'this file is not the manifest of a store ("format" is not "{FORMAT}"); choose another folder'
             )
         version = values.get("format_version")
         if version != FORMAT_VERSION:
@@ -161,9 +161,7 @@ class Manifest:
             manifest = cls(**known)
             check_manifest(manifest)
         except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(
-                f"expected a complete manifest, found it damaged at {error}; restore it or build the store anew"
-            ) from error
+            raise StoreError(f"the manifest is damaged at {error}; restore it or build the store again") from error
         return manifest
 
 
@@ -175,10 +173,8 @@ def read_manifest(path: str | Path) -> Manifest:
     """
     file = Path(path) / FILE
     if not file.is_file():
-        found = "nothing there" if not Path(path).exists() else f"no {FILE} in it"
-        raise StoreError(
-            f"expected a gradient store at {path}, found {found}; build one with `funcattrib build {path} …`"
-        )
+        wrong = "does not exist" if not Path(path).exists() else f"has no {FILE}"
+        raise StoreError(f"{path} is not a store: it {wrong}; build one with `funcattrib build {path} …`")
     try:
         return Manifest.from_json(file.read_text(encoding="utf-8"))
     except (StoreError, UnicodeDecodeError, OSError) as error:
@@ -211,9 +207,9 @@ def check_manifest(manifest: Manifest) -> None:
             f"expected rows >= 0 and rows_per_shard >= 1, found {manifest.rows} and {manifest.rows_per_shard}"
         )
     if not manifest.leaves:
-        raise StoreError("expected at least one leaf in a row, found none; does --modules match any parameter?")
+        raise StoreError("the rows have no leaves; check that --modules matches a parameter")
     if [*manifest.leaves] != lay_out({leaf.name: leaf.shape for leaf in manifest.leaves}):
-        raise StoreError("expected leaves of distinct names that lie side by side, found gaps, overlaps or repeats")
+        raise StoreError("the leaves have gaps, overlaps or repeated names")
     if manifest.complete and [shard.start for shard in manifest.shards] != [
         manifest.shard_range(i).start for i in range(manifest.shard_count)
     ]:
@@ -240,7 +236,7 @@ def _plain(manifest: Manifest) -> dict[str, Any]:
     try:
         plain: dict[str, Any] = json.loads(json.dumps(values, allow_nan=False))  # tuples become lists, as in the file
     except (TypeError, ValueError) as error:
-        raise StoreError(f"expected JSON values in the manifest, found one that is not: {error}") from error
+        raise StoreError(f"the manifest takes JSON values only: {error}") from error
     return plain
 
 

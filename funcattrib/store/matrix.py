@@ -182,7 +182,7 @@ def map_rows(file: Path, dtype: str, shape: tuple[int, int]) -> Tensor:
             offset = check_header(opened, STORAGE[dtype], shape)
             size = opened.seek(0, 2)
     except (OSError, ValueError) as error:
-        raise StoreError(f"expected the rows of a shard in {file}, found: {error}") from error
+        raise StoreError(f"{file} cannot be read as the rows of a shard: {error}") from error
     count = shape[0] * shape[1]
     if size != offset + count * TORCH[dtype].itemsize:
         raise StoreError(f"expected {offset + count * TORCH[dtype].itemsize:,} bytes in {file}, found {size:,}")
@@ -196,7 +196,7 @@ def read_scale(file: Path, rows: int) -> np.ndarray:
     try:
         scale: np.ndarray = np.load(file, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise StoreError(f"expected the scales of a shard in {file}, found: {error}") from error
+        raise StoreError(f"{file} cannot be read as the scales of a shard: {error}") from error
     if scale.shape != (rows,) or scale.dtype != np.float32:
         raise StoreError(f"expected {rows} float32 scales in {file}, found {scale.dtype} of shape {scale.shape}")
     return scale

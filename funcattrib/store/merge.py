@@ -32,7 +32,7 @@ def merge_stores(out: str | Path, parts: Sequence[str | Path]) -> GradientStore:
     """
     folders = [Path(part) for part in parts]
     if not folders:
-        raise StoreError("expected parts to join, found none; give the folders that the machines wrote")
+        raise StoreError("no parts were given; name the folders that the machines wrote")
     manifests = [read_manifest(folder) for folder in folders]
     _check_alike(folders, manifests)
     found = _shards(folders, manifests)
@@ -41,9 +41,9 @@ def merge_stores(out: str | Path, parts: Sequence[str | Path]) -> GradientStore:
         missing = [number for number in writer.pending if number not in found]
         if missing:
             raise StoreError(
-                f"expected all {writer.manifest.shard_count} shards in the parts, found {len(missing)} in none of them "
+                f"{len(missing)} of {writer.manifest.shard_count} shards are in none of the parts "
                 f"({', '.join(map(str, missing[:5]))}{', …' if missing[5:] else ''})\n"
-                "run the command that made the parts again to finish it, or give the part that is not here"
+                "run the command that made the parts again to finish it, or give the missing part"
             )
         for number in writer.pending:
             folder, shard = found[number]
@@ -60,12 +60,12 @@ def merge_stores(out: str | Path, parts: Sequence[str | Path]) -> GradientStore:
 def _check_alike(folders: Sequence[Path], manifests: Sequence[Manifest]) -> None:
     for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
         if lines := differences(manifests[0], manifest):
-            raise StoreError(f"expected parts of one run, found another in {folder} than in {folders[0]}: {lines[0]}")
+            raise StoreError(f"{folder} is a part of another run than {folders[0]}: {lines[0]}")
     states = [hash_file(folder / STATE) if (folder / STATE).exists() else None for folder in folders]
     for folder, state in zip(folders[1:], states[1:], strict=True):
         if state != states[0]:
             raise StoreError(
-                f"expected the same fitted state in every part, found another in {folder} than in {folders[0]}\n"
+                f"{folder} has another fitted state than {folders[0]}\n"
                 "fit it once (`funcattrib fit`) and give it to every machine with --state"
             )
 
@@ -79,7 +79,7 @@ def _shards(folders: Sequence[Path], manifests: Sequence[Manifest]) -> Mapping[i
             shard = recorded[number]
             where, other = found.setdefault(number, (folder, shard))
             if other.sha256 != shard.sha256:
-                raise StoreError(f"expected shard {number} to be the same in {where} and {folder}, found other rows")
+                raise StoreError(f"shard {number} differs between {where} and {folder}; give only the one to keep")
     return found
 
 
@@ -91,4 +91,4 @@ def _take(source: Path, target: Path, sha256: str) -> None:
         except OSError:  # another file system, or one without links
             shutil.copyfile(source, temporary)
         if hash_file(temporary) != sha256:
-            raise StoreError(f"expected {source} as it was written, found other content; build that part anew")
+            raise StoreError(f"{source} has changed since it was written; build that part again")

@@ -39,7 +39,7 @@ def to_table(columns: Mapping[str, Column], rows: int) -> pa.Table:
         try:
             arrays[name] = pa.array(list(values) if isinstance(values, np.ndarray) and values.ndim > 1 else values)
         except pa.ArrowException as error:
-            raise StoreError(f"expected values of one type in the examples' column {name!r}, found: {error}") from error
+            raise StoreError(f"the examples' column {name!r} must have values of one type: {error}") from error
     # Without columns a table has no rows either; the running number within the shard then stands for them.
     return pa.table(arrays if arrays else {"row": np.arange(rows)})
 
@@ -62,7 +62,7 @@ def read_table(path: Path) -> pa.Table:
         with pa.memory_map(str(path)) as file:  # closed at once: the mapping lives on in the buffers, the file need not
             return pa.ipc.open_stream(file).read_all()
     except (pa.ArrowException, OSError) as error:
-        raise StoreError(f"expected an Arrow stream in {path}, found: {error}") from error
+        raise StoreError(f"{path} cannot be read as an Arrow stream: {error}") from error
 
 
 def read_examples(path: Path, files: Sequence[FileFacts]) -> "Dataset":
@@ -79,7 +79,7 @@ def read_examples(path: Path, files: Sequence[FileFacts]) -> "Dataset":
     try:
         table = pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
     except pa.ArrowException as error:
-        raise StoreError(f"expected examples of equal columns in all shards of {path}, found: {error}") from error
+        raise StoreError(f"the examples' columns differ between the shards of {path}: {error}") from error
     # The fingerprint is given, as to compute one would read every column.
     return Dataset(InMemoryTable(table), fingerprint=Hasher.hash([facts.sha256 for facts in files]))
 

@@ -63,7 +63,7 @@ def _place(path: Path, manifest: Manifest, world: World, overwrite: bool, writer
     done = set().union(*world.all_gather_object(writer.finished if (here and world.is_rank_zero) or own else []))
     complete = all(world.all_gather_object(writer.manifest.complete))
     if writer.manifest.complete and not complete:
-        raise StoreError(f"expected parts of one run at {path} on every machine, found one that is a whole store")
+        raise StoreError(f"one machine has a finished store at {path} and others do not; choose another RUN")
     writer.role = WriterRole(
         world,
         holds_lock=world.is_rank_zero or own,
@@ -87,7 +87,7 @@ def require_shared(path: str | Path, world: World) -> None:
     world.on_rank_zero(lambda: path.mkdir(parents=True, exist_ok=True))
     if not all(world.all_gather_object(all_see(path, world))):
         raise StoreError(
-            f"expected {path} to be one folder that all machines share, found that each has its own\n"
+            f"{path} is not shared between the machines\n"
             "give a folder on a shared file system, or run this command on one machine"
         )
 

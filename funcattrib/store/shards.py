@@ -56,7 +56,7 @@ def recorded(path: Path, manifest: Manifest) -> dict[int, Shard]:
     if manifest.complete:
         for i, shard in enumerate(manifest.shards):
             if not _names_its_own(shard, i):
-                raise StoreError(f"expected shard {i} in {rows_file(i)}, found {shard.file}; build the store anew")
+                raise StoreError(f"expected shard {i} in {rows_file(i)}, found {shard.file}; build the store again")
         return dict(enumerate(manifest.shards))
     names = sizes(path)
     shards = {i: _read_side_file(path, manifest, i) for i in range(manifest.shard_count) if side_file(i) in names}

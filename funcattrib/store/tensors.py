@@ -47,8 +47,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     while not path.exists():
         if time.monotonic() > until:
             raise StoreError(
-                f"expected {path}, which another process of this run has written, found nothing after {DELAY:.0f} s\n"
-                "see that its folder is one that all machines share, then run the same command again"
+                f"{path}, which another process of this run wrote, did not appear within {DELAY:.0f} s\n"
+                "check that all machines share its folder, then run the same command again"
             )
         time.sleep(0.1)
     return safetensors.torch.load_file(path)

@@ -124,7 +124,7 @@ class StoreWriter:
             )
         job = Job(shard, matrix.detach().cpu(), to_table(examples, len(span)))
         if not self._open:
-            raise StoreError("expected a writer that is open, found one that was closed; make a new one")
+            raise StoreError("the writer is closed; make a new one")
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="funcattrib-store-writer", daemon=True)
             self._thread.start()
@@ -200,11 +200,11 @@ class StoreWriter:
         self._collect()
         if missing := sorted(set(range(self.manifest.shard_count)) - self._finished.keys()):
             raise StoreError(
-                f"expected all {self.manifest.shard_count} shards, found {len(self._finished)}; "
-                f"still to be written: {', '.join(map(str, missing[:5]))}{', …' if missing[5:] else ''}"
+                f"{len(missing)} of {self.manifest.shard_count} shards are not written yet: "
+                f"{', '.join(map(str, missing[:5]))}{', …' if missing[5:] else ''}"
             )
         if wrong := shards.misfits(self.path, self._finished):
-            raise StoreError(f"{next(iter(wrong.values()))}; run the same command again to write it anew")
+            raise StoreError(f"{next(iter(wrong.values()))}; run the same command again to write this shard")
         state = self.path / STATE
         complete = replace(
             self.manifest,

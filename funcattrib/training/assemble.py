@@ -54,7 +54,9 @@ def settle(
     visits = read_visits(folder)
     rows, steps = visits.facts["row"], visits.facts["step"]
     if len(rows) and int(rows.max()) >= manifest.rows:
-        raise FuncattribError(f"expected rows below {manifest.rows} in {folder}, found {rows.max()}; another data set?")
+        raise FuncattribError(
+            f"expected rows below {manifest.rows} in {folder}, found {rows.max()}; check that the data set is the same"
+        )
     seen = {
         "visits": len(rows),
         "unseen": int(manifest.rows - len(np.unique(rows))),

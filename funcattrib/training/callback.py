@@ -132,8 +132,7 @@ class GradientCollectorCallback(TrainerCallback):
         """Make everything ready."""
         if self.trainer is None:
             raise FuncattribError(
-                "expected a Trainer that was prepared, found one that was not; "
-                "call prepare_for_gradient_collection(trainer) before train()"
+                "the Trainer was not prepared; call prepare_for_gradient_collection(trainer) before train()"
             )
         model = self.trainer.model
         names = trained(model, self.modules, self.exclude)
@@ -218,7 +217,7 @@ class GradientCollectorCallback(TrainerCallback):
         earlier = [] if self._resumed else [*sorted(self.path.glob("epoch_*")), *self.path.glob("sum")]
         if earlier and not self.overwrite:
             raise FuncattribError(
-                f"expected a new folder at {self.path}, found {earlier[0].name} of another training\n"
+                f"{self.path} has {earlier[0].name} of another training\n"
                 "resume that training from a checkpoint, choose another path, or set overwrite=True"
             )
         self.trainer.accelerator.wait_for_everyone()  # none writes before all have looked

@@ -82,9 +82,9 @@ class Collected:
                 cannot be read.
         """
         if not self.passes:
-            raise FuncattribError("expected a forward pass of the model inside the block, found none")
+            raise FuncattribError("there was no forward pass of the model inside the block; call the model in it")
         if not any(each.read for each in self.passes):
-            raise FuncattribError("expected a backward pass inside the block, found none; call loss.backward()")
+            raise FuncattribError("there was no backward pass inside the block; call loss.backward() in it")
         self._check(self.passes)
         parts = [_coordinates(self._read, each) for each in self.passes]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -105,9 +105,8 @@ class Collected:
             probe = self._read.lowered[name].probe
             if weight.grad is not None and all(each.probes[probe].grad is None for each in passes):
                 raise FuncattribError(
-                    f"expected {name} to be used in the model's forward, found that its gradient came from elsewhere "
-                    "(a checkpoint of the model's own, or a call beside forward)\nleave it out, or collect with "
-                    "per_example_grad"
+                    f"{name} has a gradient that did not come from the model's forward (activation checkpointing, or "
+                    "a call outside forward)\nleave it out, or collect with per_example_grad"
                 )
 
 
@@ -278,4 +277,4 @@ def _batch_shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Size
     for value in (*args, *named, *kwargs.values()):
         if isinstance(value, Tensor) and value.ndim:
             return value.shape
-    raise FuncattribError("expected a tensor with a batch axis among the model's arguments, found none")
+    raise FuncattribError("none of the model's arguments is a tensor with a batch axis")

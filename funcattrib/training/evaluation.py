@@ -72,7 +72,7 @@ def _batches(trainer: Any, read: Reader, examples: Any) -> Iterator[Tensor]:
                 total = losses.summed(model(**given), target, smoothing)
                 if total is None:
                     raise FuncattribError(
-                        "expected logits and labels of the evaluation set, found none; leave evaluate off"
+                        "the evaluation has no logits or no labels to compute a loss from; leave evaluate off"
                     )
                 probes = list(collected.passes[0].probes.values())
                 found = torch.autograd.grad(total, probes, allow_unused=True, materialize_grads=True)

@@ -39,7 +39,7 @@ def token_scale(trainer: Any, target: Tensor | None, num_items: Tensor | int | N
     """Compute c of a loss that is a mean over labelled tokens."""
     if num_items is None:
         if target is None:
-            raise FuncattribError("expected labels in the batch, found none; give the callback a loss_scale")
+            raise FuncattribError("the batch has no labels; give the callback a loss_scale")
         return 1.0 / (target != -100).sum().clamp(min=1)
     processes = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
     return processes / torch.as_tensor(num_items).clamp(min=1)
@@ -73,17 +73,17 @@ def check(loss: Tensor, total: Tensor | None, scale: Tensor) -> None:
         FuncattribError: it is something else, or the model's output does not show what it is.
     """
     again = (
-        "give the callback loss_scale=…, what the loss is of the sum of its examples' losses: a number, or a function "
-        "of (inputs, num_items_in_batch)"
+        "give the callback loss_scale=…, the factor between the loss and the sum of its examples' losses: a number, or "
+        "a function of (inputs, num_items_in_batch)"
     )
     if total is None:
         raise FuncattribError(
-            f"expected logits and labels from which the loss can be computed again, found none\n{again}"
+            f"the model returns no logits, or has no labels, to compute each example's loss from\n{again}"
         )
     expected, found = float(scale.to(total.device) * total), float(loss.detach())
     if not abs(found - expected) <= _TOLERANCE * max(abs(expected), 1e-6):
         raise FuncattribError(
-            f"expected a loss that is the mean over labelled tokens, {expected:.6g}, found {found:.6g}\n{again}"
+            f"expected the loss to be the mean over labelled tokens, {expected:.6g}, found {found:.6g}\n{again}"
         )
 
 

@@ -42,7 +42,7 @@ def read_put(lowered: Readouts, parts: Put, examples: int) -> Grads:
         if read is not None:
             probes[probe] = probes[probe] + read if probe in probes else read
     if missing := next((how.probe for how in lowered.values() if how.probe not in probes), None):
-        raise FuncattribError(f"expected a gradient of {missing} at every step, found none; leave it out (exclude)")
+        raise FuncattribError(f"{missing} had no gradient in a step; leave it out (exclude)")
     return unpack(lowered, probes)
 
 
@@ -51,7 +51,7 @@ def weighed(lowered: Readouts, spec: Spec, optimizer: Any, model: nn.Module, *, 
     names = {id(parameter): name for name, parameter in model.named_parameters() if name in lowered}
     groups = {names[id(p)]: (p, group) for group in optimizer.param_groups for p in group["params"] if id(p) in names}
     if missing := next((name for name in lowered if name not in groups), None):
-        raise FuncattribError(f"expected {missing} among the optimizer's parameters, found it missing; leave it out")
+        raise FuncattribError(f"the optimizer does not train {missing}; leave it out (exclude)")
     norms = _norms(spec, optimizer, groups) if moments else {}
     before = {
         name: _times(norms[name].map if moments else TwoSided(), spec[name].shape, group["lr"] if rates else 1.0)

@@ -53,12 +53,12 @@ def _prepare(trainer: Any) -> None:
     if len(callbacks) != 1:
         raise FuncattribError(
             f"expected one GradientCollectorCallback among the Trainer's callbacks, found {len(callbacks)}; "
-            "Trainer(…, callbacks=[GradientCollectorCallback(path)])"
+            "write Trainer(…, callbacks=[GradientCollectorCallback(path)])"
         )
     _refuse(trainer)
     callback = callbacks[0]
     if callback.trainer is not None:
-        raise FuncattribError("expected a callback of its own for each Trainer, found one that was prepared before")
+        raise FuncattribError("this GradientCollectorCallback belongs to another Trainer; make one for each Trainer")
     trainer.train_dataset = number(trainer.train_dataset)
     trainer.data_collator = Collate(trainer.data_collator)
     trainer._set_signature_columns_if_needed()
@@ -104,16 +104,16 @@ def _train(callback: GradientCollectorCallback, original: Callable[..., Any], *g
 
 def _refuse(trainer: Any) -> None:
     args = trainer.args
-    found = None
+    wrong = None
     if getattr(args, "packing", False):
-        found = "packing: a packed row holds parts of several examples, whose gradients are not told apart"
+        wrong = "packing joins parts of several examples into one row, whose gradients cannot be separated"
     elif getattr(args, "padding_free", False):
-        found = "padding_free: examples are joined into one row, and their gradients are not told apart"
+        wrong = "padding_free joins examples into one row, whose gradients cannot be separated"
     elif trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        found = "FSDP or DeepSpeed: weights are not whole on any process"
+        wrong = "with FSDP or DeepSpeed no process has whole weights"
     elif args.n_gpu > 1:
-        found = "several GPUs in one process; start one process a GPU with torchrun"
-    if found is not None:
+        wrong = "the Trainer uses several GPUs in one process; start one process per GPU with torchrun"
+    if wrong is not None:
         raise FuncattribError(
-            f"expected a Trainer whose steps can be read, found {found}\nset it off, or collect after"
+            f"gradients of this Trainer cannot be collected: {wrong}\nswitch that off, or collect after training"
         )

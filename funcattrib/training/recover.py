@@ -35,7 +35,7 @@ def recover(path: str | Path) -> list[GradientStore]:
     path = Path(path)
     folders = [folder for folder in (*sorted(path.glob("epoch_*"), key=_number), path / "sum") if segments(folder)]
     if not folders:
-        raise FuncattribError(f"expected what a training left at {path}, found no rows that wait to become a store")
+        raise FuncattribError(f"{path} has no rows of an interrupted training to recover; give the callback's path")
     return [_recover(folder) for folder in folders]
 
 
@@ -53,7 +53,7 @@ def _recover(folder: Path) -> GradientStore:
     try:
         plan = json.loads((kept / PLAN).read_text())
     except (OSError, ValueError) as error:
-        raise FuncattribError(f"expected {PLAN} in {kept}, found none that can be read; resume the training") from error
+        raise FuncattribError(f"{kept / PLAN} cannot be read; resume the training instead") from error
     state = safetensors.torch.load_file(kept / STATE) if (kept / STATE).exists() else {}
     manifest = replace(Manifest.from_json(plan["manifest"]), text_columns=())  # ids alone are told
     return settle(folder, manifest, state, _numbers, partial=True, **plan["settings"])

@@ -49,7 +49,7 @@ def number(examples: Any) -> Any:
     """
     if isinstance(examples, (datasets.IterableDataset, IterableDataset)) or not hasattr(examples, "__len__"):
         raise FuncattribError(
-            f"expected a training set with numbered rows, found {type(examples).__name__}, a stream; load it whole"
+            f"the training set is a stream ({type(examples).__name__}), whose rows have no numbers; load it whole"
         )
     if not isinstance(examples, datasets.Dataset) or examples.format["type"] == "custom":
         return Numbered(examples)

@@ -68,7 +68,9 @@ class Session:
         with lifted(self._model, read, seen=seen) as collected:
             result = original(*given, **named)
         if self._scale is None or self._received is None:
-            raise FuncattribError("expected the step to call compute_loss and to go backward, found that it did not")
+            raise FuncattribError(
+                "the Trainer's training step did not call compute_loss and backward, so its gradients cannot be read"
+            )
         scale = self._received * self._scale.to(self._received.device)
         facts = self._facts(rows, epoch, scale)
         self._same_rows(collected, len(rows))
@@ -128,8 +130,7 @@ class Session:
         if len(collected.passes) != 1 or found != count:
             raise FuncattribError(
                 f"expected one forward pass over {count} rows of the data set in a step, found {len(collected.passes)} "
-                f"over {found}: a batch that joins examples (packing, padding-free) has no gradient of each\n"
-                "train without packing"
+                f"over {found}: packed or padding-free batches have no gradient per example\ntrain without packing"
             )
 
     def _facts(self, rows: Tensor, epoch: int, scale: Tensor) -> dict[str, list[Any]]:

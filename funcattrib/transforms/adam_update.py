@@ -58,7 +58,9 @@ def adam_update(states: Mapping[str, AdamState], then: Transform | None = None) 
         tensor([[ 1., -1.]])
     """
     if then is not None and then.lower is None:
-        raise ChainError(f"expected a linear map behind adam_update, found {then.name}; put it after it in the chain")
+        raise ChainError(
+            f"then= of adam_update must be a linear stage, and {then.name} is not; put it after adam_update"
+        )
     return Transform(
         "adam_update",
         settings={"then": None if then is None else then.describe()},
@@ -74,18 +76,16 @@ def _init(states: Mapping[str, AdamState], then: Transform | None, spec: Spec) -
     kept = {}
     for name, leaf in spec.items():
         if name not in states:
-            raise ChainError(f"needs Adam's moments of {name}, found none for it")
+            raise ChainError(f"has no Adam moments for {name}")
         first, second, step, (beta1, beta2), eps = states[name]
         if {tuple(first.shape), tuple(second.shape)} != {leaf.shape}:
-            raise ChainError(f"needs moments of {name} for shape {leaf.shape}, found shape {tuple(first.shape)}")
+            raise ChainError(f"expected moments of {name} of shape {leaf.shape}, found {tuple(first.shape)}")
         of_first, of_second = (1 - beta ** (step + 1) for beta in (beta1, beta2))
         rates = [(1 - beta1) / of_first, (1 - beta2) / of_second, eps, beta1 / of_first, beta2 / of_second]
         kept[name] = {"first": first, "second": second, "rates": torch.tensor(rates, dtype=torch.float64)}
     following, result = (None, spec) if then is None else then.init(spec)
     if then is not None and list(result) != list(spec):
-        raise ChainError(
-            f"needs a map of each leaf by itself behind it, found {then.describe()}, which joins or divides them"
-        )
+        raise ChainError(f"cannot be followed by then={then.describe()}, which joins or divides leaves")
     return {"adam": kept, "then": following}, result
 
 

@@ -31,7 +31,7 @@ def clip(max_norm: float) -> Transform:
         {'a': tensor([[0.6000], [0.3000]]), 'b': tensor([[0.8000], [0.4000]])}
     """
     if not 0 < max_norm < math.inf:
-        raise ChainError(f"expected a positive length to clip to, found {max_norm}")
+        raise ChainError(f"expected a positive, finite max_norm, found {max_norm}")
     return Transform("clip", settings={"max_norm": max_norm}, apply=partial(_apply, max_norm=max_norm))
 
 

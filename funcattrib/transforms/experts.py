@@ -43,7 +43,7 @@ def _init(spec: Spec) -> tuple[State, Spec]:
         else:
             divided[name] = leaf
     if len(divided) == len(spec):
-        raise ChainError(f"needs a stack of experts, (experts, out, in); found none among {len(spec)} leaves")
+        raise ChainError(f"finds no stack of experts, (experts, out, in), among {len(spec)} leaves")
     return None, divided
 
 

@@ -119,12 +119,12 @@ def _heads(name: str, shape: tuple[int, ...], config: Config) -> Heads | None:
     axis, fused = one.head_dim % 2, 1 if one.order == "head" else 3
     if _MARK in name or len(shape) not in (1, 2):
         what = "is one part of its weight already" if _MARK in name else f"has shape {shape}"
-        raise ChainError(f"needs whole matrices or vectors; {name} {what}")
+        raise ChainError(f"requires whole matrices or vectors, and {name} {what}")
     n, filled = shape[axis] if axis < len(shape) else 0, one.num_heads * one.head_size * fused
     if n != filled:
         product = f"{one.num_heads} × {one.head_size}{' × 3' if fused == 3 else ''} = {filled}"
         hint = "; order='head qkv' or 'qkv head' is for fused weights" if fused == 1 and n == 3 * filled else ""
-        raise ChainError(f"needs {product} {'columns' if axis else 'rows'} in {name}, found shape {shape}{hint}")
+        raise ChainError(f"expected {product} {'columns' if axis else 'rows'} in {name}, found shape {shape}{hint}")
     blocks = 3 if one.order == "qkv head" else 1
     return Heads(axis, one.num_heads, one.head_size * fused, blocks)
 

@@ -79,15 +79,17 @@ def max_score() -> Transform:
 
 def _init(queries: Mapping[str, Tensor], spec: Spec, by: str) -> tuple[State, Spec]:
     if missing := [name for name in spec if name not in queries]:
-        raise ChainError(f"needs a query gradient for each of {len(spec)} leaves; found none for {missing[0]}")
+        raise ChainError(f"has no query gradient for {missing[0]}, one of {len(spec)} leaves")
     if extra := [name for name in queries if name not in spec]:
-        raise ChainError(f"needs queries of the {len(spec)} leaves that arrive; found {extra[0]} beside them")
+        raise ChainError(f"has a query gradient for {extra[0]}, which is none of the {len(spec)} leaves that arrive")
     for name, leaf in spec.items():
         if tuple(queries[name].shape[1:]) != leaf.shape:
-            raise ChainError(f"needs queries of {name} of shape {leaf.shape}, found {tuple(queries[name].shape[1:])}")
+            raise ChainError(
+                f"expected queries of {name} of shape {leaf.shape}, found {tuple(queries[name].shape[1:])}"
+            )
     counts = {len(query) for query in queries.values()}
     if len(counts) != 1:
-        raise ChainError(f"needs as many queries for every leaf, found {sorted(counts)}")
+        raise ChainError(f"expected equally many queries for every leaf, found {sorted(counts)}")
     leaf = Leaf((counts.pop(),), _dtype(spec))
     return {"queries": {name: queries[name] for name in spec}}, {SCORES: leaf} if by == "example" else dict.fromkeys(
         spec, leaf
@@ -132,7 +134,9 @@ def _sum_squares(state: State, condensed: Grads) -> Grads:
 
 def _init_nearest(spec: Spec) -> tuple[State, Spec]:
     if wrong := [name for name, leaf in spec.items() if len(leaf.shape) != 1]:
-        raise ChainError(f"needs scores (queries,), as ``inner_products`` gives them; {wrong[0]} is none")
+        raise ChainError(
+            f"requires scores of shape (queries,), as inner_products returns them, and {wrong[0]} has another shape"
+        )
     return None, {name: leaf._replace(shape=(1,)) for name, leaf in spec.items()}
 
 

@@ -64,9 +64,11 @@ def mix_grams(query: Gram, train: Gram, k: int = 1000, world: World = SINGLE_PRO
         tensor([7.7500, 1.5000], dtype=torch.float64)
     """
     if k < 1:
-        raise ChainError(f"expected k of at least 1 direction to weigh down, found {k}")
+        raise ChainError(f"expected k of at least 1, found {k}")
     if differing := sorted(query.keys() ^ train.keys()):
-        raise ChainError(f"expected the same blocks in both Gram matrices, found {differing[0]!r} in one alone")
+        raise ChainError(
+            f"the block {differing[0]!r} is in one of the two Gram matrices only; give both the same blocks"
+        )
     for block, matrix in query.items():
         if matrix.shape != train[block].shape:
             raise ChainError(

@@ -37,10 +37,10 @@ def start(spec: Spec, moments: Moments | None, of: Callable[[str, Leaf, Moment |
         if moments is not None:
             if name not in moments:
                 hint = "; put it before split_heads" if "#" in name else ""
-                raise ChainError(f"needs moments of {name}, found none for it{hint}")
+                raise ChainError(f"has no moments for {name}{hint}")
             moment = moments[name]
             if _shape(moment) != leaf.shape:
-                raise ChainError(f"needs moments of {name} for shape {leaf.shape}, found shape {_shape(moment)}")
+                raise ChainError(f"expected moments of {name} of shape {leaf.shape}, found {_shape(moment)}")
         sums[name] = of(name, leaf, moment)
     return {"sums": sums, "count": torch.full((), 0.0 if moments is None else 1.0, dtype=torch.float64)}
 

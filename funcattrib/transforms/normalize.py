@@ -69,9 +69,7 @@ def unit_norm() -> Transform:
 def _init_adafactor(moments: Moments | None, spec: Spec) -> tuple[State, Spec]:
     for name, leaf in spec.items():
         if not leaf.shape:
-            raise ChainError(
-                f"needs vectors, matrices, kernels or stacks; {name} is a scalar; leave it out with select"
-            )
+            raise ChainError(f"requires vectors or matrices, and {name} is a scalar; leave it out with select")
     return start(spec, moments, _factors), spec
 
 

@@ -112,7 +112,7 @@ def _init(given: Preconditioner | None, spec: Spec, groups: Groups) -> tuple[Pre
         width = sum(math.prod(spec[name].shape) for name in names)
         if width > _WIDEST:
             raise ChainError(
-                f"needs at most {_WIDEST} coordinates in a block; {block} has {width}; put project before it"
+                f"expected at most {_WIDEST} coordinates in a block, found {width} in {block}; put project before it"
             )
         dtype = torch.float32
         for name in names:
@@ -122,9 +122,11 @@ def _init(given: Preconditioner | None, spec: Spec, groups: Groups) -> tuple[Pre
             power[block] = torch.zeros((), dtype=dtype).expand(width, width)
             continue
         if block not in given.gram:
-            raise ChainError(f"needs the Gram matrix of {block}, found none for it")
+            raise ChainError(f"has no Gram matrix for {block}")
         if given.gram[block].shape != (width, width):
-            raise ChainError(f"needs a Gram matrix of {block} of side {width}, found {tuple(given.gram[block].shape)}")
+            raise ChainError(
+                f"expected a Gram matrix of {block} of side {width}, found {tuple(given.gram[block].shape)}"
+            )
         gram[block], power[block] = given.gram[block], given.power[block].to(dtype)
     return Preconditioner(gram, power, torch.full((), 0.0 if given is None else 1.0, dtype=torch.float64)), spec
 
@@ -152,7 +154,7 @@ def _powered(given: Gram, power: float, damping: float, damping_kind: Damping) -
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ChainError(f"expected a square Gram matrix of {block}, found the shape {tuple(matrix.shape)}")
         if not bool(torch.isfinite(matrix).all()):
-            raise ChainError(f"expected finite gradients to precondition by, found infinities or NaN in {block}")
+            raise ChainError(f"the gradients of {block} are NaN or infinite and cannot be used for preconditioning")
     powers = {block: inverse_power(matrix, power, damping, damping_kind) for block, matrix in gram.items()}
     return Preconditioner(gram, powers, torch.ones((), dtype=torch.float64))
 
@@ -194,7 +196,7 @@ def _blocks(names: Iterable[str], groups: Groups) -> dict[str, list[str]]:
         owners = [group for group, globs in groups.items() if any(fnmatch.fnmatchcase(name, glob) for glob in globs)]
         if len(owners) > 1 or (not owners and name in groups):
             both = f"{owners[0]} and {owners[1]}" if owners else f"the group {name}, which its globs leave out"
-            raise ChainError(f"needs groups that do not overlap; {name} belongs to {both}")
+            raise ChainError(f"has groups that overlap: {name} belongs to {both}")
         blocks.setdefault(owners[0] if owners else name, []).append(name)
     return {block: sorted(leaves) for block, leaves in blocks.items()}
 

@@ -63,9 +63,7 @@ def _init(spec: Spec, k: int, kind: Kind, seed: int) -> tuple[State, Spec]:
     projected: Spec = {}
     for name, leaf in spec.items():
         if not leaf.shape:
-            raise ChainError(
-                f"needs vectors, matrices, kernels or stacks; {name} is a scalar; leave it out with select"
-            )
+            raise ChainError(f"requires vectors or matrices, and {name} is a scalar; leave it out with select")
         lengths = leaf_shapes.sides(name, leaf.shape)
         for axis, (side, n) in enumerate(zip(("left", "right"), lengths, strict=False)):
             drawn = state.setdefault(_source(name, leaf, axis), {})

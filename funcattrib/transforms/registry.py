@@ -49,6 +49,8 @@ def rebuild(source: Source, description: Sequence[Mapping[str, Any]]) -> Chain:
     for entry in description:
         settings = {key: value for key, value in entry.items() if key != "name"}
         if entry["name"] not in FACTORIES:
-            raise ChainError(f"expected one of {', '.join(FACTORIES)}, found {entry['name']!r}; pass the chain itself")
+            raise ChainError(
+                f"{entry['name']!r} is not one of the built-in stages ({', '.join(FACTORIES)}); pass the chain itself"
+            )
         stages.append(FACTORIES[entry["name"]](**settings))
     return compose(source, *stages)

@@ -39,7 +39,9 @@ def sketch(k: int = 4096, seed: int = 0, sparsity: int = 1) -> Transform:
         torch.Size([7, 8])
     """
     if k < 1 or sparsity < 1 or k % sparsity:
-        raise ChainError(f"expected a sketch of k ≥ 1 in blocks of equal height, found k={k}, sparsity={sparsity}")
+        raise ChainError(
+            f"expected k and sparsity of at least 1, and k divisible by sparsity, found k={k}, sparsity={sparsity}"
+        )
     return Transform(
         "sketch",
         settings={"k": k, "seed": seed, "sparsity": sparsity},

@@ -202,8 +202,8 @@ def _fitting() -> Iterator[None]:
         if not is_short(error):
             raise
         raise FuncattribError(
-            "expected memory for the shortest document and two weights, found too little on one of the processes that "
-            "hold the model together\nuse more of them, a lower --precision, or --offload-params; finished work is kept"
+            "the shortest document and two weights do not fit in the memory of one process that holds the model\n"
+            "use more processes, a lower --precision, or --offload-params; finished work is kept"
         ) from error
 
 

@@ -164,9 +164,8 @@ class Gathers:
         at = len(self._taken)
         if at >= len(self._order) or self._order[at] is not weight:
             raise FuncattribError(
-                "expected every batch to use the model's weights in one order, found that one uses a weight of shape "
-                f"{weight.shape} out of its turn\nleave out --shard-params, or make the model's forward the same for "
-                "every batch"
+                f"this batch uses the model's weights in another order than earlier ones: first a weight of shape "
+                f"{weight.shape}\nleave out --shard-params, or make the model's forward the same for every batch"
             )
 
     def settle(self) -> None:
@@ -210,7 +209,7 @@ def from_dtensor(name: str, tensor: Any) -> Sharded:
     if len(divided) != 1 or not tensor.placements[divided[0]].is_shard(0):
         raise FuncattribError(
             f"expected {name} sharded along its rows (Shard(0), or Replicate() and Shard(0)), found "
-            f"{tuple(tensor.placements)}\nshard the model with fully_shard and no placements of your own"
+            f"{tuple(tensor.placements)}\nshard the model with fully_shard and its default placements"
         )
     group = mesh.get_group(divided[0])
     rows = tensor.detach().to_local()

@@ -213,9 +213,7 @@ def test_frozen_and_unused_parameters(tmp_path) -> None:
     model, optimizer, grads = trained(lambda m: torch.optim.Adam([p for p in m.parameters() if p.requires_grad]), model)
     moments = fa.optimizer_state(saved(optimizer, tmp_path), model)
     assert list(moments) == ["ln.weight", "ln.bias", "second.weight", "second.bias"]
-    with pytest.raises(
-        fa.FuncattribError, match=r"of 6 parameters, as the model has, found 4 .*second.weight would have"
-    ):
+    with pytest.raises(fa.FuncattribError, match=r"of the model's 6 parameters, found 4 .*second.weight would have"):
         fa.optimizer_state(tmp_path, Small())
     unused = Small()
     optimizer = torch.optim.Adam(unused.parameters())
@@ -249,14 +247,22 @@ def after(make, steps=3):
 
 
 REFUSED = {
-    "nothing there": (lambda folder: None, Small, "found no such file"),
-    "another model": (after(OPTIMIZERS["adam"]), Other, r"state of second.weight with shape \(5, 4\), found \(4, 4\)"),
+    "nothing there": (lambda folder: None, Small, "optimizer.pt does not exist; give"),
+    "another model": (
+        after(OPTIMIZERS["adam"]),
+        Other,
+        r"state of second.weight to have shape \(5, 4\), found \(4, 4\)",
+    ),
     "another model, Trainer": (
         after(OPTIMIZERS["adamw, Trainer's groups"]),
         Other,
-        r"state of second.weight with shape",
+        r"state of second.weight to have shape",
     ),
-    "another model, names": (after(OPTIMIZERS["names recorded"]), lambda: nn.Linear(4, 4), "to have second.bias"),
+    "another model, names": (
+        after(OPTIMIZERS["names recorded"]),
+        lambda: nn.Linear(4, 4),
+        "has a state of second.bias, which the model does not have",
+    ),
     "fewer parameters": (after(OPTIMIZERS["adam"]), lambda: nn.Linear(4, 4), "the last parameter is bias"),
     "no step": (after(OPTIMIZERS["adam"], steps=0), Small, "has made no step"),
     "no second moments": (
@@ -264,10 +270,14 @@ REFUSED = {
         Small,
         "second moments of first.weight in .*momentum_buffer",
     ),
-    "objects": (write({"state": NotATensor(), "param_groups": []}), Small, "objects in it are not unpickled"),
+    "objects": (write({"state": NotATensor(), "param_groups": []}), Small, "only tensors and numbers are unpickled"),
     "no optimizer": (write({"weight": torch.ones(2)}), Small, "found keys weight"),
     "a tensor": (write(torch.ones(2)), Small, "found a Tensor"),
-    "no file of torch": (lambda folder: (folder / "optimizer.pt").write_text("no"), Small, "holds something else"),
+    "no file of torch": (
+        lambda folder: (folder / "optimizer.pt").write_text("no"),
+        Small,
+        "cannot be read as an optimizer's state_dict",
+    ),
 }
 
 

@@ -112,7 +112,7 @@ def test_another_command_on_the_same_run(funcattrib, tmp_path: Path, model_folde
     tiny.write_jsonl(tmp_path / "d.jsonl", [{"text": text} for text in TEXTS[::-1]])
     ran = funcattrib(*words[:4], "--dataset", tmp_path / "d.jsonl", "--rows-per-shard", 5)
     mistake(ran, "data.fingerprint: expected ")
-    assert "use --overwrite to begin anew, or another RUN" in ran.err
+    assert "use --overwrite to replace it, or another RUN" in ran.err
     assert contents(tmp_path / "run") == before
     assert funcattrib(*words, "--projection-dim", 8, "--overwrite").code == 0
     assert fa.open_store(tmp_path / "run", verify=True).width == 8 * 64
@@ -152,14 +152,14 @@ def test_documents_without_a_gradient(funcattrib, tmp_path: Path, model_folder: 
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [
-        (None, (), "found no '"),
-        ("", (), "found an empty file"),
+        (None, (), "' does not exist; give a hub id"),
+        ("", (), "d.jsonl is empty"),
         ('{"text": "w1 w2"}\n', ("--prompt-column", "body"), "body"),
         ('{"text": "w1 w2"}\n', ("--completion-column", "answer"), "answer"),
         ('{"text": "w1 w2"}\n', ("--conversation-column", "turns"), "turns"),
         ('{"text": "w1 w2"}\n', ("--conversation-column", "text"), "text"),
-        ('{"text": "w1 w2"}\n', ("--split", "dev"), "found 'dev'"),
-        ('{"text": "w1 w2"}\n{"text": null}\n', (), "found nothing (null) in 1 row: 1"),
+        ('{"text": "w1 w2"}\n', ("--split", "dev"), "has no split 'dev'"),
+        ('{"text": "w1 w2"}\n{"text": null}\n', (), "column 'text' has null in place of text in 1 row: 1"),
         ('{"text": 3}\n', (), "expected text in column 'text'"),
         ('{"text": NaN}\n', (), "expected"),
         ('{"text": "w1', (), "cannot be read"),
@@ -168,12 +168,16 @@ def test_documents_without_a_gradient(funcattrib, tmp_path: Path, model_folder: 
         ('{"text": "w1 w2"}\n', ("--token-batch-size", "0"), "expected --token-batch-size of at least 1, found 0"),
         ('{"text": "w1 w2"}\n', ("--projection-dim", "-1"), "expected --projection-dim of at least 0, found -1"),
         ('{"text": "w1 w2"}\n', ("--max-length", "0"), "expected --max-length of at least 1, found 0"),
-        ('{"text": "w1 w2"}\n', ("--max-length", "65"), "within the model's context of 64, found 65"),
-        ('{"text": "w1 w2"}\n', ("--modules", "*.nothing"), "matches '*.nothing', found none"),
-        ('{"text": "w1 w2"}\n', ("--exclude", "*"), "found none"),
+        ('{"text": "w1 w2"}\n', ("--max-length", "65"), "within the model's context of 64 tokens, found 65"),
+        ('{"text": "w1 w2"}\n', ("--modules", "*.nothing"), "no parameter's name matches '*.nothing'"),
+        ('{"text": "w1 w2"}\n', ("--exclude", "*"), "there are no weight matrices in the model's blocks"),
         ('{"text": "w1 w2"}\n', ("--label-smoothing", "1"), "expected --label-smoothing in [0, 1), found 1"),
-        ('{"text": "w1 w2"}\n', ("--label-smoothing", "0.1", "--loss", "log_odds"), "expected label_smoothing 0"),
-        ('{"text": "w1 w2"}\n', ("--device", "cuda:99"), "expected a device that is here"),
+        (
+            '{"text": "w1 w2"}\n',
+            ("--label-smoothing", "0.1", "--loss", "log_odds"),
+            "label_smoothing=0.1 requires kind='ce'",
+        ),
+        ('{"text": "w1 w2"}\n', ("--device", "cuda:99"), "device 'cuda:99' is not available on this machine"),
         ('{"text": "w1 w2"}\n', ("--device", "abacus"), "expected a device such as cpu or cuda, found 'abacus'"),
         ('{"text": "w1 w2"}\n', ("--tokenizer", "./nowhere"), "nowhere"),
         ('{"text": "w1 w2"}\n', ("--config", "nowhere.yaml"), "nowhere.yaml: this file cannot be read"),
@@ -198,7 +202,7 @@ def test_a_hub_that_does_not_answer(funcattrib, tmp_path: Path, model_folder: Pa
     monkeypatch.setattr(socket, "getaddrinfo", lambda *words, **_: asked.append(words))
     words = "build runs/quickstart --model EleutherAI/pythia-14m --dataset NeelNanda/pile-10k --truncation"
     ran = funcattrib(*words.split(), "--token_batch_size", "4096")
-    mistake(ran, "expected a causal language model at 'EleutherAI/pythia-14m'")
+    mistake(ran, "the model 'EleutherAI/pythia-14m' cannot be loaded")
     assert "the hub does not answer, and there is no copy in the cache" in ran.err
     mistake(
         funcattrib("build", "run", "--model", model_folder, "--dataset", "NeelNanda/pile-10k"), "NeelNanda/pile-10k"
@@ -226,7 +230,7 @@ def test_a_folder_that_is_no_store(funcattrib, tmp_path: Path, model_folder: Pat
         mistake(funcattrib("build", tmp_path / "run", *words), "thesis.tex")
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["thesis.tex"]
     for command in (("inspect", tmp_path / "run"), ("query", "--index", tmp_path / "run", "--text", "w1 w2")):
-        mistake(funcattrib(*command), "expected a gradient store at", command[0])
+        mistake(funcattrib(*command), "is not a store: it has no manifest.json", command[0])
 
 
 # A process that has imported everything (which takes seconds) and forks one that runs the command at every line read.
@@ -319,7 +323,7 @@ def test_a_disk_that_is_full(tmp_path: Path, model_folder: Path) -> None:
     assert process.returncode == 2, err
     said = err[err.index("funcattrib build: ") :].splitlines()
     assert len(said) == 2
-    assert "shards/00000.npy, found that it passes the file-size limit" in said[0]
+    assert "shards/00000.npy cannot be written: it exceeds the file-size limit" in said[0]
     assert "run the same command again" in said[1]
     assert out == ""
     assert not list(tmp_path.rglob("*.tmp"))

@@ -71,7 +71,7 @@ def test_missing_rewards_are_named_or_left_out(
     tmp_path: Path, hole: float | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     rewards = [1.0, hole, 3.0, -2.0, hole, 4.0]
-    with pytest.raises(fa.DataError, match=r"'r', found none in 2 rows: 1, 4\n.*--skip-missing-rewards"):
+    with pytest.raises(fa.DataError, match=r"'r' has no finite number in 2 rows: 1, 4\n.*--skip-missing-rewards"):
         build(tmp_path / "run", rows(r=rewards), Columns("q", "a", reward_column="r"))
     assert not (tmp_path / "run").exists()
     columns = Columns("q", "a", reward_column="r", skip_missing_rewards=True)
@@ -115,11 +115,11 @@ def test_groups_of_every_kind_of_data(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("values", "columns", "message"),
     [
-        ({"r": REWARDS}, {"reward_column": "reward"}, "expected a column 'reward', found q, a, r"),
+        ({"r": REWARDS}, {"reward_column": "reward"}, "no column 'reward'; its columns are q, a, r"),
         ({"r": ["good"] * 6}, {"reward_column": "r"}, "expected numbers in column 'r', found string"),
         ({"r": [[1.0]] * 6}, {"advantage_column": "r"}, "expected numbers in column 'r'"),
-        ({"r": [None] * 6}, {"reward_column": "r", "skip_missing_rewards": True}, "found none in 6 rows"),
-        ({"w": REWARDS}, {"token_weights_column": "weights"}, "expected a column 'weights', found q, a, w"),
+        ({"r": [None] * 6}, {"reward_column": "r", "skip_missing_rewards": True}, "no finite number in 6 rows"),
+        ({"w": REWARDS}, {"token_weights_column": "weights"}, "no column 'weights'; its columns are q, a, w"),
         ({"w": ["x"] * 6}, {"token_weights_column": "w"}, "expected a number or a list of numbers"),
         ({"w": [1.0, None, *REWARDS[2:]]}, {"token_weights_column": "w"}, "found None in row 1"),
         ({"w": [[1.0] * 4] * 6}, {"token_weights_column": "w"}, "one for each of 5 tokens, in 'w', found 4 in row 2"),
@@ -131,9 +131,11 @@ def test_mistakes(tmp_path: Path, values: dict, columns: dict, message: str) -> 
 
 
 def test_columns_that_exclude_each_other() -> None:
-    with pytest.raises(fa.DataError, match="found both columns"):
+    with pytest.raises(
+        fa.DataError, match=r"--reward-column \('r'\) and --advantage-column \('a'\) cannot be combined"
+    ):
         Columns(reward_column="r", advantage_column="a")
-    with pytest.raises(fa.DataError, match="found neither"):
+    with pytest.raises(fa.DataError, match="--skip-missing-rewards requires --reward-column or --advantage-column"):
         Columns(skip_missing_rewards=True)
 
 

@@ -198,8 +198,8 @@ CHAT = Columns(conversation_column="m")
 @pytest.mark.parametrize(
     ("dataset", "columns", "says"),
     [
-        (data(text=[]), None, "empty data set"),
-        (data(body=["a"]), None, "found body"),
+        (data(text=[]), None, "no rows to tokenise"),
+        (data(body=["a"]), None, "no column 'text'; its columns are body"),
         (data(text=["a"]), Columns(completion_column="c"), "column 'c'"),
         (data(text=["a", None, None]), None, r"2 rows: 1, 2"),
         (data(text=[None, None]), None, "found null"),
@@ -216,7 +216,7 @@ CHAT = Columns(conversation_column="m")
         (data(m=[[{"role": "user", "content": None}]]), CHAT, "'content'"),
         (data(m=[[{"from": "user", "value": "a"}]]), CHAT, "'role'"),
         (data(m=[[{"role": "user", "content": ["a"]}]]), CHAT, "row 0"),
-        (data(m=CONVERSATIONS, c=["a", "b"]), Columns("m", "c", "m"), "leave out"),
+        (data(m=CONVERSATIONS, c=["a", "b"]), Columns("m", "c", "m"), "cannot be combined\nleave one out"),
         (data(input_ids=[[1, 2]], labels=[[1]]), None, "row 0"),
         (data(input_ids=[[1], [5, 9999]]), None, "below .* found 9999 in row 1"),
         (data(input_ids=[[5, -1]]), None, "found -1"),
@@ -228,21 +228,21 @@ CHAT = Columns(conversation_column="m")
         (data(input_ids=[[5, None]]), None, "row 0"),
         (data(input_ids=[[5]], labels=[1]), None, "'labels'"),
         (data(input_ids=[[5] * 101]), None, "at most 100 tokens, found 101 in row 0"),
-        (data(input_ids=[[1, 2, 3]], attention_mask=[[1, 0, 1]]), None, "padding at the ends"),
+        (data(input_ids=[[1, 2, 3]], attention_mask=[[1, 0, 1]]), None, "hides a token inside row 0"),
         (data(input_ids=[[1]], token_weights=[[float("nan")]]), None, "'token_weights'"),
     ],
 )
 def test_bad_input_is_said_in_two_lines(dataset, columns, says):
     with pytest.raises(DataError, match=says) as raised:
         run(dataset, columns=columns)
-    assert str(raised.value).startswith("expected ")
+
     assert str(raised.value).count("\n") == 1
 
 
 def test_a_template_that_refuses_a_conversation_names_the_row():
     tokenizer = byte_tokenizer("plain")
     tokenizer.chat_template = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}hello"
-    with pytest.raises(DataError, match="row 1, found: user first"):
+    with pytest.raises(DataError, match="the chat template refused the conversation in row 1: user first"):
         run(data(m=[CONVERSATIONS[1], CONVERSATIONS[0]]), tokenizer, CHAT)
     tokenizer.chat_template = "{{ not jinja %}"
     with pytest.raises(DataError, match="row 0"):
@@ -252,7 +252,7 @@ def test_a_template_that_refuses_a_conversation_names_the_row():
 def test_tokens_that_the_model_does_not_know():
     with pytest.raises(DataError, match="below 50, the model's vocabulary"):
         run(data(text=["hello"]), vocab_size=50)
-    with pytest.raises(DataError, match="expected a tokenizer"):
+    with pytest.raises(DataError, match="no column 'input_ids' and no tokenizer was given"):
         tokenize(data(text=["a"]), None, max_length=9, truncation=False)
 
 
@@ -291,7 +291,7 @@ tokenize(rows, None, max_length=100, truncation=False)
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="no file-size limits")
 def test_a_full_disk_is_said():
     ended = subprocess.run([sys.executable, "-c", FULL_DISK], capture_output=True, text=True, check=False)
-    assert "DataError: expected to write the tokenised data to" in ended.stderr
+    assert "DataError: the tokenised data cannot be written to" in ended.stderr
     assert "TMPDIR" in ended.stderr
 
 

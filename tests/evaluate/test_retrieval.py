@@ -82,7 +82,7 @@ def test_queries_without_a_relevant_row_are_left_out():
     [
         (torch.zeros(1, 2), torch.ones(1, 3, dtype=torch.bool), r"found \(1, 2\) and \(1, 3\)"),
         (torch.tensor([[0.0, math.nan]]), torch.ones(1, 2, dtype=torch.bool), "NaN"),
-        (torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.bool), "one of 3 queries, found none"),
+        (torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.bool), "none of the 3 queries has a relevant row"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(scores, relevant, says):
@@ -118,5 +118,5 @@ def test_bm25_without_length_normalisation_or_saturation():
 def test_bm25_of_nothing():
     assert bm25(["a"], ["", "..."]).tolist() == [[0.0, 0.0]]
     assert bm25([], ["a"]).shape == (0, 1)
-    with pytest.raises(FuncattribError, match="found none"):
+    with pytest.raises(FuncattribError, match="no documents to rank"):
         bm25(["a"], [])

@@ -367,7 +367,10 @@ def test_a_kernel_that_is_converted_on_the_way_is_told() -> None:
 
     params, batch = {"w": jnp.ones((5, 6))}, jnp.ones((3, 5))
     assert per_example_grad(loss, params, batch)["w"].shape == (3, 5, 6)
-    with pytest.raises(FuncattribError, match=r"shape \(5, 6\) to be passed to lifted_dense as it is"):
+    with pytest.raises(
+        FuncattribError,
+        match=r"kernel of shape \(5, 6\) was converted to an array before it was passed to lifted_dense",
+    ):
         fa.compose(per_example_grad, fa.project(2))(loss, params, batch)
 
 
@@ -416,8 +419,8 @@ BATCH = {"x": jnp.ones((2, 3))}
         ({"w": torch.ones(3)}, "expected arrays in the parameters, found a Tensor at w"),
         ({"step": jnp.zeros((), jnp.int32)}, "expected floating-point arrays in the parameters, found int32 at step"),
         ({"key": jax.random.key(0)}, "found key<fry> at key"),
-        ({}, "expected arrays in the parameters, found none"),
-        ({"a": {"b": jnp.ones(1)}, "a.b": jnp.ones(1)}, "found a.b twice"),
+        ({}, "there are no arrays in the parameters"),
+        ({"a": {"b": jnp.ones(1)}, "a.b": jnp.ones(1)}, "two leaves of the parameters are named a.b"),
     ],
 )
 def test_parameters_that_cannot_be_differentiated(params, message) -> None:
@@ -434,16 +437,16 @@ def test_the_whole_of_an_equinox_module_is_refused_with_the_way_out() -> None:
 def test_a_structure_that_changes_between_batches() -> None:
     bound = fa.compose(per_example_grad, fa.project(2)).bind(square, {"w": jnp.ones(3)})
     bound(BATCH)
-    with pytest.raises(FuncattribError, match=r"expected batches of one structure, found .*'y'.* after .*'x'"):
+    with pytest.raises(FuncattribError, match=r"expected every batch to have the structure .*'x'.*, found .*'y'"):
         bound({**BATCH, "y": jnp.ones((2, 1))})
-    with pytest.raises(FuncattribError, match="batches of one structure"):
+    with pytest.raises(FuncattribError, match="expected every batch to have the structure"):
         fa.compose(per_example_grad, fa.adafactor_norm).fit(square, {"w": jnp.ones(3)}, [BATCH, {"x": [jnp.ones(2)]}])
 
 
 def test_parameters_other_than_the_state_was_fitted_for() -> None:
     chain = fa.compose(per_example_grad, fa.adafactor_norm, fa.project(2))
     state = chain.fit(square, {"w": jnp.ones((3, 4))}, [BATCH])
-    with pytest.raises(ChainError, match=r"adafactor_norm .* found none for v; fit"):
+    with pytest.raises(ChainError, match=r"state of adafactor_norm has no entry for v, one of 2 leaves; fit"):
         chain(square, {"w": jnp.ones((3, 4)), "v": jnp.ones(2)}, BATCH, state)
 
 
@@ -457,7 +460,7 @@ def test_parameters_other_than_the_state_was_fitted_for() -> None:
         ),
         (lambda params, example: jnp.int32(1), BATCH, r"one floating-point number, found int32\[\]"),
         (lambda params, example: (params["w"].sum(), 1.0), BATCH, "one floating-point number, found float32"),
-        (square, {"x": jnp.ones((2, 3)), "y": jnp.ones(3)}, "as many in each, found x 2, y 3"),
+        (square, {"x": jnp.ones((2, 3)), "y": jnp.ones(3)}, "equally many examples in a batch, found x 2, y 3"),
         (square, {"x": jnp.ones(())}, "found x without an axis"),
         (square, {}, "found no arrays"),
         (square, {"x": [1.0, 2.0]}, "expected arrays or tensors in a batch, found a float"),
@@ -470,12 +473,12 @@ def test_losses_and_batches_that_do_not_fit(loss, batch, message) -> None:
 
 def test_a_loss_that_cannot_be_hashed() -> None:
     module = eqx.nn.Linear(3, 2, key=jax.random.key(0))
-    with pytest.raises(FuncattribError, match="found a Linear that cannot be hashed; wrap it in a def"):
+    with pytest.raises(FuncattribError, match="must be hashable, and a Linear is not; wrap it in a def"):
         per_example_grad(module, {"w": jnp.ones(3)}, BATCH)
 
 
 def test_inside_jit_it_says_so() -> None:
-    with pytest.raises(FuncattribError, match="being traced; call this outside jit"):
+    with pytest.raises(FuncattribError, match="has no value while it is traced; call this outside jit"):
         jax.jit(lambda params: per_example_grad(square, params, BATCH)["w"])({"w": jnp.ones(3)})
 
 
@@ -556,7 +559,7 @@ def test_nothing_else_imports_it() -> None:
 def test_without_jax_the_import_says_what_to_install() -> None:
     code = "import sys; sys.modules['jax'] = None\nimport funcattrib.jax"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=OUTER_LIMIT)
-    assert "expected the package jax, found none; pip install 'funcattrib[jax]'" in ran.stderr
+    assert "jax is not installed; pip install 'funcattrib[jax]'" in ran.stderr
 
 
 def test_a_batch_of_no_examples_has_no_rows() -> None:

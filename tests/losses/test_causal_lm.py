@@ -118,15 +118,15 @@ def test_both_heads_are_fused_where_they_can_be() -> None:
 
 def test_divergence_needs_a_reference_of_the_same_vocabulary() -> None:
     model = cases.causal("llama")
-    with pytest.raises(fa.FuncattribError, match="expected a reference model for the loss kl, found none"):
+    with pytest.raises(fa.FuncattribError, match="the loss kl requires a reference model"):
         fa.causal_lm_loss(model, kind="kl")
     other = copy.deepcopy(model)
     other.resize_token_embeddings(70)
-    with pytest.raises(fa.FuncattribError, match="vocabulary of 61, found one of 70"):
+    with pytest.raises(fa.FuncattribError, match="vocabulary of 61 tokens, found 70"):
         fa.causal_lm_loss(model, kind="kl", reference=other)
-    with pytest.raises(fa.FuncattribError, match="expected no reference model with kind='ce'"):
+    with pytest.raises(fa.FuncattribError, match="a reference model requires kind='kl', found kind='ce'"):
         fa.causal_lm_loss(model, reference=other)
-    with pytest.raises(fa.FuncattribError, match="expected label_smoothing 0 with kind='kl'"):
+    with pytest.raises(fa.FuncattribError, match=r"label_smoothing=0\.1 requires kind='ce', found kind='kl'"):
         fa.causal_lm_loss(model, kind="kl", reference=model, label_smoothing=0.1)
     with pytest.raises(fa.FuncattribError, match="'kl'"):
         fa.causal_lm_loss(model, kind="KL")

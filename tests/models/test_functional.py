@@ -41,9 +41,9 @@ def test_a_tied_parameter_answers_to_both_names() -> None:
 @pytest.mark.parametrize(
     ("modules", "exclude", "message"),
     [
-        (["*.mlp.*", "embed_out.weight"], [], "'embed_out.weight', found none; did you mean"),
-        (None, ["*.atention.*"], r"'\*.atention.\*', found none"),
-        (["*.mlp.*"], ["*layers*"], "found none; name some with --modules"),
+        (["*.mlp.*", "embed_out.weight"], [], "name matches 'embed_out.weight'; did you mean"),
+        (None, ["*.atention.*"], r"name matches '\*.atention.\*'"),
+        (["*.mlp.*"], ["*layers*"], "there are no parameters matching .*; name some with --modules"),
     ],
 )
 def test_globs_that_choose_nothing_are_refused(modules, exclude, message) -> None:

@@ -57,7 +57,7 @@ def test_chosen_matrices() -> None:
         for side in ("dense_h_to_4h", "dense_4h_to_h")
     ]
     assert len(sizes.matrices) == 24  # the others are computed all the same
-    with pytest.raises(fa.FuncattribError, match="whose name matches"):
+    with pytest.raises(fa.FuncattribError, match="no parameter's name matches"):
         sizes_of(pythia("14m"), ["no.such"])
 
 

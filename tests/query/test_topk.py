@@ -194,7 +194,7 @@ def test_store_blocks_bounds_what_is_decoded() -> None:
         ([], torch.ones(3), 1, "expected queries of shape"),
         ([], torch.ones(3, 2, dtype=torch.int64), 1, "floating dtype"),
         ([], torch.ones(3, 2), 0, "k of at least 1"),
-        ([], torch.tensor([[1.0], [torch.nan]]), 1, r"found NaN or infinity in \[1\]"),
+        ([], torch.tensor([[1.0], [torch.nan]]), 1, r"queries \[1\] are NaN or infinite"),
         ([(0, torch.ones(2, 3))], torch.ones(1, 2), 1, "as wide as the queries"),
         ([(0, torch.ones(2, 2, dtype=torch.int8))], torch.ones(1, 2), 1, "torch.int8"),
         (

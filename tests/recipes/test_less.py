@@ -130,7 +130,9 @@ def test_learning_rates_are_those_logged_since_the_checkpoint_before(run, tmp_pa
     (silent / "trainer_state.json").write_text(json.dumps({"global_step": 3, "log_history": []}))
     assert learning_rates([silent]) == [2e-3]
     (silent / "scheduler.pt").unlink()
-    with pytest.raises(fa.FuncattribError, match=r"found none above 0; give one for each checkpoint with --learn"):
+    with pytest.raises(
+        fa.FuncattribError, match=r"has no learning rate above 0 .*; give one for each checkpoint with --learn"
+    ):
         learning_rates([silent])
 
 
@@ -162,12 +164,12 @@ def test_checkpoints_that_do_not_fit_are_refused(run, tmp_path) -> None:
     with pytest.raises(fa.FuncattribError, match=r"bare has no optimizer\.pt, and LESS needs Adam's moments"):
         less([run[0], bare], TRAIN, QUERY, path=tmp_path / "out", **COMMON)
     shutil.copy(other / "optimizer.pt", bare / "optimizer.pt")
-    with pytest.raises(fa.FuncattribError, match="expected a state of"):
+    with pytest.raises(fa.FuncattribError, match="expected the state of the model's"):
         less([bare], TRAIN, QUERY, path=tmp_path / "out", **COMMON)
     (bare / "config.json").unlink()
-    with pytest.raises(fa.FuncattribError, match="expected a causal language model"):
+    with pytest.raises(fa.FuncattribError, match=r"the model .* cannot be loaded"):
         less([bare], TRAIN, QUERY, path=tmp_path / "out", **COMMON)
-    with pytest.raises(fa.FuncattribError, match=r"one architecture, found .*checkpoint-3 with"):
+    with pytest.raises(fa.FuncattribError, match=r"one architecture: .* in .*checkpoint-3, and"):
         less([run[0], other], TRAIN, QUERY, path=tmp_path / "out", **COMMON)
 
 

@@ -250,7 +250,7 @@ def test_a_model_that_is_random_is_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_settings_are_named(tmp_path: Path) -> None:
-    with pytest.raises(fa.FuncattribError, match="found 'projection'"):
+    with pytest.raises(fa.FuncattribError, match="unknown setting 'projection'"):
         build(tmp_path / "run", projection=3)
 
 

@@ -94,7 +94,7 @@ def test_an_interrupted_fit_is_no_state_yet(tmp_path, monkeypatch) -> None:
         observed(patched, 8)
         fit_chain(model, ROWS, path=tmp_path / "state", **TWO_PASSES)
     with (
-        pytest.raises(fa.ChainError, match=r"a fitted state at .*, found an interrupted run"),
+        pytest.raises(fa.ChainError, match=r"the state at .* is unfinished"),
         pytest.warns(UserWarning, match="unfinished"),
     ):
         collect_gradients(model, ROWS, path=tmp_path / "run", state=tmp_path / "state", **TWO_PASSES)

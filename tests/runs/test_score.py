@@ -114,7 +114,7 @@ def test_parts_by_module_add_up(name, unit_norm, tmp_path) -> None:
     np.testing.assert_allclose(scores[2:5, 1], expected[2:5, 1], **tolerance)
     np.testing.assert_allclose(sum(np.asarray(scores.part(m)[:]) for m in scores.modules), expected, **tolerance)
     assert scores.topk(2).rows[:, 0].tolist() == expected.argmax(0).tolist()
-    with pytest.raises(fa.FuncattribError, match="expected a module of the scores"):
+    with pytest.raises(fa.FuncattribError, match="the scores have no module 'nothing'"):
         scores.part("nothing")
 
 
@@ -157,9 +157,9 @@ def test_the_best_alone_are_kept(tmp_path) -> None:
     assert [table["example_row"][0] if "example_row" in table else table["id"][0]] == [f"1-{order[0, 0]}"]
     assert best.example(int(order[1, 0]))["id"] == f"1-{order[1, 0]}"
     assert not list((tmp_path / "out" / "shards").iterdir())
-    with pytest.raises(fa.FuncattribError, match="best 3 of each query alone"):
+    with pytest.raises(fa.FuncattribError, match="has the best 3 scores of each query only"):
         best[0]
-    with pytest.raises(fa.FuncattribError, match="found 4"):
+    with pytest.raises(fa.FuncattribError, match="only the best 3 rows of each query were kept, and 4 were asked for"):
         best.topk(4)
 
 
@@ -206,10 +206,10 @@ def test_an_interrupted_pass_is_continued(top_k, tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("other", "found"),
     [
-        ({"projection_dim": 5}, r"same chain as the training gradients.*project\(.*k=4"),
-        ({"seed": 1}, "same chain"),
-        ({"normalizer": "adafactor"}, "same chain"),
-        ({"modules": ["*.mlp.*"]}, "same leaves"),
+        ({"projection_dim": 5}, r"differ in their chain: .*project\(.*k=4"),
+        ({"seed": 1}, "differ in their chain"),
+        ({"normalizer": "adafactor"}, "differ in their chain"),
+        ({"modules": ["*.mlp.*"]}, "differ in their leaves"),
     ],
 )
 def test_queries_of_another_kind_are_refused(other, found, tmp_path) -> None:
@@ -223,15 +223,15 @@ def test_queries_of_another_kind_are_refused(other, found, tmp_path) -> None:
 def test_queries_of_another_model_or_state_are_refused(tmp_path) -> None:
     settings = {**COMMON, **CHAINS["adafactor"]}
     collect_gradients(cases.causal("gpt2"), QUERY, path=tmp_path / "gpt2", **settings)
-    with pytest.raises(fa.FuncattribError, match="same model"):
+    with pytest.raises(fa.FuncattribError, match="training gradients differ in their model"):
         score_gradients(cases.causal("llama"), TRAIN, path=tmp_path / "a", queries=tmp_path / "gpt2", **settings)
     for name, data in (("one", QUERY), ("two", TRAIN)):
         collect_gradients(cases.causal("llama"), data, path=tmp_path / name, **settings)
-    with pytest.raises(fa.FuncattribError, match="same fitted state"):
+    with pytest.raises(fa.FuncattribError, match="training gradients differ in their fitted state"):
         score_gradients(
             cases.causal("llama"), TRAIN, path=tmp_path / "b", queries=[tmp_path / "one", tmp_path / "two"], **settings
         )
-    with pytest.raises(fa.FuncattribError, match="same fitted state"):
+    with pytest.raises(fa.FuncattribError, match="training gradients differ in their fitted state"):
         score_gradients(
             cases.causal("llama"),
             TRAIN,
@@ -304,5 +304,8 @@ def test_unfinished_scores_are_not_opened(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(work, "rows_of", stop)
     with pytest.raises(KeyboardInterrupt):
         score_gradients(model, TRAIN, path=tmp_path / "out", query_data=QUERY, **settings)
-    with pytest.raises(fa.StoreError, match="an interrupted run"), pytest.warns(UserWarning, match="unfinished|rows"):
+    with (
+        pytest.raises(fa.StoreError, match="are unfinished; run the same command again"),
+        pytest.warns(UserWarning, match="unfinished|rows"),
+    ):
         fa.open_scores(tmp_path / "out")

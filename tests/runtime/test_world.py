@@ -90,7 +90,7 @@ def test_a_lost_connection_is_said_in_words() -> None:
             raise RuntimeError("Connection was likely closed")
 
     world = World(0, 2, 0, KeyValueStore(Gone()))
-    with pytest.raises(FuncattribError, match="found the connection to them lost"):
+    with pytest.raises(FuncattribError, match="the connection to the other processes of this run was lost"):
         world.barrier()
     assert world.report_failure("any")
 

@@ -70,10 +70,10 @@ def test_a_shard_that_changes_after_opening_is_found_on_reading(tmp_path: Path) 
     good = file.read_bytes()
     for content, found in (
         (good[:-4], "expected 4,224 bytes"),
-        (b"", "expected the rows"),
+        (b"", "cannot be read as the rows of a shard"),
         (good.replace(b"(16, 64)", b"(64, 16)"), "of shape"),
         (good.replace(b"<f4", b"|O8"), "object of shape"),
-        (pickle.dumps(np.zeros(3)), "expected the rows"),
+        (pickle.dumps(np.zeros(3)), "cannot be read as the rows of a shard: the magic string"),
     ):
         file.write_bytes(content)
         with pytest.raises(StoreError, match=found):
@@ -97,15 +97,15 @@ def test_a_manifest_cannot_point_outside_its_folder(tmp_path: Path) -> None:
 
 
 def test_what_is_no_store_says_so(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="found nothing there; build one"):
+    with pytest.raises(StoreError, match="none is not a store: it does not exist; build one"):
         open_store(tmp_path / "none")
-    with pytest.raises(StoreError, match=r"found no manifest\.json in it"):
+    with pytest.raises(StoreError, match=r"is not a store: it has no manifest\.json"):
         open_store(tmp_path)
     for text, found in (
-        ("{", "expected JSON"),
-        ("[]", "the manifest of something else"),
-        ('{"name": "app", "icons": []}', "the manifest of something else"),
-        ("\xff", "expected JSON"),
+        ("{", "not valid JSON"),
+        ("[]", "not the manifest of a store"),
+        ('{"name": "app", "icons": []}', "not the manifest of a store"),
+        ("\xff", "not valid JSON"),
     ):
         (tmp_path / "manifest.json").write_text(text)
         for use in (open_store, verify, lambda path: create_store(path, manifest(), overwrite=True)):
@@ -122,9 +122,11 @@ def test_a_folder_of_something_else_is_never_written_to(tmp_path: Path, overwrit
     (tmp_path / "shards/00000.npy").write_bytes(b"mine")
     (tmp_path / "letter.txt").write_text("dear")
     before = contents(tmp_path)
-    with pytest.raises(StoreError, match=r"found letter.txt and 1 more and no manifest.json\nchoose another RUN"):
+    with pytest.raises(
+        StoreError, match=r"is no store: it has letter.txt and 1 more and no manifest.json\nchoose another RUN"
+    ):
         create_store(tmp_path, manifest(), overwrite=overwrite)
-    with pytest.raises(StoreError, match=r"expected a folder at .* found a file"):
+    with pytest.raises(StoreError, match=r"letter.txt is a file; choose another folder"):
         create_store(tmp_path / "letter.txt", manifest(), overwrite=overwrite)
     with pytest.raises(StoreError, match="Not a directory"):
         create_store(tmp_path / "letter.txt/run", manifest(), overwrite=overwrite)
@@ -151,7 +153,7 @@ def test_a_field_of_a_later_release_is_passed_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "found"),
     [
-        ("leaves", [], "at least one leaf"),
+        ("leaves", [], "the rows have no leaves"),
         ("leaves", [{"name": "a", "shape": [4], "start": 1, "stop": 5}], "gaps"),
         ("leaves", [{"name": "a", "shape": [4]}], "damaged at 'start'"),
         ("dtype", "float8", "expected a store dtype"),

@@ -30,7 +30,7 @@ def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
     process = start(tmp_path / "run", "--limit-after", "2")
     _, message = process.communicate()
     assert process.returncode == 2, message  # and not killed by SIGXFSZ
-    assert "shards/00002.npy, found that it passes the file-size limit\nraise it (ulimit -f), then run" in message
+    assert "shards/00002.npy cannot be written: it exceeds the file-size limit\nraise the limit (ulimit -f)" in message
     assert "Traceback" not in message
     assert not list((tmp_path / "run").rglob("*.tmp"))
     with pytest.warns(UserWarning, match="32 of 70 rows"):
@@ -56,7 +56,12 @@ def test_a_full_disk(tmp_path: Path) -> None:
     """
     run = subprocess.run([*NAMESPACE, "sh", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert run.stderr.count("found the disk full (0.0 MB free)\nfree some space, then run the same command again") == 2
+    assert (
+        run.stderr.count(
+            "cannot be written: the disk is full (0.0 MB free)\nfree some space, then run the same command again"
+        )
+        == 2
+    )
     assert "Traceback" not in run.stderr
     assert contents(tmp_path / "run") == contents(whole)
 
@@ -72,5 +77,5 @@ with create_store({str(tmp_path / "run")!r}, manifest()) as writer:
 """
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 1
-    assert "state.safetensors, found that it passes the file-size limit\nraise it (ulimit -f), then run" in run.stderr
+    assert "state.safetensors cannot be written: it exceeds the file-size limit\nraise the limit" in run.stderr
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["examples", "manifest.json", "shards"]

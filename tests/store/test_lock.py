@@ -22,7 +22,7 @@ def test_a_second_writer_is_refused_while_the_first_lives(tmp_path: Path) -> Non
     assert process.stdout
     assert process.stdout.readline() == "ready\n"
     for overwrite in (False, True):
-        with pytest.raises(StoreError, match=rf"no other writer of .*run, found process {process.pid} on .*\nwait for"):
+        with pytest.raises(StoreError, match=rf"run is being written by process {process.pid} on .*\nwait for"):
             create_store(tmp_path / "run", manifest(), overwrite=overwrite)
     with pytest.warns(UserWarning, match="unfinished"):
         open_store(tmp_path / "run")  # reading needs no lock
@@ -35,7 +35,7 @@ def test_a_second_writer_is_refused_while_the_first_lives(tmp_path: Path) -> Non
 
 def test_a_second_writer_in_the_same_process(tmp_path: Path) -> None:
     with create_store(tmp_path / "run", manifest()):
-        with pytest.raises(StoreError, match="found this process"):
+        with pytest.raises(StoreError, match="is being written by this process"):
             create_store(tmp_path / "run", manifest())
         assert (tmp_path / "run/lock").exists()
     create_store(tmp_path / "run", manifest()).close()

@@ -79,5 +79,5 @@ def test_sft_with_joined_examples_is_refused(tmp_path: Path, settings: dict) -> 
         trainer = sft(tmp_path, callback(tmp_path), **settings)
     except (ImportError, ValueError) as error:  # TRL itself may ask for an attention that is not here
         pytest.skip(str(error))
-    with pytest.raises(fa.FuncattribError, match="not told apart"):
+    with pytest.raises(fa.FuncattribError, match="whose gradients cannot be separated"):
         fa.prepare_for_gradient_collection(trainer)

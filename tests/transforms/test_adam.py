@@ -95,9 +95,9 @@ def test_given_moments_need_no_pass_and_are_not_settings(normalise) -> None:
     described = json.loads(json.dumps(fa.compose(stage).describe()))
     assert described == fa.compose(normalise).describe()
     for moments, message in [
-        ({"w": torch.ones(3, 4)}, "needs moments of b, found none"),
-        ({"w": torch.ones(4, 3), "b": torch.ones(3)}, r"needs moments of w for shape \(3, 4\), found shape \(4, 3\)"),
-        ({"w": (torch.ones(3), torch.ones(3)), "b": torch.ones(3)}, r"found shape \(3, 3\)"),
+        ({"w": torch.ones(3, 4)}, "has no moments for b"),
+        ({"w": torch.ones(4, 3), "b": torch.ones(3)}, r"expected moments of w of shape \(3, 4\), found \(4, 3\)"),
+        ({"w": (torch.ones(3), torch.ones(3)), "b": torch.ones(3)}, r"of shape \(3, 4\), found \(3, 3\)"),
     ]:
         with pytest.raises(ChainError, match=message):
             fa.compose(normalise(moments)).init(SPEC)

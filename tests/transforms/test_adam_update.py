@@ -82,10 +82,10 @@ def test_states_that_do_not_fit_are_refused(tmp_path) -> None:
     name = next(iter(params))
     without = {key: state for key, state in states.items() if key != name}
     small = states | {name: AdamState(torch.zeros(2), torch.zeros(2), 1)}
-    for given, found in ((without, "found none for it"), (small, r"found shape \(2,\)")):
+    for given, found in ((without, f"has no Adam moments for {name}"), (small, r"found \(2,\)")):
         with pytest.raises(fa.ChainError, match=found):
             fa.compose(fa.per_example_grad, adam_update(given))(loss, params, BATCH)
-    with pytest.raises(fa.ChainError, match="expected a linear map"):
+    with pytest.raises(fa.ChainError, match="must be a linear stage, and unit_norm is not"):
         adam_update(states, then=fa.unit_norm())
     with pytest.raises(fa.ChainError, match="joins or divides"):
         fa.compose(fa.per_example_grad, adam_update(states, then=fa.sketch(4)))(loss, params, BATCH)

@@ -37,7 +37,7 @@ def test_clip_takes_zeros_and_lengths_that_float32_cannot_square() -> None:
 
 @pytest.mark.parametrize("length", [0, -1.0, float("inf"), float("nan")])
 def test_lengths_that_are_none(length) -> None:
-    with pytest.raises(ChainError, match="positive length"):
+    with pytest.raises(ChainError, match="expected a positive, finite max_norm"):
         clip(length)
 
 

@@ -138,7 +138,7 @@ def test_trackstar_from_its_parts() -> None:
 
 REFUSED = {
     "k": (lambda: mix_grams(grams(0), grams(1), 0), "k of at least 1"),
-    "blocks": (lambda: mix_grams(grams(0), {"a": grams(0)["a"]}), "'b' in one alone"),
+    "blocks": (lambda: mix_grams(grams(0), {"a": grams(0)["a"]}), "the block 'b' is in one of the two"),
     "shapes": (lambda: mix_grams({"a": torch.eye(2)}, {"a": torch.eye(3)}), r"\(2, 2\) and \(3, 3\)"),
     "no such stage": (lambda: gram_matrices((None, {"w": torch.ones(1)})), "found 0"),
     "two stages": (lambda: gram_matrices(fa.compose(precondition, precondition).init(laws.MATRICES)[0]), "found 2"),

@@ -278,7 +278,7 @@ def test_attention_configs_names_what_it_knows() -> None:
         f"{prefix}.v_proj.weight": fa.AttentionConfig(2, 6),
         f"{prefix}.o_proj.weight": fa.AttentionConfig(4, 6, head_dim=1),
     }
-    with pytest.raises(fa.FuncattribError, match="attention modules in MambaForCausalLM, found none"):
+    with pytest.raises(fa.FuncattribError, match="MambaForCausalLM has no attention modules"):
         fa.attention_configs(cases.causal("mamba"))
 
 
@@ -300,15 +300,21 @@ def test_one_head_is_the_whole_weight() -> None:
 MATRIX = {"a.q_proj.weight": fa.Leaf((24, 8), torch.float32)}
 REFUSED = {
     "no match": (lambda: fa.split_heads({"k_proj": fa.AttentionConfig(4, 6)}), "splits none of the 1 leaves"),
-    "size": (lambda: fa.split_heads({"q_proj": fa.AttentionConfig(4, 5)}), r"needs 4 × 5 = 20 rows in a.q_proj.weight"),
+    "size": (
+        lambda: fa.split_heads({"q_proj": fa.AttentionConfig(4, 5)}),
+        r"expected 4 × 5 = 20 rows in a.q_proj.weight",
+    ),
     "fused": (lambda: fa.split_heads({"q_proj": fa.AttentionConfig(4, 2)}), "is for fused weights"),
     "columns": (lambda: fa.split_heads({"q_proj": fa.AttentionConfig(4, 6, 1)}), "24 columns .* found shape"),
     "axis": (lambda: fa.split_heads({"q_proj": fa.AttentionConfig(4, 6, 3)}), "head_dim 0"),
     "order": (lambda: fa.split_heads({"q_proj": fa.AttentionConfig(4, 6, order="v")}), "an order of 'head'"),
-    "heads": (lambda: fa.split_heads({"q_proj": fa.AttentionConfig(0, 6)}), "from 1"),
+    "heads": (
+        lambda: fa.split_heads({"q_proj": fa.AttentionConfig(0, 6)}),
+        "num_heads and head_size of at least 1, found 0 and 6",
+    ),
     "twice": (
         lambda: fa.compose(*[fa.split_heads({"q_proj*": fa.AttentionConfig(4, 6)})] * 2),
-        r"stage 2 \(split_heads\) needs whole matrices .* is one part",
+        r"stage 2 \(split_heads\) requires whole matrices .* is one part",
     ),
 }
 

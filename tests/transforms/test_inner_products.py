@@ -149,10 +149,13 @@ def test_the_nearest_query_decides() -> None:
 @pytest.mark.parametrize(
     ("queries", "found"),
     [
-        ({"a": torch.ones(2, 3)}, "none for b"),
-        ({"a": torch.ones(2, 3), "b": torch.ones(2, 4), "c": torch.ones(2, 1)}, "found c beside them"),
+        ({"a": torch.ones(2, 3)}, "no query gradient for b"),
+        (
+            {"a": torch.ones(2, 3), "b": torch.ones(2, 4), "c": torch.ones(2, 1)},
+            "a query gradient for c, which is none of",
+        ),
         ({"a": torch.ones(2, 3), "b": torch.ones(2, 5)}, r"b of shape \(4,\), found \(5,\)"),
-        ({"a": torch.ones(2, 3), "b": torch.ones(1, 4)}, r"as many queries for every leaf, found \[1, 2\]"),
+        ({"a": torch.ones(2, 3), "b": torch.ones(1, 4)}, r"equally many queries for every leaf, found \[1, 2\]"),
     ],
 )
 def test_queries_that_do_not_fit_are_refused(queries, found) -> None:

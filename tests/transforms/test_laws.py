@@ -176,16 +176,16 @@ def test_one_pass_per_fitted_stage() -> None:
 
 
 REFUSED = {
-    "a source in second place": (lambda: fa.compose(fa.unit_norm, fa.per_example_grad), "source first"),
+    "a source in second place": (lambda: fa.compose(fa.unit_norm, fa.per_example_grad), "must be the first stage"),
     "no stage": (lambda: fa.compose(fa.per_example_grad, 3), "stage 2, found int"),
     "k": (lambda: fa.project(0), "at least 1"),
     "kind": (lambda: fa.project(3, kind="sparse"), "found 'sparse'"),
     "dtype": (lambda: fa.cast("int3"), "float16, bfloat16, float32"),
     "select nothing": (lambda: chain_on(fa.select("nothing")), r"stage 1 \(select\) selects none"),
-    "no batches": (lambda: fit_on([]), "found none"),
+    "no batches": (lambda: fit_on([]), "no example has a finite loss"),
     "one-shot": (lambda: fit_on(iter([cases.batch()])), "one-shot iterator"),
-    "unfitted": (lambda: chain_on(fa.adafactor_norm()), "expected a fitted state for adafactor_norm"),
-    "moments missing": (lambda: chain_on(fa.adafactor_norm({})), "needs moments of"),
+    "unfitted": (lambda: chain_on(fa.adafactor_norm()), "adafactor_norm must be fitted"),
+    "moments missing": (lambda: chain_on(fa.adafactor_norm({})), "has no moments for"),
     "a scalar": (lambda: fa.compose(fa.project(2)).init({"w": fa.Leaf((), torch.float32)}), "w is a scalar"),
     "no stack": (lambda: chain_on(fa.split_experts()), "stack of experts"),
 }

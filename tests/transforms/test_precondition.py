@@ -259,18 +259,21 @@ REFUSED = {
     "a parameter's name": (lambda: init(precondition(groups={"b.bias": "a.*"})), "b.bias belongs to"),
     "too wide": (
         lambda: init(precondition(), {"w": fa.Leaf((256, 1024), torch.float32)}),
-        "w has 262144; put project before it",
+        "found 262144 in w; put project before it",
     ),
-    "missing": (lambda: init(precondition(gram={"a.weight": torch.eye(12)})), "Gram matrix of b.weight, found none"),
+    "missing": (lambda: init(precondition(gram={"a.weight": torch.eye(12)})), "has no Gram matrix for b.weight"),
     "side": (
         lambda: init(precondition(gram={n: torch.eye(10) for n in DOUBLE})),
         r"of a.weight of side 12, found \(10, 10\)",
     ),
     "not square": (lambda: precondition(gram={"w": torch.ones(2, 3)}), "square"),
-    "not finite": (lambda: precondition(gram={"w": torch.full((2, 2), torch.nan)}), "NaN in w"),
+    "not finite": (
+        lambda: precondition(gram={"w": torch.full((2, 2), torch.nan)}),
+        "the gradients of w are NaN or infinite",
+    ),
     "gradients not finite": (
         lambda: laws.fitted(precondition(), [{n: v * torch.inf for n, v in rows(2).items()}], DOUBLE),
-        "NaN in a.weight",
+        "the gradients of a.weight are NaN or infinite",
     ),
 }
 

@@ -135,5 +135,5 @@ def test_the_same_on_a_gpu() -> None:
 
 @pytest.mark.parametrize("settings", [{"k": 0}, {"k": 5, "sparsity": 2}, {"k": 4, "sparsity": 0}])
 def test_refused(settings: dict) -> None:
-    with pytest.raises(ChainError, match="blocks of equal height"):
+    with pytest.raises(ChainError, match="k divisible by sparsity"):
         fa.sketch(**settings)

@@ -132,7 +132,7 @@ def test_queries(
     monkeypatch.setattr("sys.stdin", io.StringIO(sharded_run.ASKED))
     alone = funcattrib(*sharded_run.words("query", folders[2], tmp_path))
     assert alone.code == 0
-    assert alone.err.count("expected a query with a gradient, found zeros") == 1
+    assert alone.err.count("the query's gradient is zero") == 1
     expected = list(csv.DictReader((tmp_path / "query.csv").open()))
     assert [hit["query"] for hit in expected] == ["w1 w2 w3"] * 5 + ["w5 w6 w7 w8"] * 5
     for size, folder in folders.items():
@@ -196,13 +196,13 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
         assert str(caught.value).count("\n") <= 1
 
     cases.causal("gpt_neox").gpt_neox.save_pretrained(tmp_path / "body")
-    refused("body", "expected every weight of GPTNeoXForCausalLM in .*, found 1 missing, among them lm_head.weight")
+    refused("body", "body lacks 1 weights of GPTNeoXForCausalLM, among them lm_head.weight")
     folder = tiny.save_model(tmp_path / "wide", "llama")
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"intermediate_size": 40', '"intermediate_size": 44'))
     refused("wide", r"of shape \(44, 24\) in the checkpoint, found \(40, 24\)")
     (tiny.save_model(tmp_path / "empty") / "model.safetensors").unlink()
-    refused("empty", "found none that loads")
+    refused("empty", "the model .* cannot be loaded")
 
 
 def test_flags(funcattrib, model_folder: Path, tmp_path: Path) -> None:

@@ -162,22 +162,22 @@ def test_a_document_that_cannot_fit_ends_all(tmp_path: Path, models: Path) -> No
 def test_an_order_that_differs_is_noticed(tmp_path: Path, models: Path) -> None:
     (first, out), (second, err) = ended("another_order", tmp_path, models)
     assert (first, second) == (2, 2), out + err
-    assert "expected every batch to use the model's weights in one order" in err
-    assert "expected the other processes of this run, found the connection to them lost" in out
+    assert "this batch uses the model's weights in another order than earlier ones" in err
+    assert "the connection to the other processes of this run was lost" in out
 
 
 def test_a_killed_rank_is_noticed(tmp_path: Path, models: Path) -> None:
     (first, out), (second, _) = ended("killed", tmp_path, models)
     assert (first, second) == (2, -9), out
-    assert "expected the other processes of this run, found the connection to them lost" in out
+    assert "the connection to the other processes of this run was lost" in out
 
 
 def test_memory_for_nothing(tmp_path: Path, models: Path) -> None:
     """Not even the order can be learnt."""
     (first, out), (second, err) = ended("unlearned", tmp_path, models)
     assert (first, second) == (2, 2), out + err
-    assert "expected memory for the shortest document and two weights, found too little on one of" in err
-    assert "found the connection to them lost" in out
+    assert "the shortest document and two weights do not fit in the memory of one process" in err
+    assert "the connection to the other processes of this run was lost" in out
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")

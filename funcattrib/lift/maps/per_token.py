@@ -92,8 +92,8 @@ def _alone(x: Tensor) -> Tensor:
     return x.flatten(0, 1).unsqueeze(1)
 
 
-def _refused(found: str) -> ChainError:
+def _refused(wrong: str) -> ChainError:
     return ChainError(
-        f"expected parameters that are used once at each token, found that {found}; "
-        "leave it out (modules, exclude), or read whole examples with per_example_grad"
+        f"per-token gradients require parameters that are used once at each token, and {wrong}; "
+        "leave it out (modules, exclude), or compute whole examples with per_example_grad"
     )

@@ -43,8 +43,8 @@ def _in_order(x: Tensor, leaf: Lifted) -> int:
     examples = leaf.theta.shape[0]
     if examples > 1 and (not leaf.tokens or x.shape[0] % (examples * leaf.tokens)):
         raise ChainError(
-            f"expected the tokens of {examples} examples of equal length for attributed experts, found {x.shape[0]} of "
-            f"them ({leaf.tokens} a row of the input); leave the experts out, or collect with per_example_grad"
+            f"expected the tokens of {examples} examples of equal length for attributed experts, found {x.shape[0]} "
+            f"tokens ({leaf.tokens} per row of the input); leave the experts out, or collect with per_example_grad"
         )
     return examples
 
