@@ -106,7 +106,9 @@ def writing(model: torch.nn.Module, rows: list[dict[str, list[int]]], count: int
             store.finish()
         writer.write_shard = timed
         start = time.perf_counter()
-        fa.score_gradients(model, rows, path=f"{folder}/out", queries=f"{folder}/queries", quiet=True, dtype="float32")
+        fa.score_gradients(
+            model, rows, path=f"{folder}/out", query_stores=f"{folder}/queries", quiet=True, dtype="float32"
+        )
         whole = time.perf_counter() - start
         writer.write_shard = write_shard
     return {

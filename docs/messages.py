@@ -8,8 +8,12 @@ import itertools
 import re
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
+
+from funcattrib.cli.flags import setting_names, with_flags
+from funcattrib.cli.main import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/troubleshooting.md"
@@ -35,10 +39,17 @@ def messages() -> tuple[Message, ...]:
     found: dict[str, Message] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         for line, text in _Source(ast.parse(path.read_text(encoding="utf-8"))).texts():
-            text = re.sub(r"%(?:\.\d+)?[sd]", HOLE, text)
+            text = with_flags(re.sub(r"%(?:\.\d+)?[sd]", HOLE, text), _settings())
             if re.search("[a-z]", text):
                 found.setdefault(text, Message(str(path.relative_to(PACKAGE)), line, text))
     return tuple(found.values())
+
+
+@cache
+def _settings() -> frozenset[str]:
+    """Return the names of all commands' settings, which messages name by their flags."""
+    runs = [import_module(command.module).run for command in COMMANDS.values()]
+    return frozenset(name for run in runs for name in setting_names(get_type_hints(run)["config"]))
 
 
 class _Source:
@@ -55,6 +66,9 @@ class _Source:
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Call) and node.args and _called(node) in MADE_BY:
                 yield from ((node.lineno, text) for text in self.literals(node.args[0]))
+            elif isinstance(node, ast.Call) and _called(node) == "refuse":  # a table of (condition, message)
+                rules = [rule.elts[1] for rule in node.args if isinstance(rule, ast.Tuple)]
+                yield from ((rule.lineno, text) for rule in rules for text in self.literals(rule))
             elif isinstance(node, ast.Constant | ast.JoinedStr | ast.BinOp) and not isinstance(
                 self.parents.get(node), ast.JoinedStr | ast.BinOp
             ):

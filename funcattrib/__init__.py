@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from funcattrib.chain.transform import Transform as Transform
     from funcattrib.checkpoints.adam_state import adam_state as adam_state
     from funcattrib.checkpoints.optimizer_state import optimizer_state as optimizer_state
+    from funcattrib.data import Columns as Columns
     from funcattrib.errors import ChainError as ChainError
     from funcattrib.errors import DataError as DataError
     from funcattrib.errors import FuncattribError as FuncattribError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from funcattrib.losses.causal_lm import causal_lm_loss as causal_lm_loss
     from funcattrib.models.attention import attention_configs as attention_configs
     from funcattrib.models.functional import functionalize as functionalize
+    from funcattrib.models.loading import LoadOptions as LoadOptions
     from funcattrib.query.attributor import Attributor as Attributor
     from funcattrib.query.faiss_index import FaissConfig as FaissConfig
     from funcattrib.recipes.less import less as less
@@ -32,8 +34,12 @@ if TYPE_CHECKING:
     from funcattrib.recipes.trak import trak as trak
     from funcattrib.runs.collect import collect_gradients as collect_gradients
     from funcattrib.runs.collect import fit_chain as fit_chain
+    from funcattrib.runs.config import FittedConfig as FittedConfig
+    from funcattrib.runs.config import GradientConfig as GradientConfig
+    from funcattrib.runs.config import RowConfig as RowConfig
     from funcattrib.runs.reduce import reduce_gradients as reduce_gradients
     from funcattrib.runs.score import score_gradients as score_gradients
+    from funcattrib.runs.settings import Source as Source
     from funcattrib.scores import open_scores as open_scores
     from funcattrib.store import open_store as open_store
     from funcattrib.training import GradientCollector as GradientCollector
@@ -78,19 +84,23 @@ _EXPORTS = {
     "ChainError": "errors",
     "clip": "transforms",
     "collect_gradients": "runs.collect",
+    "Columns": "data",
     "compose": "chain.chain",
     "DataError": "errors",
     "FaissConfig": "query.faiss_index",
     "fit_chain": "runs.collect",
+    "FittedConfig": "runs.config",
     "FuncattribError": "errors",
     "functionalize": "models.functional",
     "GradientCollector": "training",
     "GradientCollectorCallback": "training",
+    "GradientConfig": "runs.config",
     "Grads": "types",
     "gram_matrices": "transforms.gram",
     "inner_products": "transforms",
     "Leaf": "types",
     "less": "recipes.less",
+    "LoadOptions": "models.loading",
     "max_score": "transforms",
     "mix_grams": "transforms.mixed_gram",
     "open_scores": "scores",
@@ -102,10 +112,12 @@ _EXPORTS = {
     "prepare_for_gradient_collection": "training",
     "project": "transforms",
     "reduce_gradients": "runs.reduce",
+    "RowConfig": "runs.config",
     "score_gradients": "runs.score",
     "select": "transforms",
     "self_influence": "transforms",
     "sketch": "transforms",
+    "Source": "runs.settings",
     "Spec": "types",
     "split_experts": "transforms",
     "split_heads": "transforms",

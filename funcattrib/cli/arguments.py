@@ -3,11 +3,12 @@
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
 from funcattrib.cli.config_file import load_defaults
+from funcattrib.cli.flags import setting_names, with_flags
 from funcattrib.errors import FuncattribError
 
 Config = TypeVar("Config")
@@ -38,10 +39,11 @@ def parse(config_type: type[Config], args: Sequence[str], *, command: str) -> Co
     prog = f"funcattrib {command}"
     description = "\n\n".join([_description(config_type), _CONFIG_HELP])
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.PositionalMetavarFromFieldName)
-    if file is None:
-        return tyro.cli(config_type, args=args, prog=prog, description=description, config=config)
-    defaults = load_defaults(config_type, file, command=command)
-    return tyro.cli(config_type, args=args, prog=prog, description=description, config=config, default=defaults)
+    given: dict[str, Any] = {} if file is None else {"default": load_defaults(config_type, file, command=command)}
+    try:
+        return tyro.cli(config_type, args=args, prog=prog, description=description, config=config, **given)
+    except FuncattribError as error:  # of a dataclass's own check
+        raise FuncattribError(with_flags(str(error), setting_names(config_type))) from error
 
 
 def _description(config_type: type) -> str:

@@ -1,14 +1,12 @@
 """``funcattrib build``: per-example gradients of a data set into a store."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from funcattrib.cli.config_file import settings
 from funcattrib.cli.output import print_store, reports_on_stderr
-from funcattrib.cli.settings import DataConfig, ModelConfig
+from funcattrib.cli.settings import DataConfig, ModelConfig, RunConfig
 from funcattrib.runs.config import GradientConfig
 
 
@@ -19,8 +17,7 @@ class Build:
     The same command continues a run that was interrupted.
     """
 
-    run: tyro.conf.Positional[Path]
-    """The folder to write."""
+    output: RunConfig
     model: ModelConfig
     data: DataConfig
     gradients: GradientConfig = field(default_factory=GradientConfig)
@@ -28,11 +25,9 @@ class Build:
     """A fitted state, of `funcattrib fit`; by default the normalizer is fitted here."""
     granularity: Literal["example", "token"] = "example"
     """A row an example, or a row a token; an example's token rows add up to its gradient."""
-    overwrite: bool = False
-    """Start over where RUN holds another run."""
 
 
-@reports_on_stderr()
+@reports_on_stderr
 def run(config: Build) -> int | None:
     """Build the store and say what it holds."""
     from funcattrib.cli.load import load_from, source_of
@@ -42,13 +37,13 @@ def run(config: Build) -> int | None:
     store = collect_gradients(
         loaded.model,
         config.data.dataset,
-        path=config.run,
+        path=config.output.run,
         state=config.state,
         granularity=config.granularity,
-        overwrite=config.overwrite,
-        config=settings(replace(config, overwrite=False), command="build"),  # a replay must not wipe what it made
-        **source_of(loaded, config.data),
-        **asdict(config.gradients),
+        source=source_of(loaded, config.data),
+        gradients=config.gradients,
+        overwrite=config.output.overwrite,
+        config=settings(config, command="build"),
     )
     print_store(store)
     return None

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from funcattrib.cli.flags import setting_names, with_flags
 from funcattrib.cli.output import reports_on_stderr
 from funcattrib.cli.settings import ModelConfig
 
@@ -22,7 +23,7 @@ class Check:
     """Lengths in tokens of the documents in the batch."""
 
 
-@reports_on_stderr()
+@reports_on_stderr
 def run(config: Check) -> int | None:
     """Print the differences; 1 where rows depend on their batch."""
     from funcattrib.cli.load import load_from
@@ -31,5 +32,5 @@ def run(config: Check) -> int | None:
     loaded = load_from(config.model)
     verdict = check_model(loaded.model, config.lengths, config.projection_dim, config.modules or None)
     for line in verdict.lines():
-        print(line)
+        print(with_flags(line, setting_names(Check)))
     return None if verdict.passed else 1

@@ -22,6 +22,8 @@ from funcattrib.errors import FuncattribError
 
 Config = TypeVar("Config")
 
+_NOT_REPEATED = {"overwrite": False}  # to repeat a run must not wipe it
+
 
 def settings(config: object, *, command: str) -> dict[str, Any]:
     """Return every setting of a configuration, its groups flattened, as plain YAML values.
@@ -31,7 +33,7 @@ def settings(config: object, *, command: str) -> dict[str, Any]:
         command: The command's name.
 
     Returns:
-        `{"command": command, field: value, …}`; paths are strings and tuples lists.
+        `{"command": command, field: value, …}`; paths are strings and tuples lists, and `overwrite` is false.
 
     Raises:
         ValueError: Two groups have a field of the same name (a mistake in the dataclass).
@@ -52,7 +54,7 @@ def settings(config: object, *, command: str) -> dict[str, Any]:
         if name in flat:
             raise ValueError(f"two settings of {type(config).__name__} are named {name!r}")
         flat[name] = _plain(value)
-    return flat
+    return {**flat, **{name: value for name, value in _NOT_REPEATED.items() if name in flat}}
 
 
 def load_defaults(config_type: type[Config], path: Path, *, command: str) -> Config:

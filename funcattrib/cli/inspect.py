@@ -13,14 +13,14 @@ class Inspect:
     """Say what RUN holds, and whether it is whole."""
 
     run: tyro.conf.Positional[Path]
-    """The folder that build wrote."""
+    """The run's folder."""
     verify: bool = False
     """Also compare every file with its hash (reads the whole store)."""
     leaves: bool = False
     """Also list the leaves with their columns."""
 
 
-@reports_on_stderr()
+@reports_on_stderr
 def run(config: Inspect) -> int | None:
     """Print the manifest in words; 1 where --verify finds damage."""
     from funcattrib.store import open_store, verify

@@ -44,7 +44,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "fit": Command(
         "funcattrib.cli.fit",
-        "Fit the statistics of a chain of transforms and keep them in OUT.",
+        "Fit the statistics of a chain of transforms and keep them in RUN.",
         resumable=True,
         run_distributed=True,
     ),

@@ -15,16 +15,16 @@ class Merge:
     Each part is a folder that one machine wrote; together they hold every shard. The parts stay as they are.
     """
 
-    out: tyro.conf.Positional[Path]
-    """The folder to write: a new one, or one of the parts."""
+    run: tyro.conf.Positional[Path]
+    """The run's folder: a new one, or one of the parts."""
     parts: tyro.conf.Positional[tuple[Path, ...]]
     """The parts' folders."""
 
 
-@reports_on_stderr()
+@reports_on_stderr
 def run(config: Merge) -> int | None:
     """Join the parts and say what the store holds."""
     from funcattrib.store import merge_stores
 
-    print_store(merge_stores(config.out, config.parts))
+    print_store(merge_stores(config.run, config.parts))
     return None

@@ -15,7 +15,7 @@ from funcattrib.runtime.world import init_distributed
 from funcattrib.store.create import LOGS, PARTS
 from funcattrib.store.manifest import FILE
 
-_COLLECTIVE_TIMEOUT = 10.0  # seconds
+_EXIT_GRACE_SECONDS = 10.0  # seconds
 
 
 def run_distributed(run: Callable[[Any], int | None], config: Any) -> int:
@@ -23,7 +23,8 @@ def run_distributed(run: Callable[[Any], int | None], config: Any) -> int:
 
     Of one error that all of them meet, the first alone reports. Where it came before anything began, no file remains.
     """
-    folder = getattr(config, "run", None) or getattr(config, "out", None)
+    output = getattr(config, "output", None)
+    folder = None if output is None else output.run
     missing = [] if folder is None else [each for each in (Path(folder), *Path(folder).parents) if not each.exists()]
     with init_distributed() as world, ExitStack() as apart:
         if world.is_rank_zero:
@@ -67,7 +68,7 @@ def rank_zero_reports() -> Iterator[None]:
         except (FuncattribError, SystemExit) as error:
             if isinstance(error, SystemExit) and not error.code:
                 raise
-            time.sleep(_COLLECTIVE_TIMEOUT)  # torchrun ends all when one has ended: rank 0 speaks first
+            time.sleep(_EXIT_GRACE_SECONDS)  # torchrun ends all when one has ended: rank 0 speaks first
             raise SystemExit(2) from None
 
 

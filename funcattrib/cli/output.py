@@ -3,19 +3,40 @@
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from funcattrib.cli.flags import setting_names, with_flags
+from funcattrib.errors import FuncattribError
 
 if TYPE_CHECKING:
     from funcattrib.store import GradientStore
 
+Config = TypeVar("Config")
+
+
+def reports_on_stderr(run: Callable[[Config], int | None]) -> Callable[[Config], int | None]:
+    """Print the library's reports (INFO and above) and warnings on stderr; settings are named by their flags."""
+
+    @wraps(run)
+    def reported(config: Config) -> int | None:
+        names = setting_names(type(config))
+        with _library_on_stderr(names):
+            try:
+                return run(config)
+            except FuncattribError as error:
+                raise type(error)(with_flags(str(error), names)) from error
+
+    return reported
+
 
 @contextmanager
-def reports_on_stderr() -> Iterator[None]:
-    """Print the library's reports (INFO and above) and warnings on stderr, as plain lines."""
+def _library_on_stderr(names: Collection[str]) -> Iterator[None]:
     library = logging.getLogger("funcattrib")
     handler, level = logging.StreamHandler(sys.stderr), library.level
+    handler.setFormatter(_Flags(names))
     library.addHandler(handler)
     library.setLevel(logging.INFO)
     try:
@@ -25,6 +46,17 @@ def reports_on_stderr() -> Iterator[None]:
     finally:
         library.removeHandler(handler)
         library.setLevel(level)
+
+
+class _Flags(logging.Formatter):
+    """Plain lines in which a command's settings are its flags."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def format(self, record: logging.LogRecord) -> str:
+        return with_flags(super().format(record), self.names)
 
 
 def print_store(store: "GradientStore") -> None:

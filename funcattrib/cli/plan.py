@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from funcattrib.cli.flags import setting_names, with_flags
 from funcattrib.cli.output import reports_on_stderr
 from funcattrib.errors import FuncattribError
 from funcattrib.runs.config import at_least
@@ -82,7 +83,7 @@ class Plan:
             )
 
 
-@reports_on_stderr()
+@reports_on_stderr
 def run(config: Plan) -> int | None:
     """Print the estimate."""
     from funcattrib.models.limits import own_context
@@ -118,5 +119,5 @@ def run(config: Plan) -> int | None:
         device=config.device,
     )
     for line in plan_lines(sizes, asked, machine):
-        print(line)
+        print(with_flags(line, setting_names(Plan)))
     return None

@@ -19,7 +19,7 @@ class Query:
     """
 
     index: Path
-    """The store that build wrote."""
+    """The folder of a run that build wrote."""
     model: str | None = None
     """The model that made the store; by default the one it names."""
     tokenizer: str | None = None
@@ -31,7 +31,7 @@ class Query:
     completion: str | None = None
     """Continuation of --text whose tokens alone count in the query's loss."""
     top_k: int = 5
-    """Number of examples to show."""
+    """Number of examples of each query that are found and shown, the best."""
     reverse: bool = False
     """Opponents (lowest scores) in place of proponents."""
     unit_norm: bool = False
@@ -60,7 +60,7 @@ class Query:
             raise FuncattribError("--completion requires --text")
 
 
-@reports_on_stderr()
+@reports_on_stderr
 def run(config: Query) -> int | None:
     """Answer --text, or the texts of a prompt loop."""
     from funcattrib.cli.load import shards_from

@@ -12,12 +12,12 @@ from funcattrib.errors import FuncattribError
 class Quickstart:
     """Train a tiny model on invented facts and ask where it has them from.
 
-    Nothing is downloaded. OUT gets the facts and the questions as jsonl, the model, and the gradient store, which
-    `funcattrib query --index OUT/store` searches.
+    Nothing is downloaded. RUN gets the facts and the questions as jsonl, the model, and the gradient store, which
+    `funcattrib query --index RUN/store` searches.
     """
 
-    out: tyro.conf.Positional[Path] = Path("runs/facts")
-    """The folder to write."""
+    run: tyro.conf.Positional[Path] = Path("runs/facts")
+    """The run's folder."""
     people: int = 40
     """Number of people to invent facts about."""
     epochs: int = 32
@@ -33,8 +33,8 @@ class Quickstart:
 
 
 def run(config: Quickstart) -> int | None:
-    """Write OUT, and print what was found."""
+    """Write RUN, and print what was found."""
     from funcattrib.recipes.quickstart import quickstart
 
-    quickstart(config.out, people=config.people, epochs=config.epochs, seed=config.seed)
+    quickstart(config.run, people=config.people, epochs=config.epochs, seed=config.seed)
     return None

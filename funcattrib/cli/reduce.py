@@ -1,14 +1,14 @@
 """``funcattrib reduce``: a data set's gradient as one query row."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from funcattrib.cli.config_file import settings
 from funcattrib.cli.output import print_store, reports_on_stderr
-from funcattrib.cli.settings import DataConfig, ModelConfig
+from funcattrib.cli.settings import DataConfig, ModelConfig, RunConfig
 from funcattrib.runs.config import GradientConfig
 
 
@@ -19,22 +19,19 @@ class Reduce:
     The same command continues a run that was interrupted.
     """
 
-    out: tyro.conf.Positional[Path]
-    """The folder to write."""
+    output: RunConfig
     model: ModelConfig
     data: DataConfig
     method: Literal["mean", "sum"] = "mean"
     """Mean or sum of the documents' gradients."""
-    unit_normalize: bool = False
+    unit_norm: Annotated[bool, tyro.conf.arg(aliases=["--unit-normalize"])] = False
     """Scale each document's gradient to unit length before it is added."""
     gradients: GradientConfig = field(default_factory=GradientConfig)
     state: Path | None = None
     """A fitted state, of `funcattrib fit` or a build; by default statistics are fitted here."""
-    overwrite: bool = False
-    """Start over where OUT holds another run."""
 
 
-@reports_on_stderr()
+@reports_on_stderr
 def run(config: Reduce) -> int | None:
     """Reduce, and say what the row holds."""
     from funcattrib.cli.load import load_from, source_of
@@ -44,14 +41,14 @@ def run(config: Reduce) -> int | None:
     store = reduce_gradients(
         loaded.model,
         config.data.dataset,
-        path=config.out,
+        path=config.output.run,
         method=config.method,
-        unit_normalize=config.unit_normalize,
+        unit_norm=config.unit_norm,
         state=config.state,
-        overwrite=config.overwrite,
-        config=settings(replace(config, overwrite=False), command="reduce"),
-        **source_of(loaded, config.data),
-        **asdict(config.gradients),
+        source=source_of(loaded, config.data),
+        gradients=config.gradients,
+        overwrite=config.output.overwrite,
+        config=settings(config, command="reduce"),
     )
     print_store(store)
     return None

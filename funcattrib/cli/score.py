@@ -1,6 +1,6 @@
 """``funcattrib score``: scores of a data set against query gradients, in one pass."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -8,7 +8,7 @@ import tyro
 
 from funcattrib.cli.config_file import settings
 from funcattrib.cli.output import reports_on_stderr
-from funcattrib.cli.settings import DataConfig, ModelConfig, QueryColumns
+from funcattrib.cli.settings import DataConfig, ModelConfig, QueryColumns, RunConfig
 from funcattrib.runs.config import GradientConfig, at_least
 
 
@@ -19,8 +19,7 @@ class Score:
     The same command continues a run that was interrupted.
     """
 
-    out: tyro.conf.Positional[Path]
-    """The folder to write."""
+    output: RunConfig
     model: ModelConfig
     data: DataConfig
     query_path: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
@@ -35,24 +34,22 @@ class Score:
     granularity: Literal["example", "module", "token"] = "example"
     """One score an example and query, or its parts by module (or head) or by token, which add up to it."""
     top_k: int | None = None
-    """Keep the best so many examples of each query, and no other scores."""
+    """Number of examples of each query that are kept, the best; by default the scores of all."""
     gradients: GradientConfig = field(default_factory=GradientConfig)
     state: Path | None = None
     """A fitted state; by default that of the queries, or one fitted here."""
-    overwrite: bool = False
-    """Start over where OUT holds another run."""
     show: int = 3
-    """Training examples to show for the first queries."""
+    """Number of training examples that are shown for the first queries."""
 
     def __post_init__(self) -> None:
         """Check what a type cannot say."""
         at_least(self, show=1, top_k=1)
 
 
-@reports_on_stderr()
+@reports_on_stderr
 def run(config: Score) -> int | None:
     """Score, and show the first queries' proponents."""
-    from funcattrib.cli.load import load_from, queries_of, source_of
+    from funcattrib.cli.load import load_from, query_columns, source_of
     from funcattrib.report.scores import scores_table
     from funcattrib.runs.score import score_gradients
 
@@ -60,19 +57,20 @@ def run(config: Score) -> int | None:
     scores = score_gradients(
         loaded.model,
         config.data.dataset,
-        path=config.out,
-        queries=config.query_path,
+        path=config.output.run,
+        query_stores=config.query_path,
         query_data=config.query_dataset,
+        query_columns=query_columns(config.data, config.queries),
+        query_split=config.queries.query_split,
         score=config.score,
         unit_norm=config.unit_norm,
         granularity=config.granularity,
         top_k=config.top_k,
         state=config.state,
-        overwrite=config.overwrite,
-        config=settings(replace(config, overwrite=False), command="score"),
-        **queries_of(config.data, config.queries),
-        **source_of(loaded, config.data),
-        **asdict(config.gradients),
+        source=source_of(loaded, config.data),
+        gradients=config.gradients,
+        overwrite=config.output.overwrite,
+        config=settings(config, command="score"),
     )
     print(scores_table(scores, min(config.show, config.top_k or config.show)))
     return None

@@ -1,10 +1,23 @@
-"""The settings that commands share: model, data, shards. Importing this file imports no torch."""
+"""The settings that commands share: a run's folder, model, checkpoints, data. Importing this file imports no torch."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
+
+import tyro
 
 from funcattrib.errors import FuncattribError
 from funcattrib.runs.config import at_least
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The folder of a run."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder."""
+    overwrite: bool = False
+    """Start over where RUN holds another run."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +61,11 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class LoadConfig:
+class CheckpointConfig:
     """Settings of loading checkpoints."""
 
+    checkpoint: tyro.conf.UseAppendAction[tuple[str, ...]]
+    """A checkpoint of the model: a folder or a hub id. Repeated for each."""
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer, if it is not the checkpoints' own."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"] = "fp32"

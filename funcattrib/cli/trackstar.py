@@ -1,14 +1,12 @@
 """``funcattrib trackstar``: scores of a data set against queries, by TrackStar."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from funcattrib.cli.config_file import settings
 from funcattrib.cli.output import reports_on_stderr
-from funcattrib.cli.settings import DataConfig, ModelConfig, QueryColumns
+from funcattrib.cli.settings import DataConfig, ModelConfig, QueryColumns, RunConfig
 from funcattrib.runs.config import FittedConfig, at_least
 
 
@@ -19,8 +17,7 @@ class Trackstar:
     The same command continues a run that was interrupted.
     """
 
-    out: tyro.conf.Positional[Path]
-    """The folder to write: the scores, and the gradients in a sub-folder."""
+    output: RunConfig
     model: ModelConfig
     data: DataConfig
     query_dataset: str
@@ -35,28 +32,22 @@ class Trackstar:
     optimizer_state: Path | None = None
     """An optimizer's saved state: its second moments take the place of a pass over the data."""
     gradients: FittedConfig = field(default_factory=lambda: FittedConfig(loss="log_odds"))
-    overwrite: bool = False
-    """Start over where OUT holds another run."""
-    top_k: int = 3
-    """Training examples to show for the first queries."""
+    show: int = 3
+    """Number of training examples that are shown for the first queries."""
 
     def __post_init__(self) -> None:
         """Check what a type cannot say."""
-        at_least(self, top_k=1, mixing_rank=1, damping=0)
+        at_least(self, show=1, mixing_rank=1, damping=0)
 
 
-@reports_on_stderr()
+@reports_on_stderr
 def run(config: Trackstar) -> int | None:
     """Score, and show the first queries' proponents."""
-    from funcattrib.cli.load import load_from, queries_of, source_of
+    from funcattrib.cli.load import load_from, query_columns, source_of
     from funcattrib.recipes.trackstar import trackstar
     from funcattrib.report.scores import scores_table
 
     loaded = load_from(config.model)
-    source = source_of(loaded, config.data)
-    gradients = asdict(config.gradients)
-    if not gradients["modules"]:
-        del gradients["modules"]
     moments = None
     if config.optimizer_state is not None:
         from funcattrib.checkpoints.optimizer_state import optimizer_state
@@ -66,16 +57,17 @@ def run(config: Trackstar) -> int | None:
         loaded.model,
         config.data.dataset,
         config.query_dataset,
-        path=config.out,
+        path=config.output.run,
+        query_columns=query_columns(config.data, config.queries),
+        query_split=config.queries.query_split,
         score=config.score,
         mixing_rank=config.mixing_rank,
         damping=config.damping,
         moments=moments,
-        config=settings(replace(config, overwrite=False), command="trackstar"),
-        overwrite=config.overwrite,
-        **queries_of(config.data, config.queries),
-        **source,
-        **gradients,
+        source=source_of(loaded, config.data),
+        gradients=config.gradients,
+        overwrite=config.output.overwrite,
+        config=settings(config, command="trackstar"),
     )
-    print(scores_table(scores, config.top_k))
+    print(scores_table(scores, config.show))
     return None

@@ -20,6 +20,13 @@ class Columns:
         reward_column: numbers; the loss is multiplied by the reward less its prompt's mean.
         advantage_column: numbers that the loss is multiplied by.
         skip_missing_rewards: rows without one keep their place, with a zero gradient, instead of being an error.
+
+    Raises:
+        DataError: both rewards and advantages; ``skip_missing_rewards`` without either.
+
+    Example:
+        >>> Columns("question", "answer").completion_column
+        'answer'
     """
 
     prompt_column: str = "text"
@@ -34,11 +41,11 @@ class Columns:
         """Check what a type cannot say."""
         if self.reward_column is not None and self.advantage_column is not None:
             raise DataError(
-                f"--reward-column ('{self.reward_column}') and --advantage-column ('{self.advantage_column}') cannot "
+                f"`reward_column` ('{self.reward_column}') and `advantage_column` ('{self.advantage_column}') cannot "
                 "be combined; leave one out"
             )
         if self.skip_missing_rewards and self.reward_column is None and self.advantage_column is None:
-            raise DataError("--skip-missing-rewards requires --reward-column or --advantage-column")
+            raise DataError("`skip_missing_rewards` requires `reward_column` or `advantage_column`")
 
     def ready(self, dataset: datasets.Dataset) -> bool:
         """Return whether these are the tokens of a data set that is tokenised already, and no text of it."""

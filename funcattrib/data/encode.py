@@ -94,7 +94,7 @@ def too_long(length: int, row: int, max_length: int) -> DataError:
     """Return the error for a document above the longest length, where truncation was not asked for."""
     return DataError(
         f"expected documents of at most {max_length:,} tokens, found {length:,} in row {row}\n"
-        "cut such documents with --truncation (truncation=True), or split or drop them in the data"
+        "cut such documents with `truncation`, or split or drop them in the data"
     )
 
 

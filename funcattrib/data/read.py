@@ -167,7 +167,7 @@ def _choose(found: Mapping[str, datasets.Dataset], split: str | None, source: st
         raise DataError(f"{source} has no splits\nchoose another data set")
     if split is None:
         if len(found) > 1 and "train" not in found:
-            raise DataError(f"{source} has the splits {', '.join(found)}, and no train\nchoose one with --split")
+            raise DataError(f"{source} has the splits {', '.join(found)}, and no train\nchoose one with `split`")
         split = "train" if "train" in found else next(iter(found))
     lengths = {name: len(dataset) for name, dataset in found.items()}
     parts = []
@@ -187,7 +187,7 @@ def _instructions(
         wrong = "" if "Unknown split" in str(error) else f" ({reason(error)})"
         raise DataError(
             f"{source} has no split '{split}'{wrong}; its splits are {', '.join(lengths)}\n"
-            "name one of these with --split; a part of one is written train[:1%] or train[100:200]"
+            "name one of these with `split`; a part of one is written train[:1%] or train[100:200]"
         ) from error
 
 

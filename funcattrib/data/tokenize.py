@@ -164,7 +164,7 @@ def _reader(
         )
     if conversation is not None and completion is not None:
         raise DataError(
-            f"--conversation-column ('{conversation}') and --completion-column ('{completion}') cannot be combined\n"
+            f"`conversation_column` ('{conversation}') and `completion_column` ('{completion}') cannot be combined\n"
             "leave one out"
         )
     names = [conversation] if conversation is not None else [prompt] if completion is None else [prompt, completion]
@@ -201,12 +201,12 @@ def _check_column(dataset: datasets.Dataset, name: str, *, text: bool) -> None:
     if name not in dataset.column_names:
         raise DataError(
             f"the data has no column '{name}'; its columns are {', '.join(dataset.column_names)}\n"
-            "name the right one with --prompt-column, --completion-column or --conversation-column"
+            "name the right one with `prompt_column`, `completion_column` or `conversation_column`"
         )
     kind = dataset.features[name]
     if text and getattr(kind, "dtype", None) not in ("string", "large_string"):
         messages = isinstance(kind, datasets.List) and isinstance(kind.feature, dict)
-        cure = "pass it as --conversation-column" if messages else "convert the column to text"
+        cure = "pass it as `conversation_column`" if messages else "convert the column to text"
         raise DataError(
             f"expected text in column '{name}', found {_type_name(kind)} (row 0: {dataset[0][name]!r:.60})\n"
             f"{cure}, or name another column"

@@ -128,7 +128,7 @@ def _reference(parts: Functional, reference: nn.Module | None) -> LanguageModel:
         if described is None:
             raise FuncattribError(
                 "the loss kl requires a reference model, and the model has no adapter to switch off instead\n"
-                "give one with --reference-model (reference=)"
+                "give one with `reference_model` (`reference` of `causal_lm_loss`)"
             )
         return described
     own, other = (_vocabulary(model) for model in (parts.skeleton, reference))

@@ -63,10 +63,10 @@ def loss_of(
             modules=modules,
             exclude=exclude,
         )
-    for flag, given in (
-        ("--loss-reduction mean", reduction != "sum"),
-        ("--label-smoothing", bool(label_smoothing)),
-        ("--reference-model", reference is not None),
+    for setting, given in (
+        ("`loss_reduction='mean'`", reduction != "sum"),
+        ("`label_smoothing`", bool(label_smoothing)),
+        ("`reference_model`", reference is not None),
     ):
         if given:
             raise FuncattribError(
@@ -174,7 +174,7 @@ def _chosen(
     chosen = {parameter: tensor for parameter, tensor in params.items() if wanted(parameter)}
     if not chosen:
         raise FuncattribError(
-            f"--modules selects none of the {len(params)} parameters of {name}, such as {next(iter(params), 'none')}"
+            f"`modules` selects none of the {len(params)} parameters of {name}, such as {next(iter(params), 'none')}"
         )
     rest = {parameter: tensor for parameter, tensor in params.items() if parameter not in chosen}
     return (partial(_with_rest, loss, rest) if rest else loss), chosen

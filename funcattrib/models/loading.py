@@ -53,6 +53,26 @@ class Loaded(NamedTuple):
     reference: nn.Module | None = None
 
 
+class LoadOptions(NamedTuple):
+    """Settings of loading models, whichever they are; ``load_model`` takes them by these names.
+
+    Attributes:
+        precision: ``auto``, ``fp32``, ``bf16``, ``fp16``, ``int8`` or ``int4``.
+        device: ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` takes a GPU where there is one.
+        trust_remote_code: run code that comes with the checkpoint.
+        shards: the ranks that hold the model together.
+
+    Example:
+        >>> LoadOptions(precision="bf16", device="cpu")
+        LoadOptions(precision='bf16', device='cpu', trust_remote_code=False, shards=None)
+    """
+
+    precision: str = "fp32"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    shards: Shards | None = None
+
+
 def load_model(
     name: str,
     *,
@@ -134,7 +154,7 @@ def _codes(precision: str) -> BitsAndBytesConfig | None:
     for package in ("bitsandbytes", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise FuncattribError(
-                f"--precision {precision} requires {package}, which is not installed\n"
+                f"`precision='{precision}'` requires {package}, which is not installed\n"
                 "install it, e.g. with pip install 'funcattrib[gpu]', or use bf16"
             )
     return BitsAndBytesConfig(**_CODES[precision])
@@ -170,10 +190,10 @@ def load_tokenizer(name: str, options: Mapping[str, Any]) -> PreTrainedTokenizer
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:
         raise FuncattribError(
-            f"the tokenizer {name!r} cannot be loaded: {why(error)}\ngive one with --tokenizer"
+            f"the tokenizer {name!r} cannot be loaded: {why(error)}\ngive one with `tokenizer`"
         ) from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise FuncattribError(f"the tokenizer {name!r} has an empty vocabulary\ngive another with --tokenizer")
+        raise FuncattribError(f"the tokenizer {name!r} has an empty vocabulary\ngive another with `tokenizer`")
     return tokenizer
 
 

@@ -26,7 +26,7 @@ def locate(name: str) -> Path | str:
             raise FuncattribError(f"expected a Hugging Face model in {name}, found {found}; give its folder")
         return folder
     if name.startswith((".", "~", os.path.sep)) or name.count("/") > 1:
-        raise FuncattribError(f"the model folder {name} does not exist; check --model")
+        raise FuncattribError(f"the model folder {name} does not exist; check `model`")
     return name
 
 

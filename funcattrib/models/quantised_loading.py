@@ -52,8 +52,8 @@ def saved_settings(config: PretrainedConfig) -> Any:
     method = str(getattr(told.get("quant_method"), "value", told.get("quant_method")))
     if method != "bitsandbytes" and not (told.get("load_in_8bit") or told.get("load_in_4bit")):
         raise FuncattribError(
-            "expected a checkpoint in floating point or quantised by bitsandbytes with --shard-params, found "
-            f"{method}\ngive the checkpoint before quantisation, with --precision int8 or int4 if it is too large"
+            "expected a checkpoint in floating point or quantised by bitsandbytes with `shard_params`, found "
+            f"{method}\ngive the checkpoint before quantisation, with `precision` int8 or int4 if it is too large"
         )
     return own
 

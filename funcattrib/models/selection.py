@@ -31,7 +31,7 @@ def choose(model: nn.Module, modules: Iterable[str] | None = None, exclude: Iter
         what = "weight matrices in the model's blocks" if include is None else f"parameters matching {list(include)}"
         raise FuncattribError(
             f"there are no {what}{f' and not {exclude}' if exclude else ''}; "
-            f"name some with --modules, e.g. {aliases[0][0]!r}, or take --modules all"
+            f"name some with `modules`, e.g. {aliases[0][0]!r}, or take `modules='all'`"
         )
     return chosen
 

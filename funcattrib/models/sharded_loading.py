@@ -177,7 +177,7 @@ def _complete(model: nn.Module, source: str | Path) -> None:
     if missing := sorted(name for name, parameter in model.named_parameters() if parameter.is_meta):
         raise FuncattribError(
             f"{source} lacks {len(missing)} weights of {type(model).__name__}, among them {missing[0]}\n"
-            "give a checkpoint saved with its language-model head, or load it without --shard-params"
+            "give a checkpoint saved with its language-model head, or load it without `shard_params`"
         )
 
 

@@ -8,8 +8,8 @@ from funcattrib.planning.sizes import Sizes
 
 _BOUND = {
     "compute": "compute: more or faster devices make it shorter",
-    "gather": "gathering parameters: use a larger --token-batch-size, or --precision int8 or int4",
-    "write": "writing rows: use a smaller --projection-dim or --dtype, or `funcattrib score`, which stores none",
+    "gather": "gathering parameters: use a larger `token_batch_size`, or `precision` int8 or int4",
+    "write": "writing rows: use a smaller `projection_dim` or `dtype`, or `funcattrib score`, which stores none",
 }
 
 
@@ -84,7 +84,7 @@ def _storage(run: Run, found: Estimate) -> Iterator[str]:
 def _memory(sizes: Sizes, run: Run, machine: Machine) -> Iterator[str]:
     """Yield a line for each precision: parameters whole on every device, and divided."""
     shards = run.shards if run.shards > 1 else machine.devices
-    right = f"; right: --shard-params over {shards}" if shards > 1 else ""
+    right = f"; right: `shard_params` over {shards}" if shards > 1 else ""
     yield f"memory      of a device, batches of {run.batch:,} tokens{right}"
     names = ("weights", "working", "batch", "in all")
     yield f"{'':18}" + "".join(f"{name:>10}" for name in (*names, *(names if shards > 1 else ())))

@@ -88,7 +88,7 @@ def sizes_of(
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise FuncattribError(
-            f"expected a causal language model's configuration, found {type(config).__name__}\ngive another --model"
+            f"expected a causal language model's configuration, found {type(config).__name__}\ngive another `model`"
         ) from error
     text = config.get_text_config()
     chosen = choose(model, list(modules) if modules else None, exclude)

@@ -17,36 +17,43 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack, get_args
 
 import datasets
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from funcattrib.chain.chain import compose
 from funcattrib.chain.per_example import per_example_grad
-from funcattrib.chain.transform import Transform
 from funcattrib.checkpoints.adam_state import adam_state
-from funcattrib.checkpoints.loading import Shapes, check_same, learning_rates, load_checkpoint, shapes_of
+from funcattrib.checkpoints.training_run import Shapes, check_same, shapes_of
+from funcattrib.checkpoints.training_run import learning_rates as rates_of
 from funcattrib.data import Columns, load
 from funcattrib.data.documents import Records
 from funcattrib.errors import FuncattribError
-from funcattrib.runs.collect import collect_gradients, split_settings
-from funcattrib.runs.config import RowConfig
+from funcattrib.runs.collect import collect_gradients
+from funcattrib.runs.config import RowConfig, refuse
+from funcattrib.runs.default_chain import projection_of
 from funcattrib.runs.error_hints import explained
-from funcattrib.runs.prepare import prepare, shard_rows
+from funcattrib.runs.prepare import load_named, prepare, shard_rows
 from funcattrib.runs.query_rows import as_leaves, query_rows
+from funcattrib.runs.run_folder import run_folder
 from funcattrib.runs.score import ending_in
+from funcattrib.runs.settings import RowSettings, Source, as_gradient_config, resolve
 from funcattrib.runs.token_budget import with_budget
 from funcattrib.runs.workload import fill, template
 from funcattrib.runtime.hub import quiet
 from funcattrib.runtime.world import world
 from funcattrib.scores import Scores, check_gradients, open_scores, scores_manifest
-from funcattrib.store import require_shared, share_store
+from funcattrib.store import require_shared
 from funcattrib.store.create import PARTS
-from funcattrib.transforms import AdamState, adam_update, inner_products, project
+from funcattrib.transforms import AdamState, adam_update, inner_products
+
+Score = Literal["nearest", "mean"]
+
+DEFAULTS = RowConfig(loss_reduction="mean")
+"""The settings of a run where nothing else is asked for."""
 
 SELECTED = "selected"
 """Sub-folder of the scores with the data set of the best examples."""
@@ -58,36 +65,34 @@ Members = Mapping[str, Sequence[int]]
 def less(
     checkpoints: Sequence[str | Path],
     data: Records | str,
-    queries: Records | str,
+    query_data: Records | str,
     *,
     path: str | Path,
-    rates: Sequence[float] = (),
+    learning_rates: Sequence[float] = (),
     fraction: float = 0.05,
-    score: Literal["nearest", "mean"] = "nearest",
+    score: Score = "nearest",
     subtask_column: str | None = None,
     query_columns: Columns | None = None,
     query_split: str | None = None,
-    tokenizer: str | PreTrainedTokenizerBase | None = None,
-    load_options: Mapping[str, Any] | None = None,
+    source: Source | None = None,
+    gradients: RowConfig = DEFAULTS,
     overwrite: bool = False,
     config: Mapping[str, Any] | None = None,
-    **settings: Any,
+    **settings: Unpack[RowSettings],
 ) -> Scores:
     """Score every document and select the best; a run that was interrupted continues with the checkpoint it was in.
 
     Args:
-        checkpoints: folders with a model and its ``optimizer.pt`` (Adam, AdamW), as transformers' Trainer writes them.
-        data, queries: as in ``collect_gradients``; ``query_columns`` and ``query_split`` are the queries' own.
+        checkpoints: folders with a model and its ``optimizer.pt`` (Adam, AdamW), as transformers' Trainer leaves them.
+        data, query_data: as in ``collect_gradients``; ``query_columns`` and ``query_split`` are of the queries.
         path: folder for the scores, one column; each checkpoint's lie in its sub-folder ``gradients``, and the selected
             documents, best first, in ``selected``, which ``datasets.load_from_disk`` loads.
-        rates: η_i; by default what each checkpoint's ``trainer_state.json`` logged (``learning_rates``).
+        learning_rates: η_i; by default what each checkpoint's ``trainer_state.json`` logged (``learning_rates``).
         fraction: of the documents that is selected.
         score: the nearest query (or subtask), or the mean over all queries.
         subtask_column: column of the queries; those with the same value are one subtask.
-        tokenizer: in the place of the checkpoints' own.
-        load_options: of ``load_model``: precision, device, trust_remote_code, and shards (``cli.load.shards_of``).
-        settings: further ones of ``collect_gradients``: projection_dim, loss, modules, token_batch_size, … The loss is
-            the mean over an example's tokens unless asked otherwise, as in training: Γ weighs it against the momentum.
+        source, gradients, overwrite, config, settings: as in ``collect_gradients``. The loss is the mean over an
+            example's tokens unless asked otherwise, as in training: Γ weighs it against the momentum.
 
     Raises:
         FuncattribError: bad input of any kind; what is finished is kept.
@@ -109,32 +114,28 @@ def less(
         ...     model.save_pretrained(f"{folder}/checkpoint-1")
         ...     torch.save(optimizer.state_dict(), f"{folder}/checkpoint-1/optimizer.pt")
         ...     scores = less(
-        ...         [f"{folder}/checkpoint-1"], data, data[:1], path=f"{folder}/out", rates=[1.0], quiet=True
+        ...         [f"{folder}/checkpoint-1"], data, data[:1], path=f"{folder}/out", learning_rates=[1.0], quiet=True
         ...     )
         ...     scores.topk(1).rows
         tensor([[0]])
     """
     path, folders = Path(path), [Path(checkpoint).expanduser() for checkpoint in checkpoints]
-    _check_asked(folders, fraction, score, subtask_column)
+    source, gradients = resolve(source, gradients, settings)
+    _check_checkpoints(folders, fraction, score, subtask_column)
     require_shared(path, world())
-    weights = learning_rates(folders, rates)
-    settings = {"loss_reduction": "mean", "overwrite": overwrite, **settings}
-    split, subset = settings.get("split"), settings.get("subset")
-    records = _opened(data, split, subset)
-    columns = _columns(_opened(queries, query_split, None), score, subtask_column)
-    own = {"columns": query_columns or settings.get("columns"), "split": query_split, "subset": None}
+    weights = rates_of(folders, learning_rates)
+    records = _opened(data, source.split, source.subset)
+    columns = _columns(_opened(query_data, query_split, None), score, subtask_column)
     parts: list[Scores] = []
     shapes: Shapes | None = None
     for number, folder in enumerate(folders):
-        model, of_model = load_checkpoint(folder, tokenizer, load_options or {})
+        model, here = load_named(folder, source)
+        assert isinstance(model, nn.Module), "it was loaded by name"
         shapes = shapes or shapes_of(model)
         check_same(shapes, shapes_of(model), folder)
-        both = {**settings, **of_model}
-        parts.append(
-            _score_one(
-                model, adam_state(folder, model), (data, queries), columns, path / PARTS / str(number), both, own
-            )
-        )
+        sides = ((data, here), (query_data, here.for_queries(query_columns, query_split)))
+        states, part = adam_state(folder, model), path / PARTS / str(number)
+        parts.append(_score_one(model, states, sides, columns, gradients, part, overwrite))
         del model
     scores = _add_up(path, parts, weights, score, overwrite, config)
     world().on_rank_zero(lambda: _save_selected(records, scores, fraction, path / SELECTED))
@@ -144,32 +145,29 @@ def less(
 def _score_one(
     model: nn.Module,
     states: Mapping[str, AdamState],
-    sets: tuple[Records | str, Records | str],
+    sides: tuple[tuple[Records | str, Source], tuple[Records | str, Source]],
     columns: Members,
+    gradients: RowConfig,
     path: Path,
-    settings: Mapping[str, Any],
-    own: Mapping[str, Any],
+    overwrite: bool,
 ) -> Scores:
-    """Compute one checkpoint's cosines, (documents, columns); ``sets`` are the data and the queries, ``own`` the
-    latter's.
-    """
-    (data, queries), settings = sets, dict(settings)
-    overwrite = settings.pop("overwrite")
-    source, gradients = split_settings(data, settings)
-    projection = [_projection(gradients)] if gradients.projection_dim else []
+    """Return one checkpoint's cosines, (documents, columns); ``sides`` are the data and the queries."""
+    (data, source), (query_data, query_source) = sides
+    rows_config, projection = as_gradient_config(gradients), projection_of(gradients)
     of_queries = compose(per_example_grad, *projection)
     of_documents = compose(per_example_grad, adam_update(states, *projection))
     store = collect_gradients(
         model,
-        queries,
+        query_data,
         path=path / PARTS / "query",
         chain=of_queries,
+        source=query_source,
+        gradients=replace(rows_config, dtype="float32"),
         overwrite=overwrite,
-        **{**settings, **own, "dtype": "float32"},
     )
     rows, _ = query_rows([store], unit_norm=True)
     wanted = torch.stack([rows[list(members)].mean(0) for members in columns.values()])
-    prepared = prepare(model, source, gradients, of_documents, None)
+    prepared = prepare(model, data, source, rows_config, of_documents, None)
     last = inner_products(as_leaves(wanted, store, prepared.work.device), unit_norm=True)
     # the update is on one side alone; in all else the two sides must agree
     check_gradients(replace(prepared.manifest, chain=of_queries.describe()), store.manifest)
@@ -183,17 +181,11 @@ def _score_one(
     prepared = prepared._replace(manifest=replace(manifest, rows_per_shard=per_shard))
     tried = prepared.work._replace(chain=compose(of_documents, last))
     prepared = with_budget(prepared, path, overwrite=overwrite, tried=tried)
-    with share_store(path, prepared.manifest, prepared.work.world, overwrite=overwrite) as writer:
+    with run_folder(path, prepared.manifest, prepared.work.world, overwrite=overwrite) as writer:
         if writer.pending:
-            with explained():
-                work, state = ending_in(prepared.work, template(prepared.work), [last])  # nothing is fitted
-                fill(work, writer, state, "less")
-        writer.finish()
+            work, state = ending_in(prepared.work, template(prepared.work), [last])  # nothing is fitted
+            fill(work, writer, state, "less")
     return open_scores(path)
-
-
-def _projection(gradients: RowConfig) -> Transform:
-    return project(gradients.projection_dim, kind=gradients.projection_type, seed=gradients.seed)
 
 
 def _add_up(
@@ -206,7 +198,7 @@ def _add_up(
 ) -> Scores:
     """Sum η_i times the checkpoints' scores, and take the largest of their columns."""
     manifests = [part.manifest for part in parts]
-    told = {"id": f"{score} of {parts[0].shape[1]} queries" if score == "nearest" else parts[0].queries[0]["id"]}
+    column = {"id": f"{score} of {parts[0].shape[1]} queries" if score == "nearest" else parts[0].queries[0]["id"]}
     manifest = scores_manifest(
         manifests[-1],
         method={
@@ -217,11 +209,9 @@ def _add_up(
             "optimizers": [one.computed_with["given"] for one in manifests],
             **{key: manifests[-1].computed_with["method"][key] for key in ("columns", "queries")},
         },
-        queries=[told],
+        queries=[column],
     )
-    with share_store(path, manifest, world(), overwrite=overwrite) as writer:
-        if config is not None:
-            writer.save_config(config)
+    with run_folder(path, manifest, world(), overwrite=overwrite, config=config) as writer:
         for shard in writer.claims():
             span = writer.shard_range(shard)
             rows = sum(
@@ -231,7 +221,6 @@ def _add_up(
             examples = parts[-1].examples.select(span)
             kept = {name: examples[name][:] for name in examples.column_names}
             writer.put(shard, torch.as_tensor(rows).amax(1, keepdim=True), kept)
-        writer.finish()
     return open_scores(path)
 
 
@@ -270,15 +259,16 @@ def _columns(queries: datasets.Dataset, score: str, subtask_column: str | None) 
     return members
 
 
-def _check_asked(folders: Sequence[Path], fraction: float, score: str, subtask_column: str | None) -> None:
-    if not folders:
-        raise FuncattribError("no checkpoint was given; name at least one with --checkpoint")
-    if not 0 < fraction <= 1:
-        raise FuncattribError(f"expected --fraction above 0 and at most 1, found {fraction}")
-    if score not in ("nearest", "mean"):
-        raise FuncattribError(f"expected --score nearest or mean, found {score!r}")
-    if subtask_column is not None and score == "mean":
-        raise FuncattribError("--subtask-column requires --score nearest: the mean is over all queries together")
+def _check_checkpoints(folders: Sequence[Path], fraction: float, score: str, subtask_column: str | None) -> None:
+    refuse(
+        (not folders, "no checkpoint was given; name at least one in `checkpoints`"),
+        (not 0 < fraction <= 1, f"expected `fraction` above 0 and at most 1, found {fraction}"),
+        (score not in get_args(Score), f"expected `score` of nearest or mean, found {score!r}"),
+        (
+            subtask_column is not None and score == "mean",
+            "`subtask_column` requires `score='nearest'`: the mean is over all queries together",
+        ),
+    )
     for folder in folders:
         if not folder.is_dir():
             raise FuncattribError(f"the checkpoint {folder} is not a folder; check its path")

@@ -66,7 +66,7 @@ def quickstart(out: str | Path, *, people: int = 40, epochs: int = 32, seed: int
     out = Path(out)
     facts, model_folder = out / "facts.jsonl", out / "model"
     if out.exists() and not facts.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FuncattribError(f"{out} exists and holds no earlier quickstart; give another OUT")
+        raise FuncattribError(f"{out} exists and holds no earlier quickstart; give another RUN")
     sentences, questions = invent_facts(people, seed)
     _write(facts, sentences)
     _write(out / "questions.jsonl", questions)
@@ -197,11 +197,11 @@ def _write(path: Path, rows: Iterable[Row]) -> None:
 
 
 def _save(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    shown = transformers_logging.is_progress_bar_enabled()
+    enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     finally:
-        if shown:
+        if enabled:
             transformers_logging.enable_progress_bar()

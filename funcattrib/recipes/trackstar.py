@@ -13,9 +13,10 @@ otherwise, because a fact that is known by heart has no cross-entropy remaining 
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -28,52 +29,58 @@ from funcattrib.data.documents import Records
 from funcattrib.kernels.safe_norm import divisors
 from funcattrib.models.selection import choose
 from funcattrib.runs.collect import collect_gradients
+from funcattrib.runs.config import FittedConfig
+from funcattrib.runs.default_chain import projection_of
+from funcattrib.runs.prepare import Model, load_named
 from funcattrib.runs.query_rows import as_leaves
+from funcattrib.runs.run_folder import run_folder
+from funcattrib.runs.settings import FittedSettings, Source, as_gradient_config, resolve
 from funcattrib.runtime.assignment import owned
 from funcattrib.runtime.world import world
 from funcattrib.scores import Scores, open_scores, scores_manifest
-from funcattrib.store import GradientStore, require_shared, share_store
+from funcattrib.store import GradientStore, require_shared
 from funcattrib.store.create import PARTS
-from funcattrib.transforms import adafactor_norm, precondition, project, split_experts
+from funcattrib.transforms import adafactor_norm, precondition, split_experts
 from funcattrib.transforms.gram import gram_matrices
 from funcattrib.transforms.leaf_shapes import is_stack
 from funcattrib.transforms.mixed_gram import mix_grams
-from funcattrib.types import Leaf, Spec
+from funcattrib.types import Leaf, Loss, Params, Spec
+
+DEFAULTS = FittedConfig(loss="log_odds")
+"""The settings of a run where nothing else is asked for."""
 
 _BLOCK_ROWS = 1024
 
 
 def trackstar(
-    model: nn.Module,
+    model: Model,
     data: Records | str,
-    queries: Records | str,
+    query_data: Records | str,
     *,
     path: str | Path,
     query_columns: Columns | None = None,
     query_split: str | None = None,
     score: Literal["individual", "mean"] = "individual",
-    projection_dim: int = 16,
     mixing_rank: int = 1000,
     damping: float = 0.1,
     moments: Mapping[str, Any] | None = None,
-    config: Mapping[str, Any] | None = None,
+    source: Source | None = None,
+    gradients: FittedConfig = DEFAULTS,
     overwrite: bool = False,
-    **settings: Any,
+    config: Mapping[str, Any] | None = None,
+    **settings: Unpack[FittedSettings],
 ) -> Scores:
     """Score every document of ``data`` against every query; an interrupted run is continued.
 
     Args:
-        model: a causal language model.
-        data, queries: as in ``collect_gradients``; ``query_columns`` and ``query_split`` are the queries' own.
+        model, data, query_data: as in ``collect_gradients``; ``query_columns`` and ``query_split`` are of the queries.
         path: folder for the scores; the gradients lie in its sub-folder ``gradients``.
         score: a column for every query, or one for their mean gradient.
-        projection_dim: coordinates on each side of a projected matrix.
         mixing_rank: k of the mixed preconditioner.
         damping: in units of the mean eigenvalue.
         moments: Adafactor moments of an optimizer (``optimizer_state``) in place of a pass over the data.
-        config: what ``config.yaml`` keeps, to repeat the run.
-        overwrite: begin again where ``path`` holds other scores.
-        settings: further ones of ``collect_gradients``: tokenizer, columns, loss, modules, token_batch_size, dtype, …
+        source, gradients, overwrite, config, settings: as in ``collect_gradients``; the loss is the log-odds unless
+            asked otherwise, and the parameters are the matrices of the model's blocks and its head.
 
     Raises:
         FuncattribError: bad input of any kind; what is finished is kept.
@@ -90,33 +97,36 @@ def trackstar(
     """
     path, here = Path(path), world()
     require_shared(path, here)
-    settings.setdefault("loss", "log_odds")
-    settings.setdefault("modules", blocks_and_head(model, settings.pop("exclude", ())))
-    seed = settings.get("seed", 0)
+    source, gradients = resolve(source, gradients, settings)
+    model, source = load_named(model, source)  # once, for the documents and for the queries
+    if isinstance(model, nn.Module) and not gradients.modules:
+        gradients = replace(gradients, modules=tuple(blocks_and_head(model, gradients.exclude)), exclude=())
     normalizer = adafactor_norm(moments) if moments is not None else adafactor_norm()
-    kind = settings.get("projection_type", "rademacher")
-    experts = [split_experts()] if _has_stacks(model, settings) else []  # each has a Gram matrix of its own
-    chain = compose(per_example_grad, normalizer, *experts, project(projection_dim, kind=kind, seed=seed))
-    train = collect_gradients(model, data, path=path / PARTS / "train", chain=chain, overwrite=overwrite, **settings)
-    of_queries = {"columns": query_columns or settings.get("columns"), "split": query_split, "subset": None}
+    experts = [split_experts()] if _has_stacks(model, gradients) else []  # each has a Gram matrix of its own
+    chain = compose(per_example_grad, normalizer, *experts, *projection_of(gradients))
+    rows = as_gradient_config(gradients)
+    train = collect_gradients(
+        model, data, path=path / PARTS / "train", chain=chain, source=source, gradients=rows, overwrite=overwrite
+    )
     query = collect_gradients(
         model,
-        queries,
+        query_data,
         path=path / PARTS / "query",
         chain=chain,
         state=train.path,
+        source=source.for_queries(query_columns, query_split),
+        gradients=rows,
         overwrite=overwrite,
-        **{**settings, **of_queries},
     )
-    own = owned({name: math.prod(leaf.shape) for name, leaf in train.leaves.items()}, here)
-    mixed = mix_grams(gram_of_store(query, own), gram_of_store(train, own), mixing_rank, here)
+    mine = owned({name: math.prod(leaf.shape) for name, leaf in train.leaves.items()}, here)
+    mixed = mix_grams(gram_of_store(query, mine), gram_of_store(train, mine), mixing_rank, here)
     after = precondition(gram=mixed.gram, power=-0.5, damping=damping)
-    read = partial(_transformed, after, after.init({name: _spec(train)[name] for name in own})[0], own)
+    read = partial(_transformed, after, after.init({name: _spec(train)[name] for name in mine})[0], mine)
     columns = torch.cat([read(query, block) for block in query.matrix().blocks(_BLOCK_ROWS)])
     columns = columns / _lengths(here.all_reduce({"squares": columns.double().square().sum(1)})["squares"])
-    told = [dict(entry) for entry in query.examples]
+    queries = [dict(entry) for entry in query.examples]
     if score == "mean":
-        columns, told = columns.mean(0, keepdim=True), [{"id": f"mean of {len(told)} queries"}]
+        columns, queries = columns.mean(0, keepdim=True), [{"id": f"mean of {len(queries)} queries"}]
     manifest = scores_manifest(
         train.manifest,
         of=[query.manifest],
@@ -129,25 +139,22 @@ def trackstar(
             "mixing_component": mixed.component,
             "damping": damping,
         },
-        queries=told,
+        queries=queries,
     )
-    with share_store(path, manifest, here, overwrite=overwrite) as writer:
-        if config is not None:
-            writer.save_config(config)
+    with run_folder(path, manifest, here, overwrite=overwrite, config=config) as writer:
         for number, shard in enumerate(writer.pending):  # all processes together: each has some of the columns
             span = writer.shard_range(shard)
-            rows = read(train, train.matrix().tensor(span.start, span.stop))
-            both = here.all_reduce({"products": rows @ columns.T, "squares": rows.double().square().sum(1)})
+            block = read(train, train.matrix().tensor(span.start, span.stop))
+            both = here.all_reduce({"products": block @ columns.T, "squares": block.double().square().sum(1)})
             if number % here.size == here.rank:
                 examples = train.examples.select(span)
                 kept = {name: examples[name][:] for name in examples.column_names}
                 writer.put(shard, both["products"] / _lengths(both["squares"]), kept)
-        writer.finish()
     return open_scores(path)
 
 
-def blocks_and_head(model: nn.Module, exclude: Any = ()) -> list[str]:
-    """List the matrices of the model's blocks, and its head."""
+def blocks_and_head(model: nn.Module, exclude: Sequence[str] = ()) -> list[str]:
+    """Return the matrices of the model's blocks, and its head."""
     names = choose(model, None, exclude)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     shared = {id(tensor): name for name, tensor in reversed(list(model.named_parameters()))}
@@ -155,8 +162,10 @@ def blocks_and_head(model: nn.Module, exclude: Any = ()) -> list[str]:
     return [name for name, _ in model.named_parameters() if name in chosen]
 
 
-def _has_stacks(model: nn.Module, settings: Mapping[str, Any]) -> bool:
-    names = choose(model, settings["modules"], settings.get("exclude", ()))
+def _has_stacks(model: nn.Module | tuple[Loss, Params], gradients: FittedConfig) -> bool:
+    if not isinstance(model, nn.Module):
+        return any(is_stack(name, tuple(tensor.shape)) for name, tensor in per_example_grad.named(model[1]).items())
+    names = choose(model, gradients.modules, gradients.exclude)
     return any(is_stack(name, tuple(tensor.shape)) for name, tensor in model.named_parameters() if name in names)
 
 

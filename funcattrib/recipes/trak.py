@@ -15,31 +15,37 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack, get_args
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 
-from funcattrib.chain.chain import compose
+from funcattrib.chain.chain import Chain, compose
 from funcattrib.chain.per_example import per_example_grad
-from funcattrib.chain.transform import Transform
-from funcattrib.checkpoints.loading import Shapes, check_same, load_checkpoint, shapes_of
+from funcattrib.checkpoints.training_run import Shapes, check_same, shapes_of
 from funcattrib.data import IGNORED, Columns
 from funcattrib.data.documents import Documents, Records
 from funcattrib.errors import FuncattribError
-from funcattrib.runs.collect import collect_gradients, split_settings
-from funcattrib.runs.prepare import Model, prepare, shard_rows
+from funcattrib.runs.collect import collect_gradients
+from funcattrib.runs.config import GradientConfig, RowConfig, refuse
+from funcattrib.runs.default_chain import projection_of
+from funcattrib.runs.prepare import Model, load_named, prepare, shard_rows
 from funcattrib.runs.query_rows import query_rows
+from funcattrib.runs.run_folder import run_folder
+from funcattrib.runs.settings import RowSettings, Source, as_gradient_config, resolve
 from funcattrib.runtime.world import world
 from funcattrib.scores import Scores, open_scores, scores_manifest
-from funcattrib.store import GradientStore, require_shared, share_store
+from funcattrib.store import GradientStore, require_shared
 from funcattrib.store.create import PARTS
-from funcattrib.transforms import project, sketch
+from funcattrib.transforms import sketch
 from funcattrib.transforms.damping import inverse_power
-from funcattrib.types import Loss, Params
 
 log = logging.getLogger(__name__)
+
+Score = Literal["individual", "mean"]
+
+DEFAULTS = RowConfig(projection_dim=0, loss="log_odds", dtype="float32")
+"""The settings of a run where nothing else is asked for."""
 
 _BLOCK_ROWS = 1024
 
@@ -47,33 +53,32 @@ _BLOCK_ROWS = 1024
 def trak(
     models: Sequence[Model],
     data: Records | str,
-    queries: Records | str,
+    query_data: Records | str,
     *,
     path: str | Path,
     sketch_dim: int = 4096,
     damping: float = 0.0,
-    score: Literal["individual", "mean"] = "individual",
+    score: Score = "individual",
     query_columns: Columns | None = None,
     query_split: str | None = None,
-    tokenizer: str | PreTrainedTokenizerBase | None = None,
-    load_options: Mapping[str, Any] | None = None,
+    source: Source | None = None,
+    gradients: RowConfig = DEFAULTS,
     overwrite: bool = False,
     config: Mapping[str, Any] | None = None,
-    **settings: Any,
+    **settings: Unpack[RowSettings],
 ) -> Scores:
     """Score every document against every query; a run that was interrupted continues.
 
     Args:
         models: the ensemble: models, names or folders of models, or pairs (loss, params) where loss is −f, the negative
             log-odds of an example's label; one architecture. Several training runs, or checkpoints of one.
-        data, queries: as in ``collect_gradients``; ``query_columns`` and ``query_split`` are the queries' own.
+        data, query_data: as in ``collect_gradients``; ``query_columns`` and ``query_split`` are of the queries.
         path: folder for the scores; the sketches lie in its sub-folder ``gradients``.
         sketch_dim: k. ΦᵀΦ can be inverted where it is well below the number of documents.
         damping: added to the eigenvalues of ΦᵀΦ, in units of their mean; the paper has none.
         score: a column for every query, or one for their mean.
-        tokenizer, load_options: where ``models`` names them: in the place of their own; and of ``load_model``.
-        settings: further ones of ``collect_gradients``: columns, modules, token_batch_size, seed, projection_dim (a
-            projection of each matrix before the sketch, which is faster; by default none), …
+        source, gradients, overwrite, config, settings: as in ``collect_gradients``; ``projection_dim`` is that of a
+            projection of each matrix before the sketch, which is faster; by default there is none.
 
     Raises:
         FuncattribError: bad input of any kind; what is finished is kept.
@@ -94,30 +99,50 @@ def trak(
     """
     path = Path(path)
     require_shared(path, world())
-    settings = {"loss": "log_odds", "projection_dim": 0, "dtype": "float32", **settings}
-    _check_asked(models, settings, score, sketch_dim, damping)
-    seed, common = settings.get("seed", 0), {"overwrite": overwrite, **settings}
-    own = {"columns": query_columns or settings.get("columns"), "split": query_split, "subset": None}
+    source, gradients = resolve(source, gradients, settings)
+    _check_models(models, gradients, score, sketch_dim, damping)
+    rows_config = as_gradient_config(gradients)
     train: list[GradientStore] = []
     query: list[GradientStore] = []
     shapes: Shapes | None = None
     per_token: Tensor | None = None
     for number, named in enumerate(models):
-        model, of_model = _opened(named, tokenizer, load_options or {})
+        model, here = load_named(named, source)
         found = shapes_of(model[1] if isinstance(model, tuple) else model)
         shapes = shapes or found
         check_same(shapes, found, f"model {number + 1}")
-        chain = compose(per_example_grad, *_projection(settings, seed + number), sketch(sketch_dim, seed=seed + number))
-        both, here = {**common, **of_model, "chain": chain}, path / PARTS / str(number)
-        per_token = _weights(model, data, both) if per_token is None else per_token
-        train.append(collect_gradients(model, data, path=here / "train", **both))
-        query.append(collect_gradients(model, queries, path=here / "query", state=train[-1].path, **{**both, **own}))
-        del model, both  # before the next is loaded
+        seed, part = gradients.seed + number, path / PARTS / str(number)
+        chain = compose(per_example_grad, *projection_of(gradients, seed), sketch(sketch_dim, seed=seed))
+        per_token = _weights(model, data, here, rows_config, chain) if per_token is None else per_token
+        train.append(
+            collect_gradients(
+                model,
+                data,
+                path=part / "train",
+                chain=chain,
+                source=here,
+                gradients=rows_config,
+                overwrite=overwrite,
+            )
+        )
+        query.append(
+            collect_gradients(
+                model,
+                query_data,
+                path=part / "query",
+                chain=chain,
+                state=train[-1].path,
+                source=here.for_queries(query_columns, query_split),
+                gradients=rows_config,
+                overwrite=overwrite,
+            )
+        )
+        del model  # before the next is loaded
     assert per_token is not None
     rows = len(train[0])
     if rows <= sketch_dim and not damping:
         log.warning(
-            "%d documents are too few for a sketch of %d columns: use a smaller --sketch-dim, or --damping",
+            "%d documents are too few for a sketch of %d columns: use a smaller `sketch_dim`, or `damping`",
             *(rows, sketch_dim),
         )
     return _score(path, train, query, per_token, damping, score, overwrite, config)
@@ -134,20 +159,18 @@ def _score(
     config: Mapping[str, Any] | None,
 ) -> Scores:
     wanted = [query_rows([store], unit_norm=False) for store in query]
-    told = wanted[0][1]
+    metadata = wanted[0][1]
     if score == "mean":
-        told = [{"id": f"mean of {len(told)} queries"}]
+        metadata = [{"id": f"mean of {len(metadata)} queries"}]
     method = {
         "name": "trak",
         "score": score,
         "damping": damping,
         "models": [store.manifest.model["fingerprint"] for store in train],
     }
-    manifest = scores_manifest(train[0].manifest, of=[query[0].manifest], method=method, queries=told)
+    manifest = scores_manifest(train[0].manifest, of=[query[0].manifest], method=method, queries=metadata)
     manifest = replace(manifest, rows_per_shard=shard_rows(manifest.width))
-    with share_store(path, manifest, world(), overwrite=overwrite) as writer:
-        if config is not None:
-            writer.save_config(config)
+    with run_folder(path, manifest, world(), overwrite=overwrite, config=config) as writer:
         columns = (
             [_columns(store, rows, damping, score) for store, (rows, _) in zip(train, wanted, strict=True)]
             if writer.pending
@@ -156,13 +179,12 @@ def _score(
         for shard in writer.claims():
             span = writer.shard_range(shard)
             blocks = [store.matrix().tensor(span.start, span.stop).double() for store in train]
-            products = torch.stack([block @ own for block, own in zip(blocks, columns, strict=True)]).mean(0)
+            products = torch.stack([block @ solved for block, solved in zip(blocks, columns, strict=True)]).mean(0)
             losses = torch.stack([_losses(store, span) for store in train])
             missing = torch.sigmoid(losses * per_token[span.start : span.stop]).mean(0)  # 1 − p
             examples = train[0].examples.select(span)
             kept = {name: examples[name][:] for name in examples.column_names}
             writer.put(shard, (products * missing[:, None]).float(), kept)
-        writer.finish()
     return open_scores(path)
 
 
@@ -186,21 +208,19 @@ def _losses(store: GradientStore, span: range) -> Tensor:
     return torch.tensor(store.examples[span.start : span.stop]["loss"], dtype=torch.float64)
 
 
-def _weights(model: Model, data: Records | str, settings: Mapping[str, Any]) -> Tensor:
-    """Compute the factors that turn −f of every document into its tokens' mean, (rows,) float64.
+def _weights(model: Model, data: Records | str, source: Source, rows: GradientConfig, chain: Chain) -> Tensor:
+    """Return the factors that make −f of every document its tokens' mean, (rows,) float64.
 
     1 / Σ_t a_t over labelled tokens, a_t the weight that the loss gives them; 0 where there is none. 1 for a
     user's loss: it is that of one label.
     """
-    given = {name: value for name, value in settings.items() if name not in ("chain", "overwrite")}
-    source, gradients = split_settings(data, {**given, "quiet": True})
-    corpus = prepare(model, source, gradients, settings["chain"], None).work.corpus
-    rows = len(corpus.lengths)
+    corpus = prepare(model, data, replace(source, quiet=True), rows, chain, None).work.corpus
+    count = len(corpus.lengths)
     if not isinstance(corpus, Documents):
-        return torch.ones(rows, dtype=torch.float64)
+        return torch.ones(count, dtype=torch.float64)
     sums = []
-    for start in range(0, rows, _BLOCK_ROWS):
-        batch = corpus.batch(range(start, min(start + _BLOCK_ROWS, rows)))
+    for start in range(0, count, _BLOCK_ROWS):
+        batch = corpus.batch(range(start, min(start + _BLOCK_ROWS, count)))
         weights = (batch["labels"][:, 1:] != IGNORED).double()
         if "token_weights" in batch:
             weights = weights * batch["token_weights"][:, 1:]
@@ -209,34 +229,15 @@ def _weights(model: Model, data: Records | str, settings: Mapping[str, Any]) -> 
     return torch.where(total != 0, 1 / total, 0.0)
 
 
-def _projection(settings: Mapping[str, Any], seed: int) -> list[Transform]:
-    k, kind = settings["projection_dim"], settings.get("projection_type", "rademacher")
-    return [project(k, kind=kind, seed=seed)] if k else []
-
-
-def _opened(
-    model: Model | Path, tokenizer: str | PreTrainedTokenizerBase | None, options: Mapping[str, Any]
-) -> tuple[nn.Module | tuple[Loss, Params], dict[str, Any]]:
-    if isinstance(model, str | Path):
-        return load_checkpoint(model, tokenizer, options)
-    if isinstance(tokenizer, str):
-        raise FuncattribError("expected a tokenizer object with a model object, found a name; load the tokenizer first")
-    return model, {"tokenizer": tokenizer}
-
-
-def _check_asked(
-    models: Sequence[Model], settings: Mapping[str, Any], score: str, sketch_dim: int, damping: float
-) -> None:
-    if not models:
-        raise FuncattribError("no model was given; name at least one with --checkpoint")
-    if settings["loss"] != "log_odds" or settings.get("loss_reduction", "sum") != "sum":
-        raise FuncattribError(
-            "expected --loss log_odds with --loss-reduction sum, TRAK's model output, found "
-            f"{settings['loss']}, {settings.get('loss_reduction', 'sum')}"
-        )
-    if score not in ("individual", "mean"):
-        raise FuncattribError(f"expected --score individual or mean, found {score!r}")
-    if sketch_dim < 1:
-        raise FuncattribError(f"expected --sketch-dim of at least 1, found {sketch_dim}")
-    if not 0 <= damping < math.inf:
-        raise FuncattribError(f"expected --damping of at least 0, found {damping}")
+def _check_models(models: Sequence[Model], gradients: RowConfig, score: str, sketch_dim: int, damping: float) -> None:
+    refuse(
+        (not models, "no model was given; name at least one in `models`"),
+        (
+            gradients.loss != "log_odds" or gradients.loss_reduction != "sum",
+            "expected `loss='log_odds'` with `loss_reduction='sum'`, TRAK's model output, found "
+            f"{gradients.loss}, {gradients.loss_reduction}",
+        ),
+        (score not in get_args(Score), f"expected `score` of individual or mean, found {score!r}"),
+        (sketch_dim < 1, f"expected `sketch_dim` of at least 1, found {sketch_dim}"),
+        (not 0 <= damping < math.inf, f"expected `damping` of at least 0, found {damping}"),
+    )

@@ -30,7 +30,7 @@ def key_of(work: Work, manifest: Manifest, longest: int, fits: bool) -> str:
     """Compute the key of a budget, a hash."""
     device = work.device
     machine = [torch.cuda.get_device_name(device)] if device.type == "cuda" else [platform.machine(), os.cpu_count()]
-    facts = {
+    key_parts = {
         "model": manifest.model["fingerprint"],
         "dtype": manifest.model["dtype"],
         "loss": manifest.loss,
@@ -42,7 +42,7 @@ def key_of(work: Work, manifest: Manifest, longest: int, fits: bool) -> str:
         "device": [device.type, *machine, memory.total(device), torch.get_num_threads()],
         "torch": torch.__version__,
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(key_parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def known(key: str) -> Budget | None:

@@ -46,7 +46,7 @@ class Verdict(NamedTuple):
 
     def _advice(self) -> str:
         if not self.finite:
-            return "Gradients are NaN or infinite: load the model with --precision fp32."
+            return "Gradients are NaN or infinite: load the model with `precision='fp32'`."
         if self.passed:
             return "Rows do not depend on their batch."
         if self.again > self.tolerance:
@@ -55,10 +55,10 @@ class Verdict(NamedTuple):
                 "a router with jitter); make it deterministic in eval mode."
             )
         if self.dtype in (torch.bfloat16, torch.float16):
-            return "Rows depend on their batch more than rounding allows: load the model with --precision fp32."
+            return "Rows depend on their batch more than rounding allows: load the model with `precision='fp32'`."
         return (
             "Rows depend on their batch: the model mixes examples or sees its padding (batch statistics, experts with "
-            "a capacity, attention to the right); use --token-batch-size 1, so that every document is its own batch."
+            "a capacity, attention to the right); use `token_batch_size=1`, so that every document is its own batch."
         )
 
 
@@ -76,7 +76,7 @@ def check_model(
     longest = context_length(model)
     if len(lengths) < 2 or min(lengths) < 2 or max(lengths) > longest:
         raise FuncattribError(
-            f"expected at least two --lengths of 2 to {longest} tokens (the model's context), found "
+            f"expected at least two `lengths` of 2 to {longest} tokens (the model's context), found "
             f"{', '.join(map(str, lengths))}"
         )
     loss, params = causal_lm_loss(model, modules=modules)

@@ -5,23 +5,23 @@ documents → batches by length → chain (one backward pass a batch) → rows i
 
 import logging
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 
 from funcattrib.chain.chain import Chain
 from funcattrib.data import some_rows
 from funcattrib.data.documents import Records
-from funcattrib.losses.resolve import name_of
 from funcattrib.runs.config import GradientConfig
-from funcattrib.runs.error_hints import explained
-from funcattrib.runs.prepare import Model, Source, prepare, settings_of, shard_rows, state_of
+from funcattrib.runs.prepare import Model, prepare, shard_rows, state_of
+from funcattrib.runs.run_folder import run_folder
+from funcattrib.runs.settings import GradientSettings, Source, resolve
 from funcattrib.runs.token_budget import with_budget
 from funcattrib.runs.token_rows import MOST_ROWS, as_tokens, by_token, fill_tokens
 from funcattrib.runs.workload import fill, fit_state
-from funcattrib.store import GradientStore, Manifest, open_store, share_store
+from funcattrib.store import GradientStore, open_store
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +34,11 @@ def collect_gradients(
     chain: Chain | None = None,
     state: str | Path | None = None,
     granularity: Literal["example", "token"] = "example",
+    source: Source | None = None,
+    gradients: GradientConfig | None = None,
     overwrite: bool = False,
     config: Mapping[str, Any] | None = None,
-    **settings: Any,
+    **settings: Unpack[GradientSettings],
 ) -> GradientStore:
     """Compute the gradient of every document and store it; continues a run that was interrupted.
 
@@ -48,11 +50,12 @@ def collect_gradients(
         chain: transforms in place of normalizer and projection.
         state: a folder with a fitted state (``fit_chain``, or an earlier store); fitted here when not given.
         granularity: ``token`` makes a row of every token; a document's rows add up to its gradient.
+        source, gradients: settings passed whole: which documents are read, and what is computed.
         overwrite: start over where the folder holds another run.
         config: saved as ``config.yaml``.
-        settings: fields of ``prepare.Source`` (tokenizer, columns, split, truncation, max_length, quiet, …) and of
-            ``GradientConfig`` (projection_dim, normalizer, loss, modules, token_batch_size, dtype, …). ``loss`` may be
-            a function, ``reference_model`` a model or its name.
+        settings: fields of ``Source`` (tokenizer, columns, split, truncation, max_length, loading, quiet, …) and of
+            ``GradientConfig`` (projection_dim, normalizer, loss, modules, token_batch_size, dtype, …) by name. ``loss``
+            may be a function, ``reference_model`` a model or its name.
 
     Returns:
         The open store: one row a document, in the data set's order.
@@ -68,24 +71,20 @@ def collect_gradients(
         ...     store.gradients("w")
         tensor([[12., 24., 36.]])
     """
-    source, gradients = split_settings(data, settings)
-    prepared = prepare(model, source, gradients, chain, state)
+    source, gradients = resolve(source, gradients or GradientConfig(), settings)
+    prepared = prepare(model, data, source, gradients, chain, state)
     tried, filled = prepared.work, fill
     if granularity == "token":
         rows = gradients.rows_per_shard or shard_rows(prepared.manifest.width, MOST_ROWS)
         prepared = prepared._replace(manifest=by_token(prepared.manifest, prepared.work, rows))
         tried, filled = as_tokens(prepared.work), fill_tokens
     prepared = with_budget(prepared, path, overwrite=overwrite, tried=tried)
-    with share_store(path, prepared.manifest, prepared.work.world, overwrite=overwrite) as writer:
-        if config is not None:
-            writer.save_config(config)
+    with run_folder(path, prepared.manifest, prepared.work.world, overwrite=overwrite, config=config) as writer:
         if writer.pending:
-            with explained():
-                filled(prepared.work, writer, state_of(prepared, writer, gradients.fit_documents))
-        finished = writer.finish()
+            filled(prepared.work, writer, state_of(prepared, writer, gradients.fit_documents))
     store = open_store(path)
     if not source.quiet and prepared.work.world.is_rank_zero:
-        _warn(finished, store)
+        _warn(store)
     return store
 
 
@@ -95,9 +94,11 @@ def fit_chain(
     *,
     path: str | Path,
     chain: Chain | None = None,
+    source: Source | None = None,
+    gradients: GradientConfig | None = None,
     overwrite: bool = False,
     config: Mapping[str, Any] | None = None,
-    **settings: Any,
+    **settings: Unpack[GradientSettings],
 ) -> GradientStore:
     """Fit a chain's state on a data set and keep it at ``path``: a store with a state and no rows.
 
@@ -123,35 +124,23 @@ def fit_chain(
         ...     len(fitted), len(built)
         (0, 1)
     """
-    source, gradients = split_settings(data, settings)
-    prepared = with_budget(prepare(model, source, gradients, chain, None), path, overwrite=overwrite)
+    source, gradients = resolve(source, gradients or GradientConfig(), settings)
+    prepared = with_budget(prepare(model, data, source, gradients, chain, None), path, overwrite=overwrite)
     manifest = replace(prepared.manifest, kind="state", rows=0)
-    with share_store(path, manifest, prepared.work.world, overwrite=overwrite) as writer:
-        if config is not None:
-            writer.save_config(config)
+    with run_folder(path, manifest, prepared.work.world, overwrite=overwrite, config=config) as writer:
         if not writer.manifest.complete:
-            with explained():
-                fit_state(prepared.work, gradients.fit_documents, writer)
-        writer.finish()
+            fit_state(prepared.work, gradients.fit_documents, writer)
     return open_store(path)
 
 
-def split_settings(data: Records | str, settings: Mapping[str, Any]) -> tuple[Source, GradientConfig]:
-    """Divide keyword settings into the documents' and the computation's."""
-    if callable(own := settings.get("loss")):
-        settings = {**settings, "loss": name_of(own), "own_loss": own}
-    of_source = {field.name for field in fields(Source)} - {"data"}
-    source = Source(data, **{name: value for name, value in settings.items() if name in of_source})
-    return source, settings_of({name: value for name, value in settings.items() if name not in of_source})
-
-
-def _warn(finished: Manifest, store: GradientStore) -> None:
+def _warn(store: GradientStore) -> None:
     lost = np.flatnonzero(np.isnan(np.asarray(store.examples["loss"][:], dtype=float)))
     if len(lost):
         log.warning(
             "the loss is NaN or infinite in %s; their rows are stored as NaN and come last in a search", some_rows(lost)
         )
-    if finished.clipped:
-        log.warning("%d entries were outside the range of %s and were clipped", finished.clipped, finished.dtype)
-    if finished.nonfinite > len(lost) * store.width:
-        log.warning("%d entries are NaN or infinite; their rows come last in a search", finished.nonfinite)
+    counted = store.manifest
+    if counted.clipped:
+        log.warning("%d entries were outside the range of %s and were clipped", counted.clipped, counted.dtype)
+    if counted.nonfinite > len(lost) * store.width:
+        log.warning("%d entries are NaN or infinite; their rows come last in a search", counted.nonfinite)

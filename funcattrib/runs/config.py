@@ -42,15 +42,19 @@ class RowConfig:
         if self.token_batch_size != "auto":
             if not isinstance(self.token_batch_size, int):
                 raise FuncattribError(
-                    f"expected --token-batch-size to be a number or auto, found {self.token_batch_size!r}"
+                    f"expected `token_batch_size` to be a number or auto, found {self.token_batch_size!r}"
                 )
             at_least(self, token_batch_size=1)
-        if not 0 <= self.label_smoothing < 1:
-            raise FuncattribError(f"expected --label-smoothing in [0, 1), found {self.label_smoothing}")
-        if self.loss not in ("ce", "kl", "log_odds") and ":" not in self.loss:
-            raise FuncattribError(
-                f"expected --loss of ce, kl, log_odds or package.module:function, found {self.loss!r}"
-            )
+        refuse(
+            (
+                not 0 <= self.label_smoothing < 1,
+                f"expected `label_smoothing` in [0, 1), found {self.label_smoothing}",
+            ),
+            (
+                self.loss not in ("ce", "kl", "log_odds") and ":" not in self.loss,
+                f"expected `loss` of ce, kl, log_odds or package.module:function, found {self.loss!r}",
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -97,51 +101,53 @@ class GradientConfig(FittedConfig):
         """Check what a type cannot say."""
         super().__post_init__()
         at_least(self, damping=0, sketch_dim=1, num_heads=1, head_size=1)
-        split = self.split_heads or self.split_attention_modules or self.split_experts
-        by_hand = {"num_heads": self.num_heads, "head_size": self.head_size}
-        for wrong, message in (
+        heads, split = self.split_attention_modules, self.split_heads or self.split_experts
+        refuse(
             (
                 self.optimizer_state is not None and self.normalizer == "none",
-                "--optimizer-state requires --normalizer adafactor or adam",
+                "`optimizer_state` requires a `normalizer`: adafactor or adam",
             ),
             (
                 self.sketch_dim is not None and self.projection_dim not in (0, RowConfig.projection_dim),
-                "--projection-dim and --sketch-dim cannot be combined: a sketch replaces the projection",
+                "`projection_dim` and `sketch_dim` cannot be combined: a sketch replaces the projection",
             ),
             (
-                self.sketch_dim is not None and split,
-                "--sketch-dim adds up all leaves, so heads or experts cannot be split; use --projection-dim",
+                self.sketch_dim is not None and (split or heads),
+                "`sketch_dim` adds up all leaves, so heads or experts cannot be split; use `projection_dim`",
             ),
             (
-                self.split_heads and self.split_attention_modules,
-                "--split-heads and --split-attention-modules cannot be combined; leave one out",
+                self.split_heads and heads,
+                "`split_heads` and `split_attention_modules` cannot be combined; leave one out",
             ),
-            *(
-                (
-                    self.split_attention_modules and value is None,
-                    f"--split-attention-modules requires --{name.replace('_', '-')}",
-                )
-                for name, value in by_hand.items()
-            ),
-            *(
-                (
-                    not self.split_attention_modules and value is not None,
-                    f"--{name.replace('_', '-')} requires --split-attention-modules",
-                )
-                for name, value in {**by_hand, "head_dim": self.head_dim}.items()
-            ),
-        ):
-            if wrong:
-                raise FuncattribError(message)
+            (heads and self.num_heads is None, "`split_attention_modules` requires `num_heads`"),
+            (heads and self.head_size is None, "`split_attention_modules` requires `head_size`"),
+            (not heads and self.num_heads is not None, "`num_heads` requires `split_attention_modules`"),
+            (not heads and self.head_size is not None, "`head_size` requires `split_attention_modules`"),
+            (not heads and self.head_dim is not None, "`head_dim` requires `split_attention_modules`"),
+        )
+
+
+def refuse(*rules: tuple[object, str]) -> None:
+    """Raise the message of the first rule whose condition holds.
+
+    Raises:
+        FuncattribError: with that message.
+
+    Example:
+        >>> refuse((1 > 2, "one is above two"), (0.0 < 1.5 < 1.0, "not a fraction"))
+    """
+    for wrong, message in rules:
+        if wrong:
+            raise FuncattribError(message)
 
 
 def at_least(config: object, **least: float) -> None:
     """Check fields that have a smallest value; those that are None pass.
 
     Raises:
-        FuncattribError: naming the flag.
+        FuncattribError: naming the setting.
     """
     for name, smallest in least.items():
         value = getattr(config, name)
         if value is not None and not value >= smallest:
-            raise FuncattribError(f"expected --{name.replace('_', '-')} of at least {smallest}, found {value}")
+            raise FuncattribError(f"expected `{name}` of at least {smallest}, found {value}")

@@ -6,10 +6,11 @@ from torch import nn
 
 from funcattrib.chain.chain import Chain, compose
 from funcattrib.chain.per_example import per_example_grad
+from funcattrib.chain.transform import Transform
 from funcattrib.checkpoints.optimizer_state import optimizer_state
 from funcattrib.errors import FuncattribError
 from funcattrib.models.attention import attention_configs
-from funcattrib.runs.config import GradientConfig
+from funcattrib.runs.config import GradientConfig, RowConfig
 from funcattrib.transforms import (
     AttentionConfig,
     adafactor_norm,
@@ -45,11 +46,23 @@ def chain_of(gradients: GradientConfig, model: nn.Module | Params) -> Chain:
         stages.append(split_heads(heads))
     if gradients.sketch_dim is not None:
         stages.append(sketch(gradients.sketch_dim, seed=gradients.seed))
-    elif gradients.projection_dim:
-        stages.append(project(gradients.projection_dim, kind=gradients.projection_type, seed=gradients.seed))
+    else:
+        stages += projection_of(gradients)
     if gradients.precondition != "none":
         stages.append(precondition(power=-0.5, groups=gradients.precondition, damping=gradients.damping))
     return compose(per_example_grad, *stages)
+
+
+def projection_of(rows: RowConfig, seed: int | None = None) -> list[Transform]:
+    """Return the projection that the settings ask for, by their seed or another; none where they keep whole gradients.
+
+    Example:
+        >>> [stage.name for stage in projection_of(RowConfig())], projection_of(RowConfig(projection_dim=0))
+        (['project'], [])
+    """
+    if not rows.projection_dim:
+        return []
+    return [project(rows.projection_dim, kind=rows.projection_type, seed=rows.seed if seed is None else seed)]
 
 
 def _heads(gradients: GradientConfig, model: nn.Module | Params) -> dict[str, AttentionConfig]:

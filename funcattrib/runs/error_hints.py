@@ -30,7 +30,7 @@ def explained() -> Iterator[None]:
         if is_short(error):
             raise FuncattribError(
                 f"a batch does not fit in memory: {''.join(str(error).splitlines()[:1])[:120]}\n"
-                "use a smaller --token-batch-size or --projection-dim; finished work is kept"
+                "use a smaller `token_batch_size` or `projection_dim`; finished work is kept"
             ) from error
         raise
 

@@ -41,10 +41,10 @@ def fold_parts(work: Work, writer: StoreWriter, step: int, fold: Fold, label: st
     world, lengths = work.world, work.corpus.lengths
     spans = [range(start, min(start + step, len(lengths))) for start in range(0, len(lengths), step)]
     saved = load_parts(writer.path) if world.is_rank_zero else []
-    own, done = fold.start, [part for _, parts in saved for part in parts]
+    result, done = fold.start, [part for _, parts in saved for part in parts]
     if saved:
-        own = fold.merge([tensors for tensors, _ in saved])
-        replace_parts(writer.path, own, done)
+        result = fold.merge([tensors for tensors, _ in saved])
+        replace_parts(writer.path, result, done)
     todo = sorted(set(range(len(spans))) - set(world.broadcast_object(done)))
     mine, last = list(done), time.monotonic()
     tokens = sum(int(lengths[spans[part]].sum()) for part in todo)
@@ -53,21 +53,21 @@ def fold_parts(work: Work, writer: StoreWriter, step: int, fold: Fold, label: st
     with progress(work, label, total, total - tokens) as bar:
         try:
             for number in work.step.through(world.claims(len(todo))):
-                own = fold.take(own, spans[todo[number]], bar)
+                result = fold.take(result, spans[todo[number]], bar)
                 mine.append(todo[number])
                 if time.monotonic() - last > _SAVE_EVERY:
-                    save_parts(writer.path, world.rank, own, mine)
+                    save_parts(writer.path, world.rank, result, mine)
                     last, kept = time.monotonic(), len(mine)
         finally:
             if len(mine) > kept:
-                save_parts(writer.path, world.rank, own, mine)
-    return _together(own, fold, work)
+                save_parts(writer.path, world.rank, result, mine)
+    return _merged(result, fold, work)
 
 
-def _together(own: Result, fold: Fold, work: Work) -> Result:
-    """Merge the results of all processes, in the order of their ranks."""
+def _merged(result: Result, fold: Fold, work: Work) -> Result:
+    """One result of all processes, in the order of their ranks."""
     world = work.world
     if world.size == 1:
-        return own
-    parts = {name: world.all_gather(tensor) for name, tensor in own.items()}
+        return result
+    parts = {name: world.all_gather(tensor) for name, tensor in result.items()}
     return fold.merge([{name: tensors[rank] for name, tensors in parts.items()} for rank in range(world.size)])

@@ -61,16 +61,16 @@ class Pieces:
     def _refuse_one(self, part: range, documents: Sequence[int]) -> None:
         if len(part) == 1:
             raise FuncattribError(
-                f"one document does not fit in memory: {self._describe(documents[part[0]])}\ncut it with --truncation "
-                "--max-length N, or use a lower --precision or --projection-dim; finished work is kept"
+                f"one document does not fit in memory: {self._describe(documents[part[0]])}\ncut it with `truncation` "
+                "and `max_length`, or use a lower `precision` or `projection_dim`; finished work is kept"
             )
 
     def _halve(self, examples: int, longest: int) -> None:
-        told, self.most = self.most is not None, (examples + 1) // 2 * longest
-        if not told:
+        logged, self.most = self.most is not None, (examples + 1) // 2 * longest
+        if not logged:
             log.warning(
                 "a batch of %d documents of up to %d tokens did not fit in memory: it is computed in halves, and later "
-                "batches have at most %d tokens; --token-batch-size auto finds the largest size that fits",
+                "batches have at most %d tokens; `token_batch_size='auto'` finds the largest size that fits",
                 *(examples, longest, self.most),
             )
 

@@ -2,13 +2,12 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from funcattrib.chain import per_example, state_tree
 from funcattrib.chain.chain import Chain
@@ -19,14 +18,15 @@ from funcattrib.data.corpus import Corpus
 from funcattrib.data.documents import Records, read_documents
 from funcattrib.data.numeric_examples import Examples
 from funcattrib.errors import FuncattribError
-from funcattrib.losses.resolve import KINDS, Own, loss_of
+from funcattrib.losses.resolve import KINDS, loss_of
 from funcattrib.models.functional import device_of, parameters_of, sharing
 from funcattrib.models.identity import fingerprint, model_identity
 from funcattrib.models.limits import context_length, vocabulary
-from funcattrib.models.loading import PRECISIONS, load_model
+from funcattrib.models.loading import PRECISIONS, load_model, load_tokenizer
 from funcattrib.runs.config import GradientConfig
 from funcattrib.runs.default_chain import chain_of
 from funcattrib.runs.oom_retry import Pieces
+from funcattrib.runs.settings import Source
 from funcattrib.runs.workload import Work, fit_state, template
 from funcattrib.runtime.world import world
 from funcattrib.store import GradientStore, Manifest, StoreWriter, lay_out, open_store
@@ -45,37 +45,6 @@ _SHARD_ROWS = 1024
 _SHARD_BYTES = 256 << 20
 
 
-@dataclass(frozen=True)
-class Source:
-    """The documents of a run, and what belongs to them.
-
-    Attributes:
-        data: a data set, a list of records, or whatever ``--dataset`` takes.
-        tokenizer: the model's own where the model is a name.
-        columns: which columns to read; ``text`` by default.
-        split, subset: of ``data``, where that is a name.
-        truncation: cut documents longer than ``max_length``.
-        max_length: by default the model's context.
-        model_name, revision: what the manifest calls the model.
-        reference_model: what the loss ``kl`` compares with: a model, or its name.
-        own_loss: a function in the place of the loss that the settings name.
-        quiet: no report, no progress.
-    """
-
-    data: Records | str
-    tokenizer: PreTrainedTokenizerBase | None = None
-    columns: Columns | None = None
-    split: str | None = None
-    subset: str | None = None
-    truncation: bool = False
-    max_length: int | None = None
-    model_name: str | None = None
-    revision: str | None = None
-    reference_model: nn.Module | str | None = None
-    own_loss: Own | None = None
-    quiet: bool = False
-
-
 class Prepared(NamedTuple):
     """The work of a run, the manifest of its result, and the store whose state was given.
 
@@ -88,18 +57,24 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    model: Model, source: Source, gradients: GradientConfig, chain: Chain | None, state: str | Path | None
+    model: Model,
+    data: Records | str,
+    source: Source,
+    gradients: GradientConfig,
+    chain: Chain | None,
+    state: str | Path | None,
 ) -> Prepared:
     """Load, tokenise and check everything; nothing is computed or written yet.
 
     Raises:
         FuncattribError: bad input of any kind.
     """
+    model, source = load_named(model, source)
     reference = _reference(model, source)
     loss, params, module, identity, corpus = (
-        _own_loss(model, source, per_example_grad if chain is None else chain.started())
+        _own_loss(model, data, source, per_example_grad if chain is None else chain.started())
         if isinstance(model, tuple)
-        else _language_model(model, source, gradients, reference)
+        else _language_model(model, data, source, gradients, reference)
     )
     chain = chain or chain_of(gradients, module)
     first, spec = chain.init(chain.started().spec(params))
@@ -109,7 +84,7 @@ def prepare(
     manifest = Manifest(
         model=identity,
         data={
-            "id": source.data if isinstance(source.data, str) else "in memory",
+            "id": data if isinstance(data, str) else "in memory",
             "split": source.split,
             "subset": source.subset,
             **corpus.identity(),
@@ -179,37 +154,34 @@ def state_of(prepared: Prepared, writer: StoreWriter, fit_documents: int) -> Sta
     return state
 
 
-def settings_of(values: Mapping[str, Any]) -> GradientConfig:
-    """Convert keyword settings to a ``GradientConfig``.
-
-    Raises:
-        FuncattribError: an unknown setting, or a value out of range.
-    """
-    known = GradientConfig.__dataclass_fields__
-    if unknown := sorted(values.keys() - known.keys()):
-        raise FuncattribError(f"unknown setting {unknown[0]!r}; the settings are {', '.join(known)}")
-    globs = {
-        name: (value,) if isinstance(value, str) else tuple(value or ())
-        for name, value in values.items()
-        if name in ("modules", "exclude", "split_attention_modules")
-    }
-    return GradientConfig(**{**values, **globs})
-
-
 _Parts = tuple[Loss, Mapping[str, Tensor], nn.Module | Params, dict[str, Any], Corpus]
 
 
+def load_named(model: Model | Path, source: Source) -> tuple[nn.Module | tuple[Loss, Params], Source]:
+    """Return the model, and the source with its tokenizer and name: both are loaded where they are names.
+
+    Raises:
+        FuncattribError: no causal language model of that name, or no tokenizer.
+    """
+    if isinstance(model, str | Path):
+        named = source.tokenizer if isinstance(source.tokenizer, str) else None
+        loaded = load_model(str(model), tokenizer=named, revision=source.revision, **source.loading._asdict())
+        tokenizer = loaded.tokenizer if named or source.tokenizer is None else source.tokenizer
+        return loaded.model, replace(source, tokenizer=tokenizer, model_name=loaded.name)
+    if isinstance(source.tokenizer, str):
+        options = {"trust_remote_code": source.loading.trust_remote_code}
+        return model, replace(source, tokenizer=load_tokenizer(source.tokenizer, options))
+    return model, source
+
+
 def _language_model(
-    model: nn.Module | str, source: Source, gradients: GradientConfig, reference: nn.Module | None
+    model: nn.Module, data: Records | str, source: Source, gradients: GradientConfig, reference: nn.Module | None
 ) -> _Parts:
-    tokenizer, name = source.tokenizer, source.model_name
-    if isinstance(model, str):
-        name = model
-        loaded = load_model(model)
-        model, tokenizer = loaded.model, tokenizer or loaded.tokenizer
+    tokenizer = source.tokenizer
+    assert not isinstance(tokenizer, str), "load_named has loaded it"
     loss, params = loss_of(
         model,
-        source.own_loss or gradients.loss,
+        source.loss_function or gradients.loss,
         reduction=gradients.loss_reduction,
         label_smoothing=gradients.label_smoothing,
         reference=reference,
@@ -217,18 +189,18 @@ def _language_model(
         exclude=gradients.exclude,
     )
     documents = read_documents(
-        load(source.data, source.split, subset=source.subset) if isinstance(source.data, str) else source.data,
+        load(data, source.split, subset=source.subset) if isinstance(data, str) else data,
         tokenizer,
         source.columns or Columns(),
         max_length=context_length(model, tokenizer, asked=source.max_length),
         truncation=source.truncation,
         vocab_size=vocabulary(model),
-        own_loss=source.own_loss is not None or gradients.loss not in KINDS,
+        own_loss=source.loss_function is not None or gradients.loss not in KINDS,
     )
     if not source.quiet:
         for line in documents.lines():
             log.info(line)
-    return loss, params, model, model_identity(model, name, source.revision), documents
+    return loss, params, model, model_identity(model, source.model_name, source.revision), documents
 
 
 def _described(corpus: Corpus, row: int) -> str:
@@ -237,27 +209,27 @@ def _described(corpus: Corpus, row: int) -> str:
     return f"row {row}{'' if name == str(row) else f' (id {name})'} of {int(corpus.lengths[row]):,} tokens"
 
 
-def _reference(model: Model, source: Source) -> nn.Module | None:
-    """Return the reference model, loaded where the model is and in its precision."""
+def _reference(model: nn.Module | tuple[Loss, Params], source: Source) -> nn.Module | None:
+    """The reference model, loaded where the model is and in its precision."""
     if not isinstance(source.reference_model, str):
         return source.reference_model
     if not isinstance(model, nn.Module):
-        return load_model(source.reference_model).model
+        return None  # refused with what else belongs to a model
     weight = next(model.parameters())
     precision = PRECISIONS[str(weight.dtype).removeprefix("torch.")]
     return load_model(source.reference_model, device=str(weight.device), precision=precision).model
 
 
-def _own_loss(model: tuple[Loss, Params], source: Source, gradients: per_example.Source) -> _Parts:
+def _own_loss(model: tuple[Loss, Params], data: Records | str, source: Source, gradients: per_example.Source) -> _Parts:
     loss, params = model
-    if source.own_loss is not None or source.reference_model is not None:
+    if source.loss_function is not None or source.reference_model is not None:
         raise FuncattribError(
-            "(loss, params) cannot be combined with loss= or reference_model=; give a model, or leave these out"
+            "(loss, params) cannot be combined with `loss` or `reference_model`; give a model, or leave these out"
         )
     if not callable(loss):
         raise FuncattribError(f"expected a loss function and its parameters, found {type(loss).__name__} for the loss")
     tensors = gradients.named(params)
-    records = load(source.data, source.split, subset=source.subset) if isinstance(source.data, str) else source.data
+    records = load(data, source.split, subset=source.subset) if isinstance(data, str) else data
     name = source.model_name or getattr(loss, "__qualname__", type(loss).__name__)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     identity = {"id": name, "revision": None, "architecture": "own loss", "dtype": dtype}
@@ -271,8 +243,8 @@ def _fitted_on(chain: Chain, first: State, gradients: GradientConfig) -> dict[st
     """
     numbers = {
         f"{at}/{name}": tensor
-        for at, (stage, own) in enumerate(zip(chain.stages, first, strict=True))
+        for at, (stage, state) in enumerate(zip(chain.stages, first, strict=True))
         if not stage.fitted
-        for name, tensor in state_tree.flatten(own).items()
+        for name, tensor in state_tree.flatten(state).items()
     }
     return {"fit_documents": gradients.fit_documents, **({"given": fingerprint(numbers)} if numbers else {})}

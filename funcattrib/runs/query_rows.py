@@ -22,12 +22,12 @@ def as_leaves(rows: Tensor, store: GradientStore, device: torch.device) -> dict[
 
 
 def query_rows(stores: Sequence[GradientStore], unit_norm: bool) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Load every query, (K, D) float32, and its metadata.
+    """Return every query, (K, D) float32, and the metadata of each.
 
     Raises:
         FuncattribError: a query that is not finite.
     """
-    rows, told = [], []
+    rows, metadata = [], []
     for store in stores:
         matrix = store.matrix().tensor(0, len(store)).float()
         if bad := (~matrix.isfinite().all(1)).nonzero().flatten().tolist():
@@ -38,5 +38,5 @@ def query_rows(stores: Sequence[GradientStore], unit_norm: bool) -> tuple[Tensor
         if zero := (norms[:, 0] == 0).nonzero().flatten().tolist():
             log.warning("the gradients of queries %s in %s are zero, and so are their scores", zero[:5], store.path)
         rows.append(matrix / divisors(norms) if unit_norm else matrix)
-        told += [dict(entry) for entry in store.examples]
-    return torch.cat(rows), told
+        metadata += [dict(entry) for entry in store.examples]
+    return torch.cat(rows), metadata

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 
@@ -19,14 +19,15 @@ from funcattrib.chain.transform import State
 from funcattrib.data.documents import Records
 from funcattrib.errors import FuncattribError
 from funcattrib.kernels.safe_norm import divisors
-from funcattrib.runs.collect import split_settings
-from funcattrib.runs.error_hints import explained
+from funcattrib.runs.config import GradientConfig
 from funcattrib.runs.fold import Fold, Result, fold_parts
 from funcattrib.runs.prepare import Model, prepare, shard_rows, state_of
+from funcattrib.runs.run_folder import run_folder
+from funcattrib.runs.settings import GradientSettings, Source, resolve
 from funcattrib.runs.token_budget import with_budget
 from funcattrib.runs.workload import Work, rows_of
 from funcattrib.runtime.progress import Progress
-from funcattrib.store import GradientStore, StoreWriter, open_store, share_store
+from funcattrib.store import GradientStore, StoreWriter, open_store
 from funcattrib.types import Batch, PerExample
 
 log = logging.getLogger(__name__)
@@ -40,12 +41,14 @@ def reduce_gradients(
     *,
     path: str | Path,
     method: Method = "mean",
-    unit_normalize: bool = False,
+    unit_norm: bool = False,
     chain: Chain | None = None,
     state: str | Path | None = None,
+    source: Source | None = None,
+    gradients: GradientConfig | None = None,
     overwrite: bool = False,
     config: Mapping[str, Any] | None = None,
-    **settings: Any,
+    **settings: Unpack[GradientSettings],
 ) -> GradientStore:
     """Compute the mean or sum of every document's gradient, as a store of one row; continues a run that was
     interrupted.
@@ -53,10 +56,10 @@ def reduce_gradients(
     Documents whose gradient is NaN or infinite are left out and counted.
 
     Args:
-        model, data, chain, state, settings: as in ``collect_gradients``.
+        model, data, chain, state, source, gradients, overwrite, config, settings: as in ``collect_gradients``.
         path: the folder of the store, which ``score_gradients`` takes as queries.
         method: ``mean`` or ``sum``.
-        unit_normalize: scale each gradient to unit length, all leaves together, before it is added.
+        unit_norm: scale each gradient to unit length, all leaves together, before it is added.
 
     Raises:
         FuncattribError: bad input of any kind; no document with a finite gradient.
@@ -69,11 +72,11 @@ def reduce_gradients(
         ...     reduce_gradients((loss, {"w": torch.ones(2)}), data, path=run, quiet=True).matrix()[:]
         array([[1., 4.]], dtype=float32)
     """
-    source, gradients = split_settings(data, settings)
-    prepared = with_budget(prepare(model, source, gradients, chain, state), path, overwrite=overwrite)
+    source, gradients = resolve(source, gradients or GradientConfig(), settings)
+    prepared = with_budget(prepare(model, data, source, gradients, chain, state), path, overwrite=overwrite)
     manifest = prepared.manifest
     step = gradients.rows_per_shard or shard_rows(manifest.width)
-    how = {"reduced": method, "unit_normalize": unit_normalize, "documents": manifest.rows, "part": step}
+    how = {"reduced": method, "unit_normalize": unit_norm, "documents": manifest.rows, "part": step}
     manifest = replace(
         manifest,
         rows=1,
@@ -82,14 +85,10 @@ def reduce_gradients(
         computed_with={**manifest.computed_with, **how},
         text_columns=(),
     )
-    with share_store(path, manifest, prepared.work.world, overwrite=overwrite) as writer:
-        if config is not None:
-            writer.save_config(config)
+    with run_folder(path, manifest, prepared.work.world, overwrite=overwrite, config=config) as writer:
         if writer.pending:
-            with explained():
-                fitted = state_of(prepared, writer, gradients.fit_documents)
-                _reduce(prepared.work, writer, fitted, method, unit_normalize, step)
-        writer.finish()
+            fitted = state_of(prepared, writer, gradients.fit_documents)
+            _reduce(prepared.work, writer, fitted, method, unit_norm, step)
     return open_store(path)
 
 
@@ -103,13 +102,13 @@ def _reduce(work: Work, writer: StoreWriter, state: State, method: Method, unit:
     if (lost := len(lengths) - count) and work.world.is_rank_zero:
         log.warning("%d of %d documents have gradients that are NaN or infinite; they are left out", lost, len(lengths))
     row = found["sum"] / count if method == "mean" else found["sum"]
-    told: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "id": [f"{method} of {count} documents"],
         "loss": [loss],
         "tokens": [int(lengths.sum())],
     }
     for shard in writer.claims():
-        writer.put(shard, row[None].float(), told)
+        writer.put(shard, row[None].float(), metadata)
 
 
 def _add(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 
@@ -16,14 +16,14 @@ from funcattrib.chain.chain import Chain, compose
 from funcattrib.chain.transform import State, Transform
 from funcattrib.data import Columns
 from funcattrib.data.documents import Records
-from funcattrib.errors import FuncattribError
-from funcattrib.models.loading import load_model
-from funcattrib.runs.collect import collect_gradients, fit_chain, split_settings
+from funcattrib.runs.collect import collect_gradients, fit_chain
+from funcattrib.runs.config import GradientConfig, refuse
 from funcattrib.runs.default_chain import chain_of
-from funcattrib.runs.error_hints import explained
 from funcattrib.runs.fold import Fold, Result, fold_parts
-from funcattrib.runs.prepare import Model, Prepared, prepare, shard_rows, state_of, with_state
+from funcattrib.runs.prepare import Model, Prepared, load_named, prepare, shard_rows, state_of, with_state
 from funcattrib.runs.query_rows import as_leaves, query_rows
+from funcattrib.runs.run_folder import run_folder
+from funcattrib.runs.settings import GradientSettings, Source, resolve
 from funcattrib.runs.token_budget import with_budget
 from funcattrib.runs.token_rows import MOST_ROWS, as_tokens, by_token, fill_tokens
 from funcattrib.runs.workload import Work, fill, rows_of
@@ -31,7 +31,7 @@ from funcattrib.runtime.progress import Progress
 from funcattrib.runtime.world import world
 from funcattrib.scores import Scores, check_gradients, open_scores, scores_manifest
 from funcattrib.scores.top_k import Best, best_of, fold, nothing, save_best
-from funcattrib.store import GradientStore, StoreWriter, open_store, require_shared, share_store
+from funcattrib.store import GradientStore, StoreWriter, open_store, require_shared
 from funcattrib.store.compatibility import check_kind
 from funcattrib.store.create import PARTS
 from funcattrib.transforms import inner_products, max_score, self_influence
@@ -48,7 +48,7 @@ def score_gradients(
     data: Records | str,
     *,
     path: str | Path,
-    queries: Sequence[str | Path] | str | Path = (),
+    query_stores: Sequence[str | Path] | str | Path = (),
     query_data: Records | str | None = None,
     query_columns: Columns | None = None,
     query_split: str | None = None,
@@ -58,16 +58,19 @@ def score_gradients(
     top_k: int | None = None,
     chain: Chain | None = None,
     state: str | Path | None = None,
+    source: Source | None = None,
+    gradients: GradientConfig | None = None,
     overwrite: bool = False,
     config: Mapping[str, Any] | None = None,
-    **settings: Any,
+    **settings: Unpack[GradientSettings],
 ) -> Scores:
     """Score every document against query gradients; continues a run that was interrupted.
 
     Args:
-        model, data, chain, settings: as in ``collect_gradients``; they must be those that made the queries.
+        model, data, chain, source, gradients, overwrite, config, settings: as in ``collect_gradients``; they must be
+            those that made the queries.
         path: the folder of the scores.
-        queries: stores of query gradients, whose rows are the queries one after the other.
+        query_stores: stores of query gradients, whose rows are the queries one after the other.
         query_data: or the queries' data set, whose gradients are computed first, into a sub-folder of ``path``;
             ``query_columns`` and ``query_split`` are its own.
         score: a column for every query, or one for their mean, or for the nearest of them (the largest score); ``self``
@@ -90,36 +93,43 @@ def score_gradients(
         array([  4., 180.], dtype=float32)
     """
     path = Path(path)
-    if isinstance(model, str):  # once, for the documents and for the queries
-        loaded = load_model(model)
-        settings = {"tokenizer": loaded.tokenizer, "model_name": model, **settings}
-        model = loaded.model
-    paths = [queries] if isinstance(queries, str | Path) else list(queries)
-    _check_asked(score, paths, query_data, unit_norm, granularity, top_k)
-    source, gradients = split_settings(data, settings)
-    common: dict[str, Any] = {"chain": chain, "overwrite": overwrite, **settings}
+    paths = [query_stores] if isinstance(query_stores, str | Path) else list(query_stores)
+    _check_queries(score, paths, query_data, unit_norm, granularity, top_k)
+    source, gradients = resolve(source, gradients or GradientConfig(), settings)
+    model, source = load_named(model, source)  # once, for the documents and for the queries
     if query_data is not None:
         require_shared(path, world())
+        parts = path / PARTS
         stages = (chain or chain_of(gradients, model[1] if isinstance(model, tuple) else model)).stages
         if state is None and any(stage.fitted for stage in stages):
-            state = fit_chain(model, data, path=path / PARTS / "state", **common).path
-        columns = query_columns or settings.get("columns")
-        own = {**common, "columns": columns, "split": query_split, "subset": None}
-        paths = [collect_gradients(model, query_data, path=path / PARTS / "query", state=state, **own).path]
+            state = fit_chain(
+                model, data, path=parts / "state", chain=chain, source=source, gradients=gradients, overwrite=overwrite
+            ).path
+        of_queries = collect_gradients(
+            model,
+            query_data,
+            path=parts / "query",
+            chain=chain,
+            state=state,
+            source=source.for_queries(query_columns, query_split),
+            gradients=gradients,
+            overwrite=overwrite,
+        )
+        paths = [of_queries.path]
     stores = [_gradients_at(each) for each in paths]
-    prepared = prepare(model, source, gradients, chain, state)
+    prepared = prepare(model, data, source, gradients, chain, state)
     for store in stores:
         check_gradients(prepared.manifest, store.manifest)
         _say_other_loss(prepared, store)
     if state is None and stores and stores[0].manifest.state is not None:
         prepared = with_state(prepared, stores[0])
-    last, told = _against(stores, score, unit_norm, granularity, prepared)
+    last, queries = _against(stores, score, unit_norm, granularity, prepared)
     leaves = list(_spec(prepared, last)) if granularity == "module" else []
     manifest = scores_manifest(
         prepared.manifest,
         of=[store.manifest for store in stores],
         method={"name": "score", "score": score, "unit_norm": unit_norm},
-        queries=told,
+        queries=queries,
         modules=leaves,
     )
     width = manifest.leaves[-1].stop
@@ -133,16 +143,14 @@ def score_gradients(
     if top_k is not None:
         kept = {"top_k": top_k, "shard": manifest.rows_per_shard, "scored": manifest.rows}
         manifest = replace(manifest, rows=0, computed_with={**manifest.computed_with, **kept})
-    with share_store(path, manifest, prepared.work.world, overwrite=overwrite) as writer:
-        if config is not None:
-            writer.save_config(config)
+    with run_folder(path, manifest, prepared.work.world, overwrite=overwrite, config=config) as writer:
         if not writer.manifest.complete:
-            with explained():
-                _compute(prepared, last, writer, gradients.fit_documents, top_k, granularity)
-        finished = writer.finish()
-    if finished.nonfinite and not source.quiet and prepared.work.world.is_rank_zero:
-        log.warning("%d scores are NaN or infinite; their rows are left out of top-k", finished.nonfinite)
-    return open_scores(path)
+            _compute(prepared, last, writer, gradients.fit_documents, top_k, granularity)
+    scores = open_scores(path)
+    lost = scores.manifest.nonfinite
+    if lost and not source.quiet and prepared.work.world.is_rank_zero:
+        log.warning("%d scores are NaN or infinite; their rows are left out of top-k", lost)
+    return scores
 
 
 def _compute(
@@ -175,11 +183,11 @@ def _fill_best(work: Work, writer: StoreWriter, state: Any, top_k: int) -> None:
     if int(found["lost"]) and not work.quiet and work.world.is_rank_zero:
         log.warning("%d rows have scores that are NaN or infinite and are left out", int(found["lost"]))
 
-    def shown(row: int) -> dict[str, Any]:
+    def metadata(row: int) -> dict[str, Any]:
         return {name: values[0] for name, values in work.corpus.metadata(range(row, row + 1)).items()}
 
     if writer.role.holds_lock:
-        save_best(writer.path, Best(found["values"], found["rows"]), shown)
+        save_best(writer.path, Best(found["values"], found["rows"]), metadata)
 
 
 def _take_best(
@@ -198,18 +206,18 @@ def _merge_best(count: int, parts: Sequence[Result]) -> Result:
 def _against(
     stores: Sequence[GradientStore], score: How, unit_norm: bool, granularity: Granularity, prepared: Prepared
 ) -> tuple[list[Transform], list[dict[str, Any]]]:
-    """Return the last stages of the chain, and the metadata of each column."""
+    """The last stages of the chain, and metadata of each column."""
     if score == "self":
         return [self_influence()], [{"id": "self"}]
-    rows, told = query_rows(stores, unit_norm)
+    rows, queries = query_rows(stores, unit_norm)
     if score == "mean":
-        rows, told = rows.mean(0, keepdim=True), [{"id": f"mean of {len(told)} queries"}]
+        rows, queries = rows.mean(0, keepdim=True), [{"id": f"mean of {len(queries)} queries"}]
     leaves = as_leaves(rows, stores[0], prepared.work.device)
     by: Literal["example", "leaf"] = "leaf" if granularity == "module" else "example"
     last = [inner_products(leaves, unit_norm=unit_norm, by=by)]
     if score == "nearest":
-        return [*last, max_score()], [{"id": f"nearest of {len(told)} queries"}]
-    return last, told
+        return [*last, max_score()], [{"id": f"nearest of {len(queries)} queries"}]
+    return last, queries
 
 
 def _spec(prepared: Prepared, last: Sequence[Transform]) -> Mapping[str, Any]:
@@ -233,35 +241,34 @@ def _say_other_loss(prepared: Prepared, store: GradientStore) -> None:
             )
 
 
-def _check_asked(
+def _check_queries(
     score: str, paths: Sequence[Any], query_data: Any, unit_norm: bool, granularity: str, top_k: int | None
 ) -> None:
     given = bool(paths) + (query_data is not None)
-    for wrong, message in (
-        (score == "self" and given, "--score self compares each document with itself and takes no queries"),
+    refuse(
+        (score == "self" and given, "`score='self'` compares each document with itself and takes no queries"),
         (
             score == "self" and unit_norm,
-            "--score self and --unit-norm cannot be combined: every score would be 1",
+            "`score='self'` and `unit_norm` cannot be combined: every score would be 1",
         ),
         (
             score == "self" and granularity != "example",
-            f"--score self and --granularity {granularity} cannot be combined",
+            f"`score='self'` and `granularity='{granularity}'` cannot be combined",
         ),
-        (score != "self" and not given, "queries are required: give --query-path or --query-dataset"),
-        (given == 2, "--query-path and --query-dataset cannot be combined"),
-        (top_k is not None and top_k < 1, f"expected --top-k of at least 1, found {top_k}"),
+        (score != "self" and not given, "queries are required: give `query_stores` or `query_data`"),
+        (given == 2, "`query_stores` and `query_data` cannot be combined"),
+        (top_k is not None and top_k < 1, f"expected `top_k` of at least 1, found {top_k}"),
         (
             top_k is not None and granularity != "example",
-            f"--top-k and --granularity {granularity} cannot be combined",
+            f"`top_k` and `granularity='{granularity}'` cannot be combined",
         ),
         (
             score == "nearest" and granularity != "example",
-            f"--score nearest and --granularity {granularity} cannot be combined: the parts of a maximum do not add up",
+            f"`score='nearest'` and `granularity='{granularity}'` cannot be combined: the parts of a maximum do not "
+            "add up",
         ),
         (
             unit_norm and granularity == "token",
-            "--unit-norm and --granularity token cannot be combined: the norm is of the whole document's gradient",
+            "`unit_norm` and `granularity='token'` cannot be combined: the norm is of the whole document's gradient",
         ),
-    ):
-        if wrong:
-            raise FuncattribError(message)
+    )

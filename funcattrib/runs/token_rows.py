@@ -64,10 +64,10 @@ def fill_tokens(work: Work, writer: StoreWriter, state: State, label: str = "bui
             first, last = (int(at) for at in np.searchsorted(ends, [span.start, span.stop - 1], side="right"))
             documents = range(first, last + 1)
             matrix, losses = _rows_of(work, compute, documents)
-            told = _told(work, documents, losses)
+            metadata = _metadata(work, documents, losses)
             skipped = span.start - int(ends[first] - work.corpus.lengths[first])
             inside = slice(skipped, skipped + len(span))
-            writer.put(shard, matrix[inside].clone(), {name: values[inside] for name, values in told.items()})
+            writer.put(shard, matrix[inside].clone(), {name: values[inside] for name, values in metadata.items()})
             bar.update(len(span), len(documents))
 
 
@@ -88,12 +88,12 @@ def _rows_of(work: Work, compute: Callable[[Batch], PerExample], documents: rang
     return torch.cat(parts), losses
 
 
-def _told(work: Work, documents: range, losses: np.ndarray) -> dict[str, Any]:
-    """Return the metadata of every token: its document's id, number and loss, its position, and its text."""
+def _metadata(work: Work, documents: range, losses: np.ndarray) -> dict[str, Any]:
+    """Return of every token its document's id, number and loss, its position, and its text."""
     lengths = work.corpus.lengths[list(documents)]
     ids = work.corpus.metadata(documents)["id"]
     positions = [at for length in lengths for at in range(length)]
-    told: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "id": [f"{name}:{at}" for name, length in zip(ids, lengths, strict=True) for at in range(length)],
         "document": np.repeat(np.asarray(documents), lengths),
         "position": np.asarray(positions),
@@ -101,8 +101,8 @@ def _told(work: Work, documents: range, losses: np.ndarray) -> dict[str, Any]:
     }
     if isinstance(work.corpus, Documents) and (tokenizer := _tokenizer(work)) is not None:
         rows = work.corpus.rows
-        told["text"] = [tokenizer.decode([int(token)]) for i in documents for token in rows[i]["input_ids"]]
-    return told
+        metadata["text"] = [tokenizer.decode([int(token)]) for i in documents for token in rows[i]["input_ids"]]
+    return metadata
 
 
 def _tokenizer(work: Work) -> PreTrainedTokenizerBase | None:

@@ -118,8 +118,8 @@ def fill(work: Work, writer: StoreWriter, state: State, label: str = "build") ->
         for shard in work.step.through(writer.claims()):
             span = writer.shard_range(shard)
             matrix, losses = rows_of(work, compute, span, bar.update)
-            shown = work.corpus.metadata(span)
-            writer.put(shard, matrix, {**shown, "loss": losses.numpy(), "tokens": lengths[list(span)]})
+            metadata = work.corpus.metadata(span)
+            writer.put(shard, matrix, {**metadata, "loss": losses.numpy(), "tokens": lengths[list(span)]})
             if not work.world.is_rank_zero:  # whose progress line is for all
                 log.info("%s: shard %d, rows %d to %d", label, shard, span.start, span.stop - 1)
 
@@ -155,15 +155,15 @@ def flat(result: PerExample) -> tuple[Tensor, Tensor]:
 
 def warn_unused_leaves(compute: Callable[[Batch], PerExample]) -> Callable[[Batch], PerExample]:
     """Return ``compute``, which logs once what has no gradient in the first batch with any: its columns are zero."""
-    told = False
+    warned = False
 
     def watched(batch: Batch) -> PerExample:
-        nonlocal told
+        nonlocal warned
         result = compute(batch)
-        if not told:
+        if not warned:
             zero = [name for name, grad in result.grads.items() if not bool(grad.any())]
-            told = len(zero) < len(result.grads)
-            if told and zero:
+            warned = len(zero) < len(result.grads)
+            if warned and zero:
                 log.warning(
                     "%d of %d leaves have no gradient in the first batch (%s%s): the loss does not use them, or no "
                     "token reached them; their columns are zero",

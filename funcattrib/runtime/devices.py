@@ -25,6 +25,6 @@ def pick_device(device: str) -> torch.device:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise FuncattribError(
-            f"device {device!r} is not available on this machine: {why(error)}; use --device cpu"
+            f"device {device!r} is not available on this machine: {why(error)}; use `device='cpu'`"
         ) from error
     return chosen

@@ -79,7 +79,7 @@ class Scores:
     def part(self, module: str) -> Any:
         """Return one parameter's (or head's) part of the scores, (rows, queries), which slices like an array."""
         if module not in self.modules:
-            has = f"{', '.join(self.modules[:3])}, …" if self.modules else "none: score with --granularity module"
+            has = f"{', '.join(self.modules[:3])}, …" if self.modules else "none: score with `granularity='module'`"
             raise FuncattribError(f"the scores have no module {module!r}; their modules are {has}")
         return self._store[module]
 
@@ -100,7 +100,7 @@ class Scores:
             if reverse or k > self.kept:
                 raise FuncattribError(
                     f"only the best {self.kept} rows of each query were kept, and "
-                    f"{'the lowest' if reverse else k} were asked for; score again with a larger --top-k, or without"
+                    f"{'the lowest' if reverse else k} were asked for; score again with a larger `top_k`, or without"
                 )
             return kept_best.load_best(self.path, len(self.queries)).found(k)
         best, start, sign = nothing(len(self.queries)), 0, -1.0 if reverse else 1.0

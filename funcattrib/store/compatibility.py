@@ -56,7 +56,7 @@ def same_state(store: GradientStore, path: str | Path) -> None:
     Raises:
         FuncattribError: no state at ``path``, one of another model or chain, or other numbers; it says which.
     """
-    given, advice = open_store(path), "search a store that was built with this --state, or leave it out"
+    given, advice = open_store(path), "search a store that was built with this `state`, or leave it out"
     check_kind(given.manifest, path, "state", "gradients")
     ours, theirs = store.manifest, given.manifest
     if theirs.state is None:
@@ -119,7 +119,7 @@ def refuse(what: str, ours: Any, theirs: Any) -> None:
     if ours != theirs:
         raise FuncattribError(
             f"the queries and the training gradients differ in their {what}{_where(what, ours, theirs)}\n"
-            "compute both with the same settings and the same --state"
+            "compute both with the same settings and the same `state`"
         )
 
 

@@ -130,7 +130,7 @@ def _agree(path: Path, wanted: Manifest, found: Manifest) -> None:
         more = f"; and {len(lines) - _NAMED} more" if lines[_NAMED:] else ""
         raise StoreError(
             f"{path} holds another run: {'; '.join(lines[:_NAMED])}{more}\n"
-            "use --overwrite to replace it, or another RUN"
+            "use `overwrite` to replace it, or another RUN"
         )
 
 

@@ -207,7 +207,7 @@ def check_manifest(manifest: Manifest) -> None:
             f"expected rows >= 0 and rows_per_shard >= 1, found {manifest.rows} and {manifest.rows_per_shard}"
         )
     if not manifest.leaves:
-        raise StoreError("the rows have no leaves; check that --modules matches a parameter")
+        raise StoreError("the rows have no leaves; check that `modules` matches a parameter")
     if [*manifest.leaves] != lay_out({leaf.name: leaf.shape for leaf in manifest.leaves}):
         raise StoreError("the leaves have gaps, overlaps or repeated names")
     if manifest.complete and [shard.start for shard in manifest.shards] != [

@@ -66,7 +66,7 @@ def _check_alike(folders: Sequence[Path], manifests: Sequence[Manifest]) -> None
         if state != states[0]:
             raise StoreError(
                 f"{folder} has another fitted state than {folders[0]}\n"
-                "fit it once (`funcattrib fit`) and give it to every machine with --state"
+                "fit it once (`funcattrib fit`) and give it to every machine with `state`"
             )
 
 

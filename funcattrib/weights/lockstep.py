@@ -203,7 +203,7 @@ def _fitting() -> Iterator[None]:
             raise
         raise FuncattribError(
             "the shortest document and two weights do not fit in the memory of one process that holds the model\n"
-            "use more processes, a lower --precision, or --offload-params; finished work is kept"
+            "use more processes, a lower `precision`, or `offload_params`; finished work is kept"
         ) from error
 
 

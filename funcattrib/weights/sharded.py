@@ -165,7 +165,7 @@ class Gathers:
         if at >= len(self._order) or self._order[at] is not weight:
             raise FuncattribError(
                 f"this batch uses the model's weights in another order than earlier ones: first a weight of shape "
-                f"{weight.shape}\nleave out --shard-params, or make the model's forward the same for every batch"
+                f"{weight.shape}\nleave out `shard_params`, or make the model's forward the same for every batch"
             )
 
     def settle(self) -> None:

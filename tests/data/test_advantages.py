@@ -71,7 +71,7 @@ def test_missing_rewards_are_named_or_left_out(
     tmp_path: Path, hole: float | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     rewards = [1.0, hole, 3.0, -2.0, hole, 4.0]
-    with pytest.raises(fa.DataError, match=r"'r' has no finite number in 2 rows: 1, 4\n.*--skip-missing-rewards"):
+    with pytest.raises(fa.DataError, match=r"'r' has no finite number in 2 rows: 1, 4\n.*`skip_missing_rewards`"):
         build(tmp_path / "run", rows(r=rewards), Columns("q", "a", reward_column="r"))
     assert not (tmp_path / "run").exists()
     columns = Columns("q", "a", reward_column="r", skip_missing_rewards=True)
@@ -132,10 +132,10 @@ def test_mistakes(tmp_path: Path, values: dict, columns: dict, message: str) -> 
 
 def test_columns_that_exclude_each_other() -> None:
     with pytest.raises(
-        fa.DataError, match=r"--reward-column \('r'\) and --advantage-column \('a'\) cannot be combined"
+        fa.DataError, match=r"`reward_column` \('r'\) and `advantage_column` \('a'\) cannot be combined"
     ):
         Columns(reward_column="r", advantage_column="a")
-    with pytest.raises(fa.DataError, match="--skip-missing-rewards requires --reward-column or --advantage-column"):
+    with pytest.raises(fa.DataError, match="`skip_missing_rewards` requires `reward_column` or `advantage_column`"):
         Columns(skip_missing_rewards=True)
 
 

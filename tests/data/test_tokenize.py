@@ -205,11 +205,11 @@ CHAT = Columns(conversation_column="m")
         (data(text=[None, None]), None, "found null"),
         (data(text=[1.5, float("nan")]), None, r"found double|found float64"),
         (data(text=[["a"]]), None, "found List"),
-        (data(m=CONVERSATIONS), Columns("m"), "--conversation-column"),
+        (data(m=CONVERSATIONS), Columns("m"), "`conversation_column`"),
         (
             data(text=["a", "hello " * 120]),
             None,
-            r"at most 100 tokens, found \d+ in row 1\n.*--truncation.*split or drop",
+            r"at most 100 tokens, found \d+ in row 1\n.*`truncation`.*split or drop",
         ),
         (data(m=["a"]), CHAT, "list of messages"),
         (data(m=[None, CONVERSATIONS[0]]), CHAT, "1 row: 0"),

@@ -29,7 +29,7 @@ VALUES = {
 ERRORS = {"DataError", "StoreError", "ChainError"}
 """Shown by the error that they are kinds of."""
 
-COMMON = {"model", "loss", "params", "data", "overwrite", "config", "path", "settings"}
+COMMON = {"model", "loss", "params", "data", "overwrite", "config", "path", "settings", "source", "gradients"}
 """Arguments that mean the same wherever they are; ``collect_gradients`` describes them."""
 
 VERBS = """
@@ -42,7 +42,12 @@ Turn Wait Write Yield
 """
 """First words of the docstrings of public functions; a new one is added here on purpose."""
 
-FIRST = sorted({name for package, name in PUBLIC if package in ("funcattrib", "funcattrib.transforms")} - VALUES)
+CONFIGS = {"RowConfig", "FittedConfig", "GradientConfig"}
+"""Groups of flags: each field is described by the string after it, which ``--help`` shows too."""
+
+FIRST = sorted(
+    {name for package, name in PUBLIC if package in ("funcattrib", "funcattrib.transforms")} - VALUES - CONFIGS
+)
 REST = sorted({(package, name) for package, name in PUBLIC if name not in VALUES})
 
 
@@ -62,6 +67,16 @@ def test_has_an_example_and_names_its_arguments(name: str) -> None:
     if name not in (*ERRORS, "FuncattribError"):
         for argument in inspect.signature(thing).parameters.keys() - COMMON:
             assert re.search(rf"\b{argument}\b", text), argument
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_every_field_of_a_group_of_flags_is_described(name: str) -> None:
+    tree = ast.parse((ROOT / "funcattrib/runs/config.py").read_text(encoding="utf-8"))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    for node, following in pairwise(body):
+        if isinstance(node, ast.AnnAssign):
+            assert isinstance(getattr(following, "value", None), ast.Constant), ast.unparse(node)
+            assert isinstance(following, ast.Expr), ast.unparse(node)
 
 
 def behind(package: str, name: str) -> tuple[str, dict]:

@@ -162,9 +162,9 @@ def test_modules_that_are_not_there_or_fail(tmp_path: Path, monkeypatch: pytest.
 
 def test_settings_that_mean_nothing_to_a_loss_of_ones_own(module: str, tmp_path: Path) -> None:
     for settings, flag in (
-        ({"loss_reduction": "mean"}, "--loss-reduction"),
-        ({"label_smoothing": 0.1}, "--label-smoothing"),
-        ({"reference_model": cases.causal("llama")}, "--reference-model"),
+        ({"loss_reduction": "mean"}, "`loss_reduction='mean'`"),
+        ({"label_smoothing": 0.1}, "`label_smoothing`"),
+        ({"reference_model": cases.causal("llama")}, "`reference_model`"),
     ):
         with pytest.raises(fa.FuncattribError, match=f"{flag}.* cannot be combined with the custom loss"):
             build(tmp_path / "run", f"{module}:margin", **settings)

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import funcattrib as fa
-from funcattrib.checkpoints.loading import learning_rates
+from funcattrib.checkpoints.training_run import learning_rates
 from funcattrib.recipes import less as recipe
 from funcattrib.recipes.less import less
 from tests.support import tiny
@@ -131,7 +131,7 @@ def test_learning_rates_are_those_logged_since_the_checkpoint_before(run, tmp_pa
     assert learning_rates([silent]) == [2e-3]
     (silent / "scheduler.pt").unlink()
     with pytest.raises(
-        fa.FuncattribError, match=r"has no learning rate above 0 .*; give one for each checkpoint with --learn"
+        fa.FuncattribError, match=r"has no learning rate above 0 .*; give one for each checkpoint with `learn"
     ):
         learning_rates([silent])
 
@@ -140,13 +140,13 @@ def test_learning_rates_are_those_logged_since_the_checkpoint_before(run, tmp_pa
     ("change", "found"),
     [
         ({"checkpoints": []}, "no checkpoint was given"),
-        ({"fraction": 0.0}, "--fraction above 0 and at most 1, found 0.0"),
+        ({"fraction": 0.0}, "`fraction` above 0 and at most 1, found 0.0"),
         ({"fraction": 1.5}, "found 1.5"),
         ({"score": "best"}, "found 'best'"),
-        ({"rates": [1.0]}, "one learning rate for each of 2 checkpoints, found 1"),
-        ({"rates": [1.0, -1.0]}, "positive learning rates, found -1.0"),
+        ({"learning_rates": [1.0]}, "one learning rate for each of 2 checkpoints, found 1"),
+        ({"learning_rates": [1.0, -1.0]}, "positive learning rates, found -1.0"),
         ({"subtask_column": "task"}, "the queries have no column 'task' of subtasks; they have input_ids, id"),
-        ({"subtask_column": "id", "score": "mean"}, "--subtask-column requires --score nearest"),
+        ({"subtask_column": "id", "score": "mean"}, "`subtask_column` requires `score='nearest'`"),
         ({"checkpoints": ["nowhere"]}, "the checkpoint nowhere is not a folder"),
     ],
 )

@@ -112,7 +112,7 @@ def test_the_advice_works(tmp_path) -> None:
 
 def test_lengths_that_do_not_fit() -> None:
     for lengths in ((5,), (5, 1), (5, 65)):
-        with pytest.raises(fa.FuncattribError, match="expected at least two --lengths of 2 to 64 tokens"):
+        with pytest.raises(fa.FuncattribError, match="expected at least two `lengths` of 2 to 64 tokens"):
             check_model(cases.causal("gpt_neox"), lengths)
 
 

@@ -105,20 +105,20 @@ def test_heads_of_a_loss_of_ones_own_must_be_named() -> None:
 
 
 REFUSED = {
-    "an optimizer's state alone": ({"optimizer_state": "x"}, "--optimizer-state requires --normalizer adafactor"),
-    "two reductions": ({"sketch_dim": 8, "projection_dim": 4}, "--projection-dim and --sketch-dim cannot"),
-    "a sketch of heads": ({"sketch_dim": 8, "split_heads": True}, "--sketch-dim adds up all leaves"),
-    "a sketch of experts": ({"sketch_dim": 8, "split_experts": True}, "--sketch-dim adds up all leaves"),
+    "an optimizer's state alone": ({"optimizer_state": "x"}, "`optimizer_state` requires a `normalizer`"),
+    "two reductions": ({"sketch_dim": 8, "projection_dim": 4}, "`projection_dim` and `sketch_dim` cannot"),
+    "a sketch of heads": ({"sketch_dim": 8, "split_heads": True}, "`sketch_dim` adds up all leaves"),
+    "a sketch of experts": ({"sketch_dim": 8, "split_experts": True}, "`sketch_dim` adds up all leaves"),
     "heads twice": (
         {"split_heads": True, "split_attention_modules": "q", "num_heads": 1, "head_size": 1},
-        "--split-heads and --split-attention-modules cannot be combined",
+        "`split_heads` and `split_attention_modules` cannot be combined",
     ),
-    "no head": ({"split_attention_modules": "q", "head_size": 2}, "--split-attention-modules requires --num-heads"),
-    "no size": ({"split_attention_modules": "q", "num_heads": 2}, "--split-attention-modules requires --head-size"),
-    "heads of nothing": ({"num_heads": 2}, "--num-heads requires --split-attention-modules"),
-    "an axis of nothing": ({"head_dim": 0}, "--head-dim requires --split-attention-modules"),
-    "damping": ({"damping": -0.1}, "--damping of at least 0, found -0.1"),
-    "sketch": ({"sketch_dim": 0}, "--sketch-dim of at least 1, found 0"),
+    "no head": ({"split_attention_modules": "q", "head_size": 2}, "`split_attention_modules` requires `num_heads`"),
+    "no size": ({"split_attention_modules": "q", "num_heads": 2}, "`split_attention_modules` requires `head_size`"),
+    "heads of nothing": ({"num_heads": 2}, "`num_heads` requires `split_attention_modules`"),
+    "an axis of nothing": ({"head_dim": 0}, "`head_dim` requires `split_attention_modules`"),
+    "damping": ({"damping": -0.1}, "`damping` of at least 0, found -0.1"),
+    "sketch": ({"sketch_dim": 0}, "`sketch_dim` of at least 1, found 0"),
 }
 
 

@@ -123,8 +123,8 @@ def test_a_document_that_cannot_fit_names_itself(stages, tmp_path) -> None:
         build(tmp_path / "run", *stages, source=short.source(), rows_per_shard=len(TEXTS))
     said = str(raised.value)
     assert f"one document does not fit in memory: row {longest} (id d{longest}) of {length} tokens" in said
-    assert "--truncation --max-length N" in said
-    assert "--projection-dim" in said
+    assert "`truncation` and `max_length`" in said
+    assert "`projection_dim`" in said
     assert len(said.splitlines()) == 2
 
 

@@ -45,7 +45,7 @@ def everything(out: Path) -> None:
     fa.collect_gradients(model, data, path=out / "tokens", granularity="token", **{**SETTINGS, "rows_per_shard": 30})
     reduce_gradients(model, queries, path=out / "query", **SETTINGS)
     score_gradients(model, data, path=out / "scores", query_data=queries, **SETTINGS)
-    score_gradients(model, data, path=out / "best", queries=out / "query", top_k=5, **SETTINGS)
+    score_gradients(model, data, path=out / "best", query_stores=out / "query", top_k=5, **SETTINGS)
     trackstar(model, data, queries, path=out / "trackstar", mixing_rank=5, **SETTINGS)
     few = {"rows_per_shard": 4, "token_batch_size": 48, "quiet": True}
     trak([model], data, queries, path=out / "trak", sketch_dim=8, damping=0.1, **few)

@@ -56,7 +56,12 @@ def test_streamed_scores_are_those_of_stored_gradients(name, unit_norm, tmp_path
     settings = {**COMMON, **CHAINS[name]}
     expected = dense(tmp_path, CHAINS[name], unit_norm)
     scores = score_gradients(
-        cases.causal("llama"), TRAIN, path=tmp_path / "out", queries=tmp_path / "query", unit_norm=unit_norm, **settings
+        cases.causal("llama"),
+        TRAIN,
+        path=tmp_path / "out",
+        query_stores=tmp_path / "query",
+        unit_norm=unit_norm,
+        **settings,
     )
     scale = np.abs(expected).mean()
     assert scores.shape == (10, 3)
@@ -67,7 +72,7 @@ def test_streamed_scores_are_those_of_stored_gradients(name, unit_norm, tmp_path
         cases.causal("llama"),
         TRAIN,
         path=tmp_path / "mean",
-        queries=[tmp_path / "query"],
+        query_stores=[tmp_path / "query"],
         score="mean",
         unit_norm=unit_norm,
         **settings,
@@ -77,7 +82,7 @@ def test_streamed_scores_are_those_of_stored_gradients(name, unit_norm, tmp_path
         cases.causal("llama"),
         TRAIN,
         path=tmp_path / "nearest",
-        queries=tmp_path / "query",
+        query_stores=tmp_path / "query",
         score="nearest",
         unit_norm=unit_norm,
         **settings,
@@ -102,7 +107,7 @@ def test_parts_by_module_add_up(name, unit_norm, tmp_path) -> None:
         cases.causal("llama"),
         TRAIN,
         path=tmp_path / "out",
-        queries=tmp_path / "query",
+        query_stores=tmp_path / "query",
         unit_norm=unit_norm,
         granularity="module",
         **COMMON,
@@ -134,11 +139,11 @@ def test_reduced_gradients(method, unit, tmp_path) -> None:
     settings = {**COMMON, "projection_dim": 4}
     model = cases.causal("gpt2")
     rows = np.asarray(collect_gradients(model, TRAIN, path=tmp_path / "train", **settings).matrix()[:])
-    reduced = reduce_gradients(model, TRAIN, path=tmp_path / "one", method=method, unit_normalize=unit, **settings)
+    reduced = reduce_gradients(model, TRAIN, path=tmp_path / "one", method=method, unit_norm=unit, **settings)
     rows = rows / np.linalg.norm(rows, axis=1, keepdims=True) if unit else rows
     expected = rows.sum(0) / (len(rows) if method == "mean" else 1)
     np.testing.assert_allclose(reduced.matrix()[:][0], expected, rtol=1e-4, atol=1e-5)
-    scores = score_gradients(model, TRAIN, path=tmp_path / "out", queries=tmp_path / "one", **settings)
+    scores = score_gradients(model, TRAIN, path=tmp_path / "out", query_stores=tmp_path / "one", **settings)
     stored = np.asarray(fa.open_store(tmp_path / "train").matrix()[:])
     np.testing.assert_allclose(np.asarray(scores)[:, 0], stored @ expected, rtol=1e-3, atol=1e-4)
 
@@ -147,7 +152,7 @@ def test_the_best_alone_are_kept(tmp_path) -> None:
     expected = dense(tmp_path, CHAINS["projected"], False)
     settings = {**COMMON, **CHAINS["projected"]}
     best = score_gradients(
-        cases.causal("llama"), TRAIN, path=tmp_path / "out", queries=tmp_path / "query", top_k=3, **settings
+        cases.causal("llama"), TRAIN, path=tmp_path / "out", query_stores=tmp_path / "query", top_k=3, **settings
     )
     order = np.argsort(-expected, 0)[:3].T
     assert best.shape == (10, 3)
@@ -181,7 +186,7 @@ def test_tables_show_text_of_any_column(top_k, tmp_path) -> None:
 
 @pytest.mark.parametrize("top_k", [None, 4])
 def test_an_interrupted_pass_is_continued(top_k, tmp_path, monkeypatch) -> None:
-    settings = {**COMMON, **CHAINS["projected"], "queries": tmp_path / "query", "top_k": top_k}
+    settings = {**COMMON, **CHAINS["projected"], "query_stores": tmp_path / "query", "top_k": top_k}
     dense(tmp_path, CHAINS["projected"], False)
     model, computed = cases.causal("llama"), []
     whole = score_gradients(model, TRAIN, path=tmp_path / "whole", **settings)
@@ -216,7 +221,9 @@ def test_queries_of_another_kind_are_refused(other, found, tmp_path) -> None:
     collect_gradients(cases.causal("llama"), QUERY, path=tmp_path / "query", projection_dim=4, **COMMON)
     settings = {**COMMON, "projection_dim": 4, **other}
     with pytest.raises(fa.FuncattribError, match=found):
-        score_gradients(cases.causal("llama"), TRAIN, path=tmp_path / "out", queries=tmp_path / "query", **settings)
+        score_gradients(
+            cases.causal("llama"), TRAIN, path=tmp_path / "out", query_stores=tmp_path / "query", **settings
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -224,19 +231,23 @@ def test_queries_of_another_model_or_state_are_refused(tmp_path) -> None:
     settings = {**COMMON, **CHAINS["adafactor"]}
     collect_gradients(cases.causal("gpt2"), QUERY, path=tmp_path / "gpt2", **settings)
     with pytest.raises(fa.FuncattribError, match="training gradients differ in their model"):
-        score_gradients(cases.causal("llama"), TRAIN, path=tmp_path / "a", queries=tmp_path / "gpt2", **settings)
+        score_gradients(cases.causal("llama"), TRAIN, path=tmp_path / "a", query_stores=tmp_path / "gpt2", **settings)
     for name, data in (("one", QUERY), ("two", TRAIN)):
         collect_gradients(cases.causal("llama"), data, path=tmp_path / name, **settings)
     with pytest.raises(fa.FuncattribError, match="training gradients differ in their fitted state"):
         score_gradients(
-            cases.causal("llama"), TRAIN, path=tmp_path / "b", queries=[tmp_path / "one", tmp_path / "two"], **settings
+            cases.causal("llama"),
+            TRAIN,
+            path=tmp_path / "b",
+            query_stores=[tmp_path / "one", tmp_path / "two"],
+            **settings,
         )
     with pytest.raises(fa.FuncattribError, match="training gradients differ in their fitted state"):
         score_gradients(
             cases.causal("llama"),
             TRAIN,
             path=tmp_path / "c",
-            queries=tmp_path / "one",
+            query_stores=tmp_path / "one",
             state=tmp_path / "two",
             **settings,
         )
@@ -252,23 +263,25 @@ def test_zero_queries_warn_and_score_zero_and_nan_rows_are_left_out(tmp_path, ca
     for top_k in (None, 3):
         out = tmp_path / f"out-{top_k}"
         with caplog.at_level(logging.WARNING):
-            scores = score_gradients((loss, params), train, path=out, queries=tmp_path / "query", top_k=top_k, **common)
+            scores = score_gradients(
+                (loss, params), train, path=out, query_stores=tmp_path / "query", top_k=top_k, **common
+            )
         assert "the gradients of queries" in caplog.text
         assert scores.topk(3).rows.tolist() == [[0, 2], [0, 2]]
         assert scores.topk(3).values.tolist() == [[0.0, 0.0], [2.0, 2.0]]
     collect_gradients((loss, params), [{"x": [float("inf"), 0.0]}], path=tmp_path / "bad", **common)
     with pytest.raises(fa.FuncattribError, match="are NaN or infinite; check their loss"):
-        score_gradients((loss, params), train, path=tmp_path / "no", queries=tmp_path / "bad", **common)
+        score_gradients((loss, params), train, path=tmp_path / "no", query_stores=tmp_path / "bad", **common)
 
 
 @pytest.mark.parametrize(
     ("asked", "found"),
     [
         ({}, "queries are required"),
-        ({"queries": "a", "query_data": QUERY}, "--query-path and --query-dataset cannot be combined"),
+        ({"query_stores": "a", "query_data": QUERY}, "`query_stores` and `query_data` cannot be combined"),
         ({"score": "self", "query_data": QUERY}, "takes no queries"),
         ({"score": "self", "unit_norm": True}, "every score would be 1"),
-        ({"query_data": QUERY, "top_k": 0}, "--top-k of at least 1"),
+        ({"query_data": QUERY, "top_k": 0}, "`top_k` of at least 1"),
         ({"query_data": QUERY, "score": "nearest", "granularity": "module"}, "do not add up"),
     ],
 )
@@ -281,11 +294,11 @@ def test_what_is_no_query_is_said_to_be_none(tmp_path, caplog) -> None:
     model, settings = cases.causal("llama"), {**COMMON, "projection_dim": 4}
     score_gradients(model, TRAIN, path=tmp_path / "scores", query_data=QUERY, **settings)
     with pytest.raises(fa.FuncattribError, match=r"expected gradients at .*, found another kind of store: scores"):
-        score_gradients(model, TRAIN, path=tmp_path / "again", queries=tmp_path / "scores", **settings)
+        score_gradients(model, TRAIN, path=tmp_path / "again", query_stores=tmp_path / "scores", **settings)
     queries = tmp_path / "scores" / "gradients" / "query"
     with caplog.at_level(logging.WARNING):
         cosines = score_gradients(
-            model, TRAIN, path=tmp_path / "other", queries=queries, loss="log_odds", unit_norm=True, **settings
+            model, TRAIN, path=tmp_path / "other", query_stores=queries, loss="log_odds", unit_norm=True, **settings
         )
     assert "were computed with loss kind ce, the documents with log_odds" in caplog.text
     assert cosines.manifest.score_convention.startswith("cosine")

@@ -208,13 +208,13 @@ def test_every_chain_can_be_tried(settings, tmp_path) -> None:
 
 def test_the_other_recipes(tmp_path, monkeypatch) -> None:
     query = run(reduce_gradients, tmp_path / "query", quiet=True)
-    scores = run(score_gradients, tmp_path / "scores", quiet=True, queries=query.path, unit_norm=True)
+    scores = run(score_gradients, tmp_path / "scores", quiet=True, query_stores=query.path, unit_norm=True)
     dense = run(fa.collect_gradients, tmp_path / "rows", quiet=True, token_batch_size=64).matrix().tensor()
     cosines = torch.nn.functional.cosine_similarity(dense, query.matrix().tensor())[:, None]
     torch.testing.assert_close(torch.tensor(scores[:]), cosines, rtol=1e-4, atol=1e-5)
     made_up(monkeypatch)
     run(fit_chain, tmp_path / "fit", quiet=True, normalizer="adafactor")
-    run(score_gradients, tmp_path / "tokens", quiet=True, queries=query.path, granularity="token", top_k=None)
+    run(score_gradients, tmp_path / "tokens", quiet=True, query_stores=query.path, granularity="token", top_k=None)
     for name in ("query", "scores", "fit", "tokens"):
         assert number(tmp_path / name) % LONGEST == 0, name
 

@@ -43,7 +43,7 @@ def test_a_documents_token_scores_add_up_to_its_score(projection, score, tmp_pat
         model,
         TRAIN,
         path=tmp_path / "tokens",
-        queries=tmp_path / "whole/gradients/query",
+        query_stores=tmp_path / "whole/gradients/query",
         granularity="token",
         **settings,
     )
@@ -53,7 +53,7 @@ def test_a_documents_token_scores_add_up_to_its_score(projection, score, tmp_pat
 
 def test_parts_that_would_not_add_up_are_refused(tmp_path) -> None:
     model = cases.causal("llama")
-    with pytest.raises(fa.FuncattribError, match="--unit-norm and --granularity token cannot be combined"):
+    with pytest.raises(fa.FuncattribError, match="`unit_norm` and `granularity='token'` cannot be combined"):
         score_gradients(model, TRAIN, path=tmp_path, query_data=QUERY, granularity="token", unit_norm=True)
     chain = fa.compose(fa.per_example_grad, fa.project(4), fa.unit_norm)
     with pytest.raises(fa.FuncattribError, match="requires linear stages, and unit_norm is not linear"):

@@ -21,11 +21,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 import funcattrib as fa
 from funcattrib.checkpoints.adam_state import adam_state
-from funcattrib.checkpoints.loading import load_checkpoint
 from funcattrib.cli.load import shards_of
 from funcattrib.models.functional import sharing
-from funcattrib.models.loading import load_model
+from funcattrib.models.loading import LoadOptions, load_model
 from funcattrib.models.sharded_loading import Shards
+from funcattrib.runs.prepare import load_named
+from funcattrib.runs.settings import Source
 from funcattrib.runtime.signals import Terminated
 from funcattrib.weights.lockstep import Lockstep
 from funcattrib.weights.sharded import Gathers
@@ -251,7 +252,7 @@ def let_go(folder: Path, shards: Shards) -> list[bool]:
     """Whether the shards of a checkpoint are gone when the next is loaded."""
     seen: list[weakref.ref] = []
     for path in sorted((folder / "trained").iterdir()):
-        model, _ = load_checkpoint(path, None, {"device": "cpu", "shards": shards})
+        model, _ = load_named(path, Source(loading=LoadOptions(device="cpu", shards=shards)))
         seen.append(weakref.ref(next(model.parameters()).held))
         del model
         gc.collect()

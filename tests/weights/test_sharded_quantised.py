@@ -195,6 +195,6 @@ def test_codes_of_another_kind_are_refused(tmp_path: Path) -> None:
     folder = tiny.save_model(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(fa.FuncattribError, match="quantised by bitsandbytes with --shard-params, found gptq") as caught:
+    with pytest.raises(fa.FuncattribError, match="quantised by bitsandbytes with `shard_params`, found gptq") as caught:
         load_model(str(folder), device="cpu", shards=SINGLE_PROCESS)
     assert str(caught.value).count("\n") == 1

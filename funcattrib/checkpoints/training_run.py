@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, one after the other: loading, comparing, and the learning rates between them."""
+"""Checkpoints of a training run, one after the other: comparing them, and the learning rates between them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,31 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from funcattrib.errors import FuncattribError
-from funcattrib.models.loading import load_model
 from funcattrib.types import Params
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-def load_checkpoint(
-    path: str | Path, tokenizer: str | PreTrainedTokenizerBase | None, options: Mapping[str, Any]
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Load a checkpoint's model, and the settings of ``collect_gradients`` that belong to it.
-
-    Args:
-        tokenizer: in the place of its own.
-        options: of ``load_model``.
-
-    Raises:
-        FuncattribError: no causal language model there.
-    """
-    named = tokenizer if isinstance(tokenizer, str) else None
-    loaded = load_model(str(path), tokenizer=named, **options)
-    words = loaded.tokenizer if named or tokenizer is None else tokenizer
-    return loaded.model, {"tokenizer": words, "model_name": loaded.name}
 
 
 def shapes_of(model: nn.Module | Params) -> Shapes:
@@ -86,7 +66,7 @@ def learning_rates(checkpoints: Sequence[Path], given: Sequence[float] = ()) -> 
         if not rate > 0:
             raise FuncattribError(
                 f"{path} has no learning rate above 0 in its trainer_state.json or scheduler.pt; give one for each "
-                "checkpoint with --learning-rate"
+                "checkpoint with `learning_rates`"
             )
         rates.append(rate)
     return rates

@@ -1,0 +1,59 @@
+"""The library's messages as a command's reader knows its settings: by their flags.
+
+Messages of the library put the names of arguments in backticks (`token_batch_size`); on the command line the same
+setting is a flag (--token-batch-size).
+"""
+
+import re
+from collections.abc import Collection
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
+
+_CALLED = {
+    "query_data": "query_dataset",
+    "query_stores": "query_path",
+    "checkpoints": "checkpoint",
+    "models": "checkpoint",
+    "learning_rates": "learning_rate",
+    "data": "dataset",
+}
+"""Arguments that have another name as a flag."""
+_ARGUMENT = re.compile(r"`(?P<name>[a-z_]+)(?:=(?P<value>[^`]+))?`")
+
+
+def with_flags(message: str, settings: Collection[str]) -> str:
+    """Return a message with the names of a command's settings as flags.
+
+    Args:
+        message: with names in backticks, `name` or `name=value`.
+        settings: of the command; other names stay as they are.
+
+    Example:
+        >>> with_flags("use a smaller `projection_dim`, or `dtype='int8'`; see `docs`", {"projection_dim", "dtype"})
+        "use a smaller --projection-dim, or --dtype int8; see `docs`"
+    """
+
+    def flag(found: re.Match[str]) -> str:
+        name = _CALLED.get(found["name"], found["name"])
+        if name not in settings:
+            return found[0]
+        value = (found["value"] or "True").strip("'\"")
+        return f"--{name.replace('_', '-')}" + ("" if value == "True" else f" {value}")
+
+    return _ARGUMENT.sub(flag, message)
+
+
+def setting_names(config_type: type) -> list[str]:
+    """Return the names of a command's settings, those of its groups among them.
+
+    Example:
+        >>> from funcattrib.cli.settings import RunConfig
+        >>> setting_names(RunConfig)
+        ['run', 'overwrite']
+    """
+    hints: dict[str, Any] = get_type_hints(config_type)
+    names: list[str] = []
+    for each in fields(config_type):
+        inner = hints[each.name]
+        names += setting_names(inner) if isinstance(inner, type) and is_dataclass(inner) else [each.name]
+    return names
