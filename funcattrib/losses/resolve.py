@@ -70,7 +70,7 @@ def loss_of(
     ):
         if given:
             raise FuncattribError(
-                f"{flag} cannot be combined with the custom loss {name_of(loss)}; write it into the loss"
+                f"{setting} cannot be combined with the custom loss {name_of(loss)}; write it into the loss"
             )
     function = find_loss(loss) if isinstance(loss, str) else loss
     return _own_loss(model, function, name_of(loss), modules, exclude)

@@ -153,7 +153,7 @@ def test_modules_that_are_not_there_or_fail(tmp_path: Path, monkeypatch: pytest.
         ("no_such_module:f", "the module no_such_module of the loss no_such_module:f is neither in .* nor installed"),
         ("needs_other:f", "cannot be imported: ModuleNotFoundError: No module named 'surely_not_installed'"),
         ("is_broken:f", "cannot be imported: ZeroDivisionError"),
-        ("kll", "expected --loss of ce, kl, log_odds or package.module:function, found 'kll'"),
+        ("kll", "expected `loss` of ce, kl, log_odds or package.module:function, found 'kll'"),
         (":f", "found ':f'"),
     ):
         with pytest.raises(fa.FuncattribError, match=message):

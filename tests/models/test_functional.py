@@ -43,7 +43,7 @@ def test_a_tied_parameter_answers_to_both_names() -> None:
     [
         (["*.mlp.*", "embed_out.weight"], [], "name matches 'embed_out.weight'; did you mean"),
         (None, ["*.atention.*"], r"name matches '\*.atention.\*'"),
-        (["*.mlp.*"], ["*layers*"], "there are no parameters matching .*; name some with --modules"),
+        (["*.mlp.*"], ["*layers*"], "there are no parameters matching .*; name some with `modules`"),
     ],
 )
 def test_globs_that_choose_nothing_are_refused(modules, exclude, message) -> None:

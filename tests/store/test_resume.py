@@ -131,7 +131,7 @@ def test_another_run_is_refused_naming_what_differs(tmp_path: Path) -> None:
     assert 'model.id: expected "other", found "tiny"' in message
     assert "seed: expected 1, found 0" in message
     assert "chain: expected project(dim=8), found project(dim=8, shape=[3, 4]) → unit_norm()" in message
-    assert "use --overwrite to replace it, or another RUN" in message
+    assert "use `overwrite` to replace it, or another RUN" in message
     assert message.count("\n") == 1
     assert contents(tmp_path / "run") == before
 
