@@ -31,7 +31,7 @@ from funcattrib.query.faiss_index import search as search_index
 from funcattrib.query.stored_loss import stored_loss
 from funcattrib.query.topk import TopK, store_blocks, topk
 from funcattrib.store import GradientStore, open_store
-from funcattrib.store.compatibility import check_kind, same_chain, same_state
+from funcattrib.store.compatibility import check_chain, check_kind, check_leaves, check_model, check_same_state
 from funcattrib.store.metadata import example_text
 from funcattrib.training.capture import collecting
 from funcattrib.transforms.registry import rebuild
@@ -114,9 +114,9 @@ class Attributor:
         self._tokenizer, self._chain = tokenizer, chain
         self._checked: nn.Module | None = None
         if chain is not None:
-            same_chain(self.store.manifest.chain, chain.describe())
+            check_chain(self.store.manifest, chain.describe())
         if state is not None:
-            same_state(self.store, state)
+            check_same_state(self.store, open_store(state))
         self._compute: Callable[[Batch], PerExample] | None = None
         self._index: FaissIndex | None = None
         if faiss_cfg is not None:
@@ -205,7 +205,7 @@ class Attributor:
         Example:
             ``with attributor.trace(model, 5) as found: model(ids, labels=ids).loss.backward()``, then ``found.hits``.
         """
-        self._check(model)
+        check_model(self.store.manifest, model_identity(model))
         params = {n: p.detach() for n, p in model.named_parameters() if n in self._attributed(model)}
         chain, state = self._state(params)
         result = Trace()
@@ -234,16 +234,7 @@ class Attributor:
 
     def _rows(self, grads: Grads) -> Tensor:
         """Join leaves to rows, (K, D) on the CPU, leaves in the store's order."""
-        missing = [name for name in self.store.leaves if name not in grads]
-        if missing or len(grads) != len(self.store.leaves):
-            other = missing or sorted(grads.keys() - self.store.leaves.keys())
-            raise FuncattribError(
-                f"expected the store's {len(self.store.leaves)} leaves in the query, found {len(grads)} "
-                f"(differing in {other[0]!r}); compute the query with the store's own chain"
-            )
-        for name, leaf in self.store.leaves.items():
-            if tuple(grads[name].shape[1:]) != tuple(leaf.shape):
-                raise FuncattribError(f"expected {name} of shape {leaf.shape}, found {tuple(grads[name].shape[1:])}")
+        check_leaves(self.store.leaves, {name: tuple(grad.shape[1:]) for name, grad in grads.items()})
         return torch.cat([grads[name].flatten(1).float().cpu() for name in self.store.leaves], 1)
 
     def _loaded(self) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
@@ -260,21 +251,9 @@ class Attributor:
             )
             self._model, self._tokenizer = loaded.model, self._tokenizer or loaded.tokenizer
         if self._model is not self._checked:
-            self._check(self._model)
+            check_model(self.store.manifest, model_identity(self._model))
             self._checked = self._model
         return self._model, self._tokenizer
-
-    def _check(self, model: nn.Module) -> None:
-        """Refuse a model whose weights are not those that made the store."""
-        made_with, found = self.store.manifest.model, model_identity(model)
-        if made_with["fingerprint"] == found["fingerprint"]:
-            return
-        name = next(name for name in ("architecture", "dtype", "fingerprint") if made_with[name] != found[name])
-        raise FuncattribError(
-            f"expected the model that made the store ({made_with['id']}, {name} {made_with[name][:24]}), "
-            f"found {found['id']} with {name} {found[name][:24]}\n"
-            "give that model, or build a store for this one"
-        )
 
     def _attributed(self, model: nn.Module) -> set[str]:
         loss = self.store.manifest.loss

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from funcattrib.errors import FuncattribError
 from funcattrib.losses.resolve import loss_of
 from funcattrib.models.functional import a_shard, parameters_of
 from funcattrib.models.identity import model_identity
 from funcattrib.models.loading import PRECISIONS, load_model
 from funcattrib.models.sharded_loading import Shards
 from funcattrib.store import Manifest
+from funcattrib.store.compatibility import check_reference
 from funcattrib.types import Loss
 
 
@@ -26,10 +26,7 @@ def stored_loss(model: nn.Module, manifest: Manifest, device: torch.device) -> t
         precision, like = PRECISIONS.get(made_with["dtype"], "fp32"), a_shard(parameters_of(model))
         shards = None if like is None else Shards(like.gathers, like.device, like.rows.device != like.device)
         reference = load_model(made_with["id"], precision=precision, device=str(device), shards=shards).model
-        if model_identity(reference)["fingerprint"] != made_with["fingerprint"]:
-            raise FuncattribError(
-                f"the reference model at {made_with['id']} is not the one that made the store; restore that one"
-            )
+        check_reference(made_with, model_identity(reference))
     return loss_of(
         model,
         loss["kind"],

@@ -30,7 +30,7 @@ from funcattrib.runs.settings import Source
 from funcattrib.runs.workload import Work, fit_state, template
 from funcattrib.runtime.world import world
 from funcattrib.store import GradientStore, Manifest, StoreWriter, lay_out, open_store
-from funcattrib.store.compatibility import check_given
+from funcattrib.store.compatibility import check_state
 from funcattrib.types import Batch, Loss, Params
 from funcattrib.weights.lockstep import Lockstep
 
@@ -131,7 +131,7 @@ def with_state(prepared: Prepared, given: GradientStore) -> Prepared:
     Raises:
         ChainError: it was fitted for another model, chain, or set of parameters; the message names which.
     """
-    check_given(prepared.manifest, given)
+    check_state(prepared.manifest, given)
     made_with = {
         "token_batch_size": prepared.work.budget,
         "state": None if given.manifest.state is None else given.manifest.state.sha256,

@@ -32,7 +32,7 @@ from funcattrib.runtime.world import world
 from funcattrib.scores import Scores, check_gradients, open_scores, scores_manifest
 from funcattrib.scores.top_k import Best, best_of, fold, nothing, save_best
 from funcattrib.store import GradientStore, StoreWriter, open_store, require_shared
-from funcattrib.store.compatibility import check_kind
+from funcattrib.store.compatibility import check_kind, loss_differences
 from funcattrib.store.create import PARTS
 from funcattrib.transforms import inner_products, max_score, self_influence
 from funcattrib.types import Batch, PerExample
@@ -233,12 +233,10 @@ def _gradients_at(path: str | Path) -> GradientStore:
 
 def _say_other_loss(prepared: Prepared, store: GradientStore) -> None:
     """Warn where the losses differ: two may be meant (a task's own for the queries), or a flag was forgotten."""
-    for name in ("kind", "reduction", "label_smoothing"):
-        ours, theirs = prepared.manifest.loss.get(name), store.manifest.loss.get(name)
-        if ours != theirs:
-            log.warning(
-                "the queries in %s were computed with loss %s %s, the documents with %s", store.path, name, theirs, ours
-            )
+    for name, ours, theirs in loss_differences(prepared.manifest, store.manifest):
+        log.warning(
+            "the queries in %s were computed with loss %s %s, the documents with %s", store.path, name, theirs, ours
+        )
 
 
 def _check_queries(

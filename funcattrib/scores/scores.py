@@ -22,7 +22,7 @@ from funcattrib.query.topk import TopK
 from funcattrib.scores import top_k as kept_best
 from funcattrib.scores.top_k import fold, nothing
 from funcattrib.store import GradientStore, Manifest, lay_out, open_store
-from funcattrib.store.compatibility import check_gradients, check_kind, refuse, state_hash
+from funcattrib.store.compatibility import check_kind, check_queries
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -178,8 +178,7 @@ def scores_manifest(
         FuncattribError: the gradients were made by different models, chains or states; the message names which.
     """
     for query in of:
-        check_gradients(train, query)
-        refuse("fitted state", state_hash(train), state_hash(query))
+        check_queries(train, query)
     leaves = lay_out(dict.fromkeys(modules or ["scores"], (len(queries),)))
     convention = train.score_convention
     if method.get("unit_norm"):

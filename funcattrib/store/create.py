@@ -1,16 +1,14 @@
 """Begin a store, or continue one that the same command began."""
 
 import logging
-import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from funcattrib.errors import StoreError
 from funcattrib.store import lock, progress_files, shards
 from funcattrib.store.atomic import TEMPORARY, explain
-from funcattrib.store.manifest import FILE, Manifest, check_manifest, differences, identity, read_manifest, unfinished
+from funcattrib.store.compatibility import check_continues
+from funcattrib.store.manifest import FILE, Manifest, check_manifest, read_manifest, unfinished
 from funcattrib.store.writer import CONFIG, PROGRESS, STATE, StoreWriter, save_manifest
 
 log = logging.getLogger(__name__)
@@ -19,10 +17,6 @@ log = logging.getLogger(__name__)
 PARTS = "gradients"
 # Sub-folder of a run for what its processes but the first report.
 LOGS = "logs"
-# Differences named in an error before the rest is only counted.
-_NAMED = 4
-_ENTAILED = ("leaves", "rows", "data.documents", "data.tokens", "computed_with.given")
-_HASH = re.compile(r'"([0-9a-f]{12})[0-9a-f]{20,}["…]')
 
 
 def create_store(path: str | Path, manifest: Manifest, *, overwrite: bool = False) -> StoreWriter:
@@ -61,7 +55,7 @@ def create_store(path: str | Path, manifest: Manifest, *, overwrite: bool = Fals
     manifest.to_json()  # settings that are no JSON values are refused before a folder is made
     found = _existing(path)
     if found and found.complete and not overwrite:
-        _agree(path, manifest, found)
+        check_continues(path, manifest, found)
         if not shards.misfits(path, shards.recorded(path, found)):
             return StoreWriter(path, found, shards.recorded(path, found), None)
     try:
@@ -85,7 +79,7 @@ def _begin(path: Path, wanted: Manifest, overwrite: bool, held: lock.Lock) -> St
         save_manifest(path, wanted)
         found = wanted
     else:
-        _agree(path, wanted, found)
+        check_continues(path, wanted, found)
     finished = shards.recorded(path, found)
     for number, wrong in shards.misfits(path, finished).items():
         log.warning("%s; shard %d is written again", wrong, number)
@@ -120,40 +114,6 @@ def _existing(path: Path) -> Manifest | None:
         more = f" and {len(others) - 1} more" if others[1:] else ""
         raise StoreError(f"{path} is no store: it has {others[0]}{more} and no {FILE}\nchoose another RUN")
     return None
-
-
-def _agree(path: Path, wanted: Manifest, found: Manifest) -> None:
-    if found.complete:  # nothing more is computed, so another version of this library does no harm
-        wanted = replace(wanted, funcattrib_version=found.funcattrib_version)
-    lines = _in_short(wanted, found)
-    if lines:
-        more = f"; and {len(lines) - _NAMED} more" if lines[_NAMED:] else ""
-        raise StoreError(
-            f"{path} holds another run: {'; '.join(lines[:_NAMED])}{more}\n"
-            "use `overwrite` to replace it, or another RUN"
-        )
-
-
-def _in_short(wanted: Manifest, found: Manifest) -> list[str]:
-    """List differences without those that others entail: a chain's settings decide the leaves, the data its sizes."""
-    lines = [line for line in differences(wanted, found) if not line.startswith("chain")]
-    chains = [_in_words(identity(manifest)["chain"]) for manifest in (wanted, found)]
-    if chains[0] != chains[1]:
-        lines.append("chain: expected {}, found {}".format(*chains))
-    independent = [line for line in lines if not line.startswith(_ENTAILED)]
-    lines = independent or [line for line in lines if not line.startswith("leaves")]
-    if not lines and [*wanted.leaves] != [*found.leaves]:
-        sizes = [f"{len(manifest.leaves)} of {manifest.width:,} columns" for manifest in (wanted, found)]
-        lines = ["leaves: expected {}, found {}".format(*sizes)]
-    return [_HASH.sub(r"\1…", line) for line in lines]
-
-
-def _in_words(chain: list[dict[str, Any]]) -> str:
-    stages = []
-    for stage in chain:
-        settings = ", ".join(f"{key}={value}" for key, value in stage.items() if key != "name")
-        stages.append(f"{stage['name']}({settings})")
-    return " → ".join(stages) or "no stage"
 
 
 def _forget(path: Path) -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 from funcattrib.errors import StoreError
 from funcattrib.store import shards
 from funcattrib.store.atomic import hash_file, replacing
+from funcattrib.store.compatibility import check_parts
 from funcattrib.store.create import create_store
 from funcattrib.store.layout import Shard
-from funcattrib.store.manifest import Manifest, differences, read_manifest
+from funcattrib.store.manifest import Manifest, read_manifest
 from funcattrib.store.reader import GradientStore, open_store
 from funcattrib.store.writer import CONFIG, STATE
 
@@ -34,7 +35,8 @@ def merge_stores(out: str | Path, parts: Sequence[str | Path]) -> GradientStore:
     if not folders:
         raise StoreError("no parts were given; name the folders that the machines wrote")
     manifests = [read_manifest(folder) for folder in folders]
-    _check_alike(folders, manifests)
+    states = [hash_file(folder / STATE) if (folder / STATE).exists() else None for folder in folders]
+    check_parts(folders, manifests, states)
     found = _shards(folders, manifests)
     out = Path(out)
     with create_store(out, manifests[0]) as writer:
@@ -55,19 +57,6 @@ def merge_stores(out: str | Path, parts: Sequence[str | Path]) -> GradientStore:
                 _take(folders[0] / file, out / file, hash_file(folders[0] / file))
         writer.finish()
     return open_store(out)
-
-
-def _check_alike(folders: Sequence[Path], manifests: Sequence[Manifest]) -> None:
-    for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
-        if lines := differences(manifests[0], manifest):
-            raise StoreError(f"{folder} is a part of another run than {folders[0]}: {lines[0]}")
-    states = [hash_file(folder / STATE) if (folder / STATE).exists() else None for folder in folders]
-    for folder, state in zip(folders[1:], states[1:], strict=True):
-        if state != states[0]:
-            raise StoreError(
-                f"{folder} has another fitted state than {folders[0]}\n"
-                "fit it once (`funcattrib fit`) and give it to every machine with `state`"
-            )
 
 
 def _shards(folders: Sequence[Path], manifests: Sequence[Manifest]) -> Mapping[int, tuple[Path, Shard]]:
