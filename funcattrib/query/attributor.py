@@ -66,6 +66,10 @@ class Trace:
         self.rows: Tensor = torch.empty(0, dtype=torch.int64)
         self.hits: list[list[Hit]] = []
 
+    def fill(self, found: TopK, hits: list[list[Hit]]) -> None:
+        """Take what the search found when the block is left."""
+        self.scores, self.rows, self.hits = found.values, found.rows, hits
+
 
 class Attributor:
     """A search of one store.
@@ -117,7 +121,7 @@ class Attributor:
             check_chain(self.store.manifest, chain.describe())
         if state is not None:
             check_same_state(self.store, open_store(state))
-        self._compute: Callable[[Batch], PerExample] | None = None
+        self._compute: tuple[Callable[[Batch], PerExample], torch.device] | None = None
         self._index: FaissIndex | None = None
         if faiss_cfg is not None:
             self._index = build_or_load(self.store, faiss_cfg, metric="cosine" if unit_norm else "ip")
@@ -191,9 +195,9 @@ class Attributor:
         if self._compute is None:
             loss, params = stored_loss(self._loaded()[0], self.store.manifest, self.device)
             chain, state = self._state(params)
-            self._compute = chain.bind(loss, params, state)
-            self._on = next(iter(params.values())).device
-        return self._rows(self._compute({name: tensor.to(self._on) for name, tensor in batch.items()}).grads)
+            self._compute = chain.bind(loss, params, state), next(iter(params.values())).device
+        compute, device = self._compute
+        return self._rows(compute({name: tensor.to(device) for name, tensor in batch.items()}).grads)
 
     @contextmanager
     def trace(self, model: nn.Module, k: int = 5, *, reverse: bool = False) -> Iterator[Trace]:
@@ -212,8 +216,7 @@ class Attributor:
         with collecting(model, params, chain, state) as collected:
             yield result
         found = self.search(collected.grads(), k, reverse=reverse)
-        result.scores, result.rows = found.values, found.rows
-        result.hits = [self.hits(v, r) for v, r in zip(found.values, found.rows, strict=True)]
+        result.fill(found, [self.hits(v, r) for v, r in zip(found.values, found.rows, strict=True)])
 
     def hits(self, values: Float[Tensor, " k"], rows: Tensor) -> list[Hit]:
         """Return scores and row numbers with the examples' metadata; places that an index did not fill are dropped."""

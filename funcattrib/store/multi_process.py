@@ -64,12 +64,8 @@ def _place(path: Path, manifest: Manifest, world: World, overwrite: bool, writer
     complete = all(world.all_gather_object(writer.manifest.complete))
     if writer.manifest.complete and not complete:
         raise StoreError(f"one machine has a finished store at {path} and others do not; choose another RUN")
-    writer.role = WriterRole(
-        world,
-        holds_lock=world.is_rank_zero or own,
-        todo=[number for number in range(writer.manifest.shard_count) if number not in done],
-        part=not here,
-    )
+    todo = [number for number in range(writer.manifest.shard_count) if number not in done]
+    writer.assign(WriterRole(world, holds_lock=world.is_rank_zero or own, todo=todo, part=not here))
     if own:
         log.info("%s is not shared between the machines: each has a part, to be joined by `funcattrib merge`", path)
     return writer

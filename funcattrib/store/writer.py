@@ -131,6 +131,14 @@ class StoreWriter:
         self._taken.add(shard)
         self._queue.put(job)
 
+    def assign(self, role: WriterRole) -> None:
+        """Give the writer its role among the processes that write the store, before a shard is handed over."""
+        self.role = role
+
+    def resize(self, rows: int) -> None:
+        """Change how many rows the store is to have, where that is known only as they come."""
+        self.manifest = replace(self.manifest, rows=rows)
+
     def take(self, shard: int, facts: Shard) -> None:
         """Count a shard whose files another store's writer has made and are in role here."""
         shards.record(self.path, shard, facts)

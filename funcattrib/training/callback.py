@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 from transformers import TrainerCallback
@@ -25,7 +25,7 @@ from funcattrib.models.identity import model_identity
 from funcattrib.store import Manifest, lay_out, read_manifest
 from funcattrib.store.create import PARTS
 from funcattrib.training.assemble import settle
-from funcattrib.training.capture import reader
+from funcattrib.training.capture import Reader, reader
 from funcattrib.training.evaluation import evaluation_store
 from funcattrib.training.journal import Journal
 from funcattrib.training.loop import trained
@@ -37,6 +37,18 @@ from funcattrib.transforms import project
 
 _SHARD_ROWS = 1024
 _SHARD_BYTES = 64 << 20
+
+
+class Begun(NamedTuple):
+    """What is settled when a training begins: how its rows are read, and what their stores say.
+
+    ``state`` is the chain's, flat; ``resumed`` says that the training goes on from a checkpoint.
+    """
+
+    read: Reader
+    state: dict[str, Tensor]
+    manifest: Manifest
+    resumed: bool
 
 
 class GradientCollectorCallback(TrainerCallback):
@@ -98,9 +110,22 @@ class GradientCollectorCallback(TrainerCallback):
         self.loss_scale, self.overwrite = loss_scale, overwrite
         self.trainer: Any = None
         self._active = False
+        self._begun: Begun | None = None
         self._session: Session | None = None
         self._journal: Journal | None = None
         self._epoch = 0
+
+    def attach(self, trainer: Any) -> None:
+        """Take the Trainer to collect from; ``prepare_for_gradient_collection`` calls it.
+
+        Raises:
+            FuncattribError: the callback has one.
+        """
+        if self.trainer is not None:
+            raise FuncattribError(
+                "this GradientCollectorCallback belongs to another Trainer; make one for each Trainer"
+            )
+        self.trainer = trainer
 
     def training_step(self, original: Any, rows: Tensor | None, *given: Any, **named: Any) -> Tensor:
         """Call the Trainer's step, and collect from it where it is one to keep."""
@@ -123,10 +148,12 @@ class GradientCollectorCallback(TrainerCallback):
         """Store the rows of an evaluation while training, where they are wanted."""
         examples = self.trainer.eval_dataset if examples is None else examples
         examples = self.trainer.eval_dataset[examples] if isinstance(examples, str) else examples
-        if self._session is None or not self.evaluate or isinstance(examples, dict):
+        if self._begun is None or self._session is None or not self.evaluate or isinstance(examples, dict):
             return
         folder = self.path / name / f"step_{self.trainer.state.global_step}"
-        evaluation_store(folder, self.trainer, self._read, self._current(), self._state, examples)
+        evaluation_store(
+            folder, self.trainer, self._begun.read, self._current(self._begun), self._begun.state, examples
+        )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Make everything ready."""
@@ -137,13 +164,11 @@ class GradientCollectorCallback(TrainerCallback):
         model = self.trainer.model
         names = trained(model, self.modules, self.exclude)
         params = {name: tensor for name, tensor in model.named_parameters() if name in names}
-        self._spec = spec(params)
-        read = self._read = reader(model, names, self.chain, self.state)
-        self._state = state_tree.flatten(self.chain.init(self._spec)[0] if self.state is None else self.state)
-        announced = self.chain.init(self._spec)[1]
+        read = reader(model, names, self.chain, self.state)
+        first, announced = self.chain.init(spec(params))
         leaves = lay_out({name: leaf.shape for name, leaf in announced.items()})
         smoother = self.trainer.label_smoother
-        self._manifest = Manifest(
+        manifest = Manifest(
             model=model_identity(model),
             data=data_identity(self.trainer.train_dataset),
             loss={
@@ -162,22 +187,24 @@ class GradientCollectorCallback(TrainerCallback):
             text_columns=text_columns(self.trainer.train_dataset, self.trainer.processing_class),
             rows_per_shard=max(1, min(_SHARD_ROWS, _SHARD_BYTES // (4 * leaves[-1].stop))),
         )
-        self._resumed = state.global_step > 0
-        self._make_room()
-        self._session = Session(self.trainer, model, read, self._spec, self.weighing, self.loss_scale, self._write)
+        chain_state = state_tree.flatten(first if self.state is None else self.state)
+        self._begun = Begun(read, chain_state, manifest, state.global_step > 0)
+        self._make_room(self._begun)
+        self._session = Session(self.trainer, model, read, spec(params), self.weighing, self.loss_scale, self._write)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Begin the epoch's journal."""
         self._epoch = int((state.epoch or 0) + 1e-6)
         self._journal = None
+        assert self._begun is not None
         if self.epochs is not None and self._epoch not in self.epochs:
             return
-        if not self.accumulate and self._finished(self._folder()):
+        if not self.accumulate and self._begun.resumed and _finished(self._folder()):
             return  # a resumed training makes again what is there already
         if args.process_index == 0:
-            save_plan(self._folder(), self._manifest, self._state, self._settings())
+            save_plan(self._folder(), self._begun.manifest, self._begun.state, self._settings())
         dtype = "float32" if self.accumulate or self.dtype == "int8" else self.dtype
-        self._journal = Journal(self._folder(), self._manifest, self._epoch, args.process_index, dtype)
+        self._journal = Journal(self._folder(), self._begun.manifest, self._epoch, args.process_index, dtype)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Read the rows that need the optimizer's second moments of this step."""
@@ -212,9 +239,9 @@ class GradientCollectorCallback(TrainerCallback):
             if self.trainer.args.world_size == 1:
                 self._settle(self._folder(), partial=True)
 
-    def _make_room(self) -> None:
+    def _make_room(self, begun: Begun) -> None:
         """Refuse another training's folder, or remove the rows of it that wait."""
-        earlier = [] if self._resumed else [*sorted(self.path.glob("epoch_*")), *self.path.glob("sum")]
+        earlier = [] if begun.resumed else [*sorted(self.path.glob("epoch_*")), *self.path.glob("sum")]
         if earlier and not self.overwrite:
             raise FuncattribError(
                 f"{self.path} has {earlier[0].name} of another training\n"
@@ -229,17 +256,11 @@ class GradientCollectorCallback(TrainerCallback):
     def _folder(self) -> Path:
         return self.path / ("sum" if self.accumulate else f"epoch_{self._epoch}")
 
-    def _current(self) -> Manifest:
-        return replace(self._manifest, model=model_identity(self.trainer.model))
+    def _current(self, begun: Begun) -> Manifest:
+        return replace(begun.manifest, model=model_identity(self.trainer.model))
 
     def _settings(self) -> dict[str, bool]:
         return {"add_up": self.accumulate, "track_order": self.track_order}
-
-    def _finished(self, folder: Path) -> bool:
-        if not self._resumed or not (folder / "manifest.json").exists():
-            return False
-        found = read_manifest(folder)
-        return found.complete and not found.extra.get("partial")
 
     def _write(self, rows: Tensor, facts: Any, step: int) -> None:
         assert self._journal is not None
@@ -247,16 +268,24 @@ class GradientCollectorCallback(TrainerCallback):
 
     def _settle(self, folder: Path, partial: bool = False) -> None:
         """Build the store, in one process, when all have written theirs."""
+        assert self._begun is not None
         if not partial:
             self.trainer.accelerator.wait_for_everyone()
         if self.trainer.args.process_index == 0:
             settle(
                 folder,
-                self._current(),
-                self._state,
+                self._current(self._begun),
+                self._begun.state,
                 shown(self.trainer.train_dataset, self.trainer.processing_class),
                 partial=partial,
                 **self._settings(),
             )
         if not partial:
             self.trainer.accelerator.wait_for_everyone()
+
+
+def _finished(folder: Path) -> bool:
+    if not (folder / "manifest.json").exists():
+        return False
+    found = read_manifest(folder)
+    return found.complete and not found.extra.get("partial")

@@ -61,8 +61,7 @@ class Journal:
         """Write everything so far to disk: the segment is complete, and the next row begins another."""
         if self._writer is None:
             return
-        rows = self._shard * self._manifest.rows_per_shard + self._filled
-        self._writer.manifest = replace(self._writer.manifest, rows=rows)
+        self._writer.resize(self._shard * self._manifest.rows_per_shard + self._filled)
         if self._filled:
             self._put()
         self._writer.finish()
@@ -80,7 +79,7 @@ class Journal:
         end = self._shard * self._manifest.rows_per_shard + self._filled
         if self._filled == self._manifest.rows_per_shard and self._writer.manifest.rows < end:
             # More rows than the epoch has examples: the sampler gives some twice.
-            self._writer.manifest = replace(self._writer.manifest, rows=end)
+            self._writer.resize(end)
         self._writer.put(self._shard, self._rows[: self._filled], self._facts)
         self._rows, self._facts, self._filled = torch.empty(0), {}, 0
         self._shard += 1

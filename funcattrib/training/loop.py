@@ -102,6 +102,7 @@ class GradientCollector:
         self._read: Reader = reader(model, trained(model, modules, exclude), chain or compose(project()), state)
         self._rows: dict[str, list[Tensor]] = {}
         self._inside = ExitStack()
+        self._collected: Collected | None = None
 
     @property
     def grads(self) -> Grads:
@@ -116,6 +117,7 @@ class GradientCollector:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._inside.close()
+        assert self._collected is not None
         if error is None:
             self._finish(self._collected)
         self._collected.passes.clear()

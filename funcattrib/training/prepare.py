@@ -56,14 +56,12 @@ def _prepare(trainer: Any) -> None:
             "write Trainer(…, callbacks=[GradientCollectorCallback(path)])"
         )
     _refuse(trainer)
-    callback = callbacks[0]
-    if callback.trainer is not None:
-        raise FuncattribError("this GradientCollectorCallback belongs to another Trainer; make one for each Trainer")
-    trainer.train_dataset = number(trainer.train_dataset)
+    callback, numbered = callbacks[0], number(trainer.train_dataset)
+    callback.attach(trainer)
+    trainer.train_dataset = numbered
     trainer.data_collator = Collate(trainer.data_collator)
     trainer._set_signature_columns_if_needed()
     trainer._signature_columns.append(ROW)
-    callback.trainer = trainer
     trainer.training_step = partial(_training_step, callback, trainer.training_step)
     trainer.compute_loss = partial(callback.compute_loss, trainer.compute_loss)
     trainer.evaluate = partial(_evaluate, callback, trainer.evaluate)
