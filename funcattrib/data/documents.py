@@ -56,8 +56,8 @@ class Documents(NamedTuple):
     @property
     def text_columns(self) -> tuple[str, ...]:
         """Return the columns of ``metadata`` that hold text."""
-        shown = tuple(shown_name(name, _TAKEN) for name in self._shown())
-        return shown or (() if self.tokenizer is None else ("text",))
+        columns = tuple(shown_name(name, _TAKEN) for name in self._text_columns_read())
+        return columns or (() if self.tokenizer is None else ("text",))
 
     def metadata(self, rows: range) -> dict[str, Any]:
         """Return what a store keeps of each example to show it: its id and the columns that were read, or its tokens.
@@ -65,13 +65,13 @@ class Documents(NamedTuple):
         A column called as one that the store has of every document is kept as ``data.NAME``.
         """
         part = self.source.select(rows)
-        shown = {shown_name(name, _TAKEN): part[name][:] for name in self._shown()}
-        if not shown and self.tokenizer is not None:
-            shown = {"text": [self.tokenizer.decode(self.rows[row]["input_ids"].tolist()) for row in rows]}
+        metadata = {shown_name(name, _TAKEN): part[name][:] for name in self._text_columns_read()}
+        if not metadata and self.tokenizer is not None:
+            metadata = {"text": [self.tokenizer.decode(self.rows[row]["input_ids"].tolist()) for row in rows]}
         ids = part["id"][:] if "id" in part.column_names else list(rows)
         if (advantage := self.numbers.get("advantage")) is not None:
-            shown["advantage"] = [None if np.isnan(a) else float(a) for a in advantage[rows.start : rows.stop]]
-        return {"id": [str(i) for i in ids], **shown}
+            metadata["advantage"] = [None if np.isnan(a) else float(a) for a in advantage[rows.start : rows.stop]]
+        return {"id": [str(i) for i in ids], **metadata}
 
     def identity(self) -> dict[str, Any]:
         """Return columns, a fingerprint of the tokens, labels and numbers, and counts."""
@@ -89,11 +89,11 @@ class Documents(NamedTuple):
     def lines(self) -> list[str]:
         """Return the same as lines for people."""
         left_out = self._without_reward()
-        told = f"no reward in {some_rows(left_out)}; kept, with a zero gradient, and not in its prompt's mean"
-        return [*self.report.lines(), *([told] if len(left_out) else [])]
+        note = f"no reward in {some_rows(left_out)}; kept, with a zero gradient, and not in its prompt's mean"
+        return [*self.report.lines(), *([note] if len(left_out) else [])]
 
-    def _shown(self) -> list[str]:
-        """Return the columns of the data set that are shown: those of text that were read."""
+    def _text_columns_read(self) -> list[str]:
+        """Return the data set's columns of text that were read."""
         columns = self.columns
         names = [columns.prompt_column, columns.completion_column, columns.conversation_column]
         return [name for name in names if name and name in self.source.column_names and name != "input_ids"]

@@ -58,14 +58,14 @@ def read_tokens(
         if len({len(values) for values in columns.values()}) > 1:
             found = ", ".join(f"{len(values)} in '{name}'" for name, values in columns.items())
             raise DataError(f"expected columns of equal length in row {row}, found {found}\nrepair or drop the row")
-        shown = columns.get("attention_mask", np.ones(len(tokens), bool)).astype(bool)
-        positions = np.flatnonzero(shown)
+        visible = columns.get("attention_mask", np.ones(len(tokens), bool)).astype(bool)
+        positions = np.flatnonzero(visible)
         if len(positions) and positions[-1] - positions[0] + 1 != len(positions):
             raise DataError(
                 f"'attention_mask' hides a token inside row {row}, and may hide padding at the ends only\n"
                 "remove that token or the column"
             )
-        columns = {name: values[shown] for name, values in columns.items()}
+        columns = {name: values[visible] for name, values in columns.items()}
         if len(positions) > max_length and not truncation:
             raise too_long(len(positions), row, max_length)
         truncated += len(positions) > max_length

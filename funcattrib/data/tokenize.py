@@ -128,7 +128,7 @@ def _weights_beside(dataset: datasets.Dataset, columns: Columns) -> tuple[str | 
     if not columns.ready(dataset) or not is_list(dataset.features.arrow_schema.field(name).type):
         return name, dataset
     if name != "token_weights":
-        dataset = dataset.remove_columns([own for own in ("token_weights",) if own in dataset.column_names])
+        dataset = dataset.remove_columns([name for name in ("token_weights",) if name in dataset.column_names])
         dataset = dataset.rename_column(name, "token_weights")
     return None, dataset
 

@@ -131,10 +131,10 @@ def _reference(parts: Functional, reference: nn.Module | None) -> LanguageModel:
                 "give one with `reference_model` (`reference` of `causal_lm_loss`)"
             )
         return described
-    own, other = (_vocabulary(model) for model in (parts.skeleton, reference))
-    if own != other:
+    vocabulary, other = (_vocabulary(model) for model in (parts.skeleton, reference))
+    if vocabulary != other:
         raise FuncattribError(
-            f"expected a reference model with the model's vocabulary of {own} tokens, found {other}\n"
+            f"expected a reference model with the model's vocabulary of {vocabulary} tokens, found {other}\n"
             "give one that shares the model's tokenizer"
         )
     return describe(functionalize(reference, "all"))

@@ -117,8 +117,8 @@ def find_loss(name: str) -> Own:
         found = getattr(found, part, None)
     if not callable(found):
         raise FuncattribError(f"{module.__file__ or module_name} has no function {attribute}")
-    own: Own = found
-    return own
+    loss: Own = found
+    return loss
 
 
 def _own_loss(

@@ -136,7 +136,7 @@ def _features(layer: Any) -> tuple[int, int]:
 
 
 def _is_conv1d(layer: Any) -> bool:
-    return any(own.__name__ == "Conv1D" for own in type(layer).__mro__)
+    return any(kind.__name__ == "Conv1D" for kind in type(layer).__mro__)
 
 
 def _head_size(module: nn.Module, model: nn.Module) -> int | None:

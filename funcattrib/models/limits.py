@@ -23,15 +23,15 @@ def context_length(
     Raises:
         FuncattribError: more is asked for than the model's configuration allows.
     """
-    own = own_context(getattr(model, "config", None))
+    context = own_context(getattr(model, "config", None))
     if asked is not None:
-        if own is not None and asked > own:
+        if context is not None and asked > context:
             raise FuncattribError(
-                f"expected a longest document within the model's context of {own} tokens, found {asked}"
+                f"expected a longest document within the model's context of {context} tokens, found {asked}"
             )
         return asked
     limit = getattr(tokenizer, "model_max_length", None)
-    return own or (limit if isinstance(limit, int) and 0 < limit < 10**9 else 2048)
+    return context or (limit if isinstance(limit, int) and 0 < limit < 10**9 else 2048)
 
 
 def own_context(config: PretrainedConfig | None) -> int | None:

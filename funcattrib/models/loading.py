@@ -109,8 +109,8 @@ def load_model(
             else:
                 model = _whole(name, source, precision, target, options)
     if base is not None:
-        own = {"precision": precision, "device": device, "trust_remote_code": trust_remote_code, "shards": shards}
-        loaded = load_model(base.name, revision=base.revision, **own)  # type: ignore[arg-type]
+        settings = {"precision": precision, "device": device, "trust_remote_code": trust_remote_code, "shards": shards}
+        loaded = load_model(base.name, revision=base.revision, **settings)  # type: ignore[arg-type]
         with readable(name, source):
             model = adapter_on(loaded.model, source, revision)
         words = _own_tokenizer(name, tokenizer, options) or loaded.tokenizer
@@ -143,8 +143,8 @@ def _whole(
             "give a checkpoint saved with its language-model head"
         )
     codes = any(map(is_quantised, model.modules()))  # bitsandbytes has put them where they belong
-    own: nn.Module = model.eval() if codes else model.to(target).eval()
-    return own
+    placed: nn.Module = model.eval() if codes else model.to(target).eval()
+    return placed
 
 
 def _codes(precision: str) -> BitsAndBytesConfig | None:

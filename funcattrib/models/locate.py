@@ -33,7 +33,7 @@ def locate(name: str) -> Path | str:
 @contextmanager
 def quietly(source: Path | str) -> Iterator[None]:
     """Silence transformers, and use the cache alone where the hub does not answer."""
-    shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    progress_bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
@@ -45,7 +45,7 @@ def quietly(source: Path | str) -> Iterator[None]:
                 log.warning("the hub does not answer; using the cached copy of %s", source)
     finally:
         transformers_logging.set_verbosity(level)
-        if shown:
+        if progress_bars:
             transformers_logging.enable_progress_bar()
 
 

@@ -45,17 +45,17 @@ def saved_settings(config: PretrainedConfig) -> Any:
         FuncattribError: codes of another kind.
     """
     text = config.get_text_config(decoder=True)
-    own = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
-    if own is None:
+    saved = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
+    if saved is None:
         return None
-    told = own if isinstance(own, dict) else own.to_dict()
-    method = str(getattr(told.get("quant_method"), "value", told.get("quant_method")))
-    if method != "bitsandbytes" and not (told.get("load_in_8bit") or told.get("load_in_4bit")):
+    settings = saved if isinstance(saved, dict) else saved.to_dict()
+    method = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method")))
+    if method != "bitsandbytes" and not (settings.get("load_in_8bit") or settings.get("load_in_4bit")):
         raise FuncattribError(
             "expected a checkpoint in floating point or quantised by bitsandbytes with `shard_params`, found "
             f"{method}\ngive the checkpoint before quantisation, with `precision` int8 or int4 if it is too large"
         )
-    return own
+    return saved
 
 
 def quantised_layers(model: PreTrainedModel, settings: Any, saved: bool, dtype: torch.dtype) -> dict[str, Layer]:
@@ -121,5 +121,5 @@ def saved_blocks(
     scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
     first, last = row_range(coding.blocks, gathers.size, gathers.rank)
     rows_of_block = coding.code_bytes // codes[:0].element_size()
-    own = codes[first * rows_of_block : last * rows_of_block].to(device)
-    return in_blocks(own, scales[first:last], coding), coding
+    part = codes[first * rows_of_block : last * rows_of_block].to(device)
+    return in_blocks(part, scales[first:last], coding), coding

@@ -62,18 +62,18 @@ def _block_matrices(model: nn.Module) -> set[str]:
 
 def _mixture(prefix: str, module: nn.Module) -> list[str]:
     """List a mixture's stacks of experts (x, o, i), and its router's matrix, a parameter of no linear layer."""
-    own = {
+    axes_of = {
         f"{child}.{name}": tensor.ndim
         for child, each in module.named_children()
         for name, tensor in each.named_parameters(recurse=False)
     }
-    stacks = [name for name, axes in own.items() if "experts" in name and axes == 3]
-    routers = [name for name, axes in own.items() if stacks and name.endswith(".weight") and axes == 2]
+    stacks = [name for name, axes in axes_of.items() if "experts" in name and axes == 3]
+    routers = [name for name, axes in axes_of.items() if stacks and name.endswith(".weight") and axes == 2]
     return [f"{prefix}.{name}" if prefix else name for name in (*stacks, *routers)]
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or any(own.__name__ == "Conv1D" for own in type(module).__mro__)
+    return isinstance(module, nn.Linear) or any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
 
 
 def _shares_embedding(model: nn.Module, module: nn.Module) -> bool:

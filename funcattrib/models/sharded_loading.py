@@ -185,8 +185,8 @@ def _dtypes(model: PreTrainedModel, dtype: Any) -> Any:
     """Return a function from a parameter's name to its dtype: some models keep a few in float32."""
     plan = model._get_dtype_plan(dtype)
     found = build_glob_alternation(list(plan))[0] if plan else None
-    own = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    return lambda name: torch.float32 if found is not None and found.search(name) else own[name]
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    return lambda name: torch.float32 if found is not None and found.search(name) else dtypes[name]
 
 
 def _read(
@@ -285,5 +285,5 @@ def _put(model: nn.Module, name: str, places: list[list[str]], part: _Part, shar
         leaf = Stored(sharded if coding is None else ShardedQuantised(sharded, coding))
     parameter = nn.Parameter(leaf, requires_grad=False)
     for place in next(names for names in places if name in names):
-        holder, own = _holder(model, place)
-        holder._parameters[own] = parameter
+        holder, attribute = _holder(model, place)
+        holder._parameters[attribute] = parameter

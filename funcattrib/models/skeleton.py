@@ -51,8 +51,8 @@ def _bare(module: nn.Module, memo: dict[int, Any]) -> None:
     if is_quantised(module):
         memo[id(module)] = _plain_linear(module)
         return
-    own = own_class(module)
-    bare = own.__new__(own)
+    plain_class = own_class(module)
+    bare = plain_class.__new__(plain_class)
     memo[id(module)] = bare
     kept = {name: value for name, value in vars(module).items() if not _holds_state(value)}
     vars(bare).update({name: _without_fsdp(value) if name in _HOOKS else value for name, value in kept.items()})

@@ -68,7 +68,7 @@ class Estimate(NamedTuple):
     Attributes:
         flops: of a token.
         documents, width, row: rows, numbers and bytes in one.
-        stored, shown: bytes of all rows, and about those of the text kept with them.
+        stored, text: bytes of all rows, and about those of the text kept with them.
         compute, gather, write: seconds, if each were alone.
         memory: of one device.
         enough: tokens a batch must have for a gather to take no longer than the batch; 0 without sharding.
@@ -79,7 +79,7 @@ class Estimate(NamedTuple):
     width: int
     row: int
     stored: float
-    shown: float
+    text: float
     compute: float
     gather: float
     write: float
@@ -121,7 +121,7 @@ def estimate(sizes: Sizes, run: Run, machine: Machine) -> Estimate:
         width=width,
         row=row,
         stored=documents * row,
-        shown=run.tokens * TEXT,
+        text=run.tokens * TEXT,
         compute=run.tokens / (machine.devices * speed),
         gather=run.tokens / (machine.devices * run.batch) * received,
         write=documents * (row + run.length * TEXT) / machine.disk,

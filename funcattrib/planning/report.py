@@ -54,8 +54,8 @@ def duration(seconds: float) -> str:
 def _model(sizes: Sizes, found: Estimate) -> Iterator[str]:
     read = [matrix for matrix in sizes.matrices if matrix.attributed]
     attributed = sum(matrix.parameters for matrix in read)
-    told = f"{amount(sizes.parameters)} parameters, {amount(attributed)} of them attributed, in {len(read)} weights"
-    yield f"model       {told}"
+    counts = f"{amount(sizes.parameters)} parameters, {amount(attributed)} of them attributed, in {len(read)} weights"
+    yield f"model       {counts}"
     parts = ", ".join(f"{name} {amount(value)}" for name, value in found.flops._asdict().items())
     yield f"work        {amount(found.flops.all, 'FLOP')} a token: {parts}"
 
@@ -78,7 +78,7 @@ def _times(run: Run, machine: Machine, found: Estimate) -> Iterator[str]:
 def _storage(run: Run, found: Estimate) -> Iterator[str]:
     rows = f"{found.documents:,.0f} rows of {found.width:,} numbers in {run.dtype}, {amount(found.row, 'B')} each"
     yield f"storage     {amount(found.stored, 'B')}: {rows}"
-    yield f"            and about {amount(found.shown, 'B')} of text to show"
+    yield f"            and about {amount(found.text, 'B')} of text to show"
 
 
 def _memory(sizes: Sizes, run: Run, machine: Machine) -> Iterator[str]:

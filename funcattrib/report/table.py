@@ -97,14 +97,14 @@ def render(
     table.add_column("text", overflow="fold", min_width=_LEAST_TEXT)
     for hit, score, example, text in zip(hits, scores, examples, texts, strict=True):
         columns = room * lines
-        shown = Text(window(text, weights, columns) or "(empty)")
-        while len(shown.wrap(console, room)) > lines:  # lines break at spaces, so some room stays empty at their ends
+        excerpt = Text(window(text, weights, columns) or "(empty)")
+        while len(excerpt.wrap(console, room)) > lines:  # lines break at spaces, so some room stays empty at their ends
             columns -= 4
-            shown = Text(window(text, weights, columns))
-        for match in _TERM.finditer(shown.plain):
+            excerpt = Text(window(text, weights, columns))
+        for match in _TERM.finditer(excerpt.plain):
             if match.group().casefold() in weights:
-                shown.stylize("bold", *match.span())
-        table.add_row(str(hit.rank), Text(score), Text(example), shown)
+                excerpt.stylize("bold", *match.span())
+        table.add_row(str(hit.rank), Text(score), Text(example), excerpt)
     console.print(table)
     return "\n".join(line.rstrip() for line in output.getvalue().rstrip("\n").split("\n"))
 

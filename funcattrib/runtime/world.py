@@ -169,17 +169,17 @@ class World(NamedTuple):
         """Return one process's tensors, or its None, on every process; on the CPU where they are another's."""
         if self.key_value_store is None:
             return None if tensors is None else dict(tensors)
-        own = tensors if self.rank == source else None
+        sent = tensors if self.rank == source else None
         metadata = None
-        if own is not None:
-            metadata = [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in own.items()]
+        if sent is not None:
+            metadata = [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in sent.items()]
         metadata = self.broadcast_object(metadata, source)
         if metadata is None:
             return None
         self.barrier()
         shared = {}
         for name, shape, dtype in metadata:
-            shared[name] = torch.empty(shape, dtype=getattr(torch, dtype)) if own is None else own[name]
+            shared[name] = torch.empty(shape, dtype=getattr(torch, dtype)) if sent is None else sent[name]
             with self.key_value_store.connected():
                 dist.broadcast(shared[name].detach().cpu().contiguous(), source)
         return shared

@@ -181,16 +181,16 @@ class _Rounds:
     def _somebody(self, here: int) -> bool:
         """Return whether any rank of the group has work, ``here`` being 1 where this one has."""
         count = torch.tensor([here], device=self.gathers.device)
-        told = dist.all_reduce(count, group=self.gathers.group, async_op=True)
-        _key_value_store().until(lambda _: _ended(told))  # another may have stopped with an error
-        told.wait()
+        reduction = dist.all_reduce(count, group=self.gathers.group, async_op=True)
+        _key_value_store().until(lambda _: _ended(reduction))  # another may have stopped with an error
+        reduction.wait()
         return bool(count.item())
 
 
 def _key_value_store() -> KeyValueStore:
-    board = world().key_value_store
-    assert board is not None, "the ranks of a group are processes of the run"
-    return board
+    store = world().key_value_store
+    assert store is not None, "the ranks of a group are processes of the run"
+    return store
 
 
 @contextmanager
@@ -207,10 +207,10 @@ def _fitting() -> Iterator[None]:
         ) from error
 
 
-def _ended(told: dist.Work) -> bool:
+def _ended(reduction: dist.Work) -> bool:
     """Return whether a sum is made, after waiting for it a while."""
     begin = time.monotonic()
-    while not told.is_completed():
+    while not reduction.is_completed():
         if (waited := time.monotonic() - begin) > _LOOK_UP:
             return False
         time.sleep(min(max(waited / 16, 1e-4), 1e-2))

@@ -43,8 +43,8 @@ def quantised(module: nn.Module, dtype: torch.dtype) -> Quantised:
     """
     weight: Any = module.weight
     if type(weight).__name__ == "Int8Params":
-        own: Any = module
-        scale = weight.SCB if weight.SCB is not None else own.state.SCB  # moved there by its first forward pass
+        layer: Any = module
+        scale = weight.SCB if weight.SCB is not None else layer.state.SCB  # moved there by its first forward pass
         read = partial(from_int8, weight.detach(), scale)
         return Quantised(read, tuple(weight.shape), dtype, weight.device, "int8")
     codes, state = _four_bits(weight)
