@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from funcattrib.cli.build import Build
 from funcattrib.cli.flags import setting_names, with_flags
 from funcattrib.cli.output import reports_on_stderr
 from funcattrib.cli.settings import ModelConfig
@@ -32,5 +33,5 @@ def run(config: Check) -> int | None:
     loaded = load_from(config.model)
     verdict = check_model(loaded.model, config.lengths, config.projection_dim, config.modules or None)
     for line in verdict.lines():
-        print(with_flags(line, setting_names(Check)))
+        print(with_flags(line, setting_names(Build)))  # its advice is for a build
     return None if verdict.passed else 1

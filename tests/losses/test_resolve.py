@@ -238,7 +238,7 @@ def test_a_reference_that_was_exchanged_is_refused(tmp_path: Path, model_folder:
         model.lm_head.weight.add_(1)
     model.save_pretrained(reference)
     attributor = Attributor(tmp_path / "run", model=cases.causal("gpt_neox"), tokenizer=tiny.make_tokenizer())
-    with pytest.raises(fa.FuncattribError, match="expected the reference model that made the store"):
+    with pytest.raises(fa.FuncattribError, match="is not the one that made the store; restore that one"):
         attributor.gradients(TEXTS)
 
 

@@ -82,7 +82,7 @@ def test_batch_statistics_fail() -> None:
     assert not verdict.passed
     assert verdict.again <= verdict.tolerance
     assert verdict.alone > verdict.tolerance
-    assert "use --token-batch-size 1" in verdict.lines()[-1]
+    assert "use `token_batch_size=1`" in verdict.lines()[-1]
     assert check_model(Toy(nn.Identity())).passed
 
 
@@ -97,7 +97,7 @@ def test_a_model_that_is_not_a_function_fails(case: type[nn.Module]) -> None:
 def test_gradients_that_are_not_finite_fail() -> None:
     verdict = check_model(Toy(Overflow()))
     assert not verdict.passed
-    assert "--precision fp32" in verdict.lines()[-1]
+    assert "`precision='fp32'`" in verdict.lines()[-1]
 
 
 def test_the_advice_works(tmp_path) -> None:

@@ -87,7 +87,7 @@ def test_a_failure_at_every_write_can_be_continued(tmp_path: Path, monkeypatch: 
     # manifest, state, configuration, five shards, the manifest again
     assert len(messages) - 1 == 3 + 5 * (4 if dtype == "int8" else 3) + 1
     assert messages.pop() == ""
-    assert all("the disk full" in message and "run the same command again" in message for message in messages)
+    assert all("the disk is full" in message and "run the same command again" in message for message in messages)
 
 
 def test_shards_in_any_order_and_only_the_pending_ones(tmp_path: Path) -> None:
