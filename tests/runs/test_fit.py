@@ -143,5 +143,5 @@ def test_examples_without_a_finite_loss_are_passed_over(fitted) -> None:
     without = chain.fit(loss, params, [{"x": torch.tensor([rows[0], *rows[2:]])}])
     for found, expected in zip(state_tree.flatten(some).values(), state_tree.flatten(without).values(), strict=True):
         torch.testing.assert_close(found, expected)
-    with pytest.raises(fa.ChainError, match="examples with a finite loss"):
+    with pytest.raises(fa.ChainError, match="cannot be fitted: no example has a finite loss"):
         chain.fit(loss, params, [{"x": torch.tensor(rows[1:2])}])
