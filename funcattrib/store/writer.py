@@ -136,7 +136,7 @@ class StoreWriter:
         self.role = role
 
     def resize(self, rows: int) -> None:
-        """Change how many rows the store is to have, where that is known only as they come."""
+        """Set the number of rows of the store, where that is known only as they come."""
         self.manifest = replace(self.manifest, rows=rows)
 
     def take(self, shard: int, facts: Shard) -> None:

@@ -40,7 +40,7 @@ _SHARD_BYTES = 64 << 20
 
 
 class Begun(NamedTuple):
-    """What is settled when a training begins: how its rows are read, and what their stores say.
+    """The settings of a training, fixed when it begins: how its rows are read, and its stores' metadata.
 
     ``state`` is the chain's, flat; ``resumed`` says that the training goes on from a checkpoint.
     """
