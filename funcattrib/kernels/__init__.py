@@ -5,7 +5,7 @@ kernel serves ``vmap(grad(...))`` and ordinary batched autograd.
 """
 
 from funcattrib.kernels.attention import attention, register_attention
-from funcattrib.kernels.cross_entropy import linear_cross_entropy
 from funcattrib.kernels.experts import expert_linear, register_experts
+from funcattrib.kernels.linear_cross_entropy import linear_cross_entropy
 
 __all__ = ["attention", "expert_linear", "linear_cross_entropy", "register_attention", "register_experts"]

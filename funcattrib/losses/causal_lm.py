@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from funcattrib.errors import FuncattribError
-from funcattrib.kernels.cross_entropy import Reference, linear_cross_entropy
 from funcattrib.kernels.head_tokens import IGNORED
+from funcattrib.kernels.linear_cross_entropy import Reference, linear_cross_entropy
 from funcattrib.kernels.logit_loss import Head, Kind
-from funcattrib.losses.fused_head import LanguageModel, describe, hidden_states, own_logits, without_adapter
+from funcattrib.losses.base_and_head import LanguageModel, describe, hidden_states, own_logits, without_adapter
 from funcattrib.models.functional import Functional, functionalize
 from funcattrib.types import Example, Loss, Params
 from funcattrib.weights.stored import dense

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcattrib as fa
-from funcattrib.kernels.cross_entropy import Reference, linear_cross_entropy
+from funcattrib.kernels.linear_cross_entropy import Reference, linear_cross_entropy
 from funcattrib.kernels.logit_loss import Head
 from tests.models.test_families import InFloat64, worst
 from tests.support import cases

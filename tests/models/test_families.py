@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import funcattrib as fa
-from funcattrib.losses.fused_head import LanguageModel
+from funcattrib.losses.base_and_head import LanguageModel
 from tests.support import cases
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcattrib.kernels.cross_entropy import head_loss, head_loss_forming, linear_cross_entropy
 from funcattrib.kernels.head_gradient import bias_gradients
 from funcattrib.kernels.head_tokens import Operands
+from funcattrib.kernels.linear_cross_entropy import head_loss, head_loss_forming, linear_cross_entropy
 from funcattrib.kernels.logit_loss import Head
 from funcattrib.lift.lifted import Lifted, Rule, plain
 from funcattrib.lift.maps.base import GradientMap

@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from funcattrib.kernels.cross_entropy import Reference, head_loss, linear_cross_entropy
 from funcattrib.kernels.head_tokens import Operands
+from funcattrib.kernels.linear_cross_entropy import Reference, head_loss, linear_cross_entropy
 from funcattrib.kernels.logit_loss import Head
 from tests.support.sweeps import crossed
 
