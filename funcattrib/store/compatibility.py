@@ -183,7 +183,7 @@ def check_state(wanted: Manifest, given: "GradientStore") -> None:
     check_kind(given.manifest, given.path, "state", "gradients")
     found, path = given.manifest, given.path
     if found.state is None:
-        raise ChainError(f"the state at {path} is unfinished; run its own command again to finish it")
+        raise ChainError(f"the state at {path} is unfinished; run its command again to finish it")
     for what, ours, theirs in (
         ("model", wanted.model["fingerprint"], found.model["fingerprint"]),
         ("chain", _stages(wanted.chain), _stages(found.chain)),
@@ -192,7 +192,7 @@ def check_state(wanted: Manifest, given: "GradientStore") -> None:
         same = _names(ours) == _names(theirs) if what == "leaves" else ours == theirs
         if not same:
             raise ChainError(
-                f"the state at {path} was fitted for another {what}: {_difference(what, ours, theirs)}\n"
+                f"the state at {path} does not fit the {what} of this run: {_difference(what, ours, theirs)}\n"
                 "fit one with the same settings"
             )
 

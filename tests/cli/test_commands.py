@@ -404,7 +404,7 @@ def test_query_prompt_loop_and_record(funcattrib, tmp_path: Path, store: Path, m
     ran = funcattrib("query", "--index", store, "--top-k", 2, "--unit-norm", "--record", file)
     assert ran.code == 0
     assert ran.out.count("rank") == 2
-    assert "funcattrib query: expected a query with a gradient" in ran.err
+    assert "funcattrib query: the query's gradient is zero" in ran.err
     rows = list(csv.DictReader(file.open(newline="")))
     assert [(row["query"], row["rank"], row["id"]) for row in rows if row["rank"] == "1"] == [
         (TEXTS[2], "1", "2"),
@@ -422,7 +422,7 @@ def test_query_prompt_loop_and_record(funcattrib, tmp_path: Path, store: Path, m
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--text", "w1"), "the text has fewer than two tokens that count"),
+        (("--text", "w1"), "the query's gradient is zero: its text has fewer than two tokens that count"),
         (("--text", "w1 w2", "--faiss", "Nonsense"), "Nonsense"),
         (("--text", "w1 w2", "--top-k", "0"), "expected --top-k of at least 1, found 0"),
         (("--completion", "w1 w2"), "--completion requires --text"),

@@ -34,7 +34,7 @@ def test_rows_with_a_given_state_are_those_of_a_build_that_fits(tmp_path) -> Non
 )
 def test_a_state_that_does_not_fit_is_refused_by_name(what, name, settings, tmp_path) -> None:
     fitted = fit_chain(cases.causal("gpt_neox"), ROWS, path=tmp_path / "state", **COMMON)
-    with pytest.raises(fa.ChainError, match=f"was fitted for another {what}"):
+    with pytest.raises(fa.ChainError, match=f"does not fit the {what} of this run"):
         collect_gradients(cases.causal(name), ROWS, path=tmp_path / "run", state=fitted.path, **{**COMMON, **settings})
 
 

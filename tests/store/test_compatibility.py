@@ -164,7 +164,7 @@ def test_a_state_of_another_run_is_refused(which: str, tmp_path: Path) -> None:
     given = open_store(tmp_path)
     check_state(made(), given)
     there, here = re.sub(", (differing in .*|in another order)$", "", difference).split(" instead of ")
-    said = f"the state at {tmp_path} was fitted for another {what}: {here} instead of {there}"
+    said = f"the state at {tmp_path} does not fit the {what} of this run: {here} instead of {there}"
     with pytest.raises(ChainError, match=re.escape(said)):
         check_state(wanted, given)
 
