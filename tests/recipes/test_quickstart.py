@@ -65,7 +65,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, funcattrib):
     (tmp_path / "thesis.tex").write_text("years of work")
     ran = funcattrib("quickstart", tmp_path)
     assert ran.code == 2
-    assert f"{tmp_path} exists and holds no earlier quickstart; give another OUT" in ran.err
+    assert f"{tmp_path} exists and holds no earlier quickstart; give another RUN" in ran.err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 

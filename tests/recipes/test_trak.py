@@ -136,7 +136,7 @@ def test_models_in_memory_and_too_wide_a_sketch(tmp_path, caplog) -> None:
         ({"score": "nearest"}, "found 'nearest'"),
         ({"sketch_dim": 0}, "`sketch_dim` of at least 1, found 0"),
         ({"damping": -1.0}, "`damping` of at least 0, found -1.0"),
-        ({"tokenizer": "name"}, "expected a tokenizer at 'name'"),
+        ({"tokenizer": "name"}, "the tokenizer 'name' cannot be loaded"),
     ],
 )
 def test_what_cannot_be_asked_for(change, found, tmp_path) -> None:
