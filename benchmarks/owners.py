@@ -72,7 +72,7 @@ def of_chain(how: str, path: Path, a: argparse.Namespace) -> None:
     with share_store(path, manifest(a), here) as writer, most_memory() as most:
         before, start = anonymous(), time.perf_counter()
         fold = partial(by_owner, writer) if how == "by_owner" else fit_all_reduced
-        (state,) = passes(chain, loss, params, batches, world=here, fold=fold)
+        (state,) = passes(*chain, loss, params, batches, world=here, fold=fold)
         seconds = time.perf_counter() - start
         state = saved(writer, chain.init(per_example_grad.spec(params))[0], state) if how == "by_owner" else state
         chain(loss, params, batches[0], state)

@@ -19,7 +19,7 @@ import funcattrib as fa
 from benchmarks.inputs import PYTHIA, pythia
 from benchmarks.paired import Batch, batches_of, beside, speed, timed
 from benchmarks.report import write_result
-from funcattrib.chain.fitting import statistics
+from funcattrib.chain.fitting import bind_observed
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
         """One batch's share of the pass that fits stage ``at``."""
         chain, spec = chains[name], fa.per_example_grad.spec(params)
         stage, kept = chain.stages[at], {"state": chain.init(spec)[0][at]}
-        read = statistics(chain._replace(stages=chain.stages[:at]), stage, loss, params, states[name][:at], batches[0])
+        read = bind_observed(chain.started(), chain.stages[: at + 1], loss, params, states[name][:at])
 
         def fold(batch: Batch) -> None:
             kept["state"] = stage.observe(kept["state"], read(batch).grads)

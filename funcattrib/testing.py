@@ -2,8 +2,8 @@
 
     plain settings     they survive JSON, as a manifest keeps them
     row by row         row b of the result depends on row b alone
-    announced          ``init`` announces the shapes and dtypes that ``apply`` produces
-    lowered is plain   the map of ``lower`` gives what ``apply`` gives, and its adjoint is one: ⟨C(G), θ⟩ = ⟨G, C*(θ)⟩
+    announced          ``init`` announces the shapes and dtypes that are produced
+    maps agree         a map reads the same of factors as of the gradient; its adjoint is one: ⟨C(G), θ⟩ = ⟨G, C*(θ)⟩
     fit                the state does not depend on how the data is split into batches, nor on their order
     state              survives a file bit for bit
     leaves             a leaf's result does not depend on the others, unless the transform joins them
@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from funcattrib.chain import state_tree
-from funcattrib.chain.transform import State, Transform, applied
-from funcattrib.lift import unpack
+from funcattrib.chain.transform import State, Transform
+from funcattrib.lift.factors import outer
 from funcattrib.types import Grads, Leaf, Spec
 
 MATRICES: Spec = {
@@ -62,7 +62,7 @@ def check_transform(transform: Transform, *, joint: bool = False, spec: Spec | N
         settings_are_plain,
         apply_is_row_by_row,
         announced_spec_is_produced,
-        lowered_is_plain,
+        maps_agree,
         fit_ignores_splits_and_order,
         state_survives_a_file,
         *([] if joint else [other_leaves_do_not_matter]),
@@ -86,8 +86,7 @@ def fitted(transform: Transform, parts: Sequence[Grads], spec: Spec = MATRICES) 
     """Return the state after one pass over ``parts``."""
     state = transform.init(spec)[0]
     for part in parts:
-        measured = part if transform.measure is None else {n: transform.measure(n, g) for n, g in part.items()}
-        state = transform.observe(state, measured)
+        state = transform.observe(state, transform.observed(part))
     return transform.finalize(state)
 
 
@@ -123,37 +122,43 @@ def apply_is_row_by_row(transform: Transform, spec: Spec) -> None:
     """Check that row b of the result depends on row b alone."""
     values = grads(6, spec)
     state = fitted(transform, [values], spec)
-    whole = applied(transform, state, values)
+    whole = transform(state, values)
     for b in range(6):
-        alone = applied(transform, state, {n: v[b : b + 1] for n, v in values.items()})
+        alone = transform(state, {n: v[b : b + 1] for n, v in values.items()})
         close({n: v[b : b + 1] for n, v in whole.items()}, alone)
 
 
 def announced_spec_is_produced(transform: Transform, spec: Spec) -> None:
     """Check the shapes and dtypes that ``init`` announces."""
     state = fitted(transform, [grads(3, spec)], spec)
-    produced = applied(transform, state, grads(3, spec))
+    produced = transform(state, grads(3, spec))
     announced = {name: (leaf.shape, leaf.dtype) for name, leaf in transform.init(spec)[1].items()}
     assert {n: (tuple(v.shape[1:]), v.dtype) for n, v in produced.items()} == announced
 
 
-def lowered_is_plain(transform: Transform, spec: Spec) -> None:
-    """Check the lowered map against ``apply``, and its adjoint."""
-    if transform.lower is None:
+def maps_agree(transform: Transform, spec: Spec) -> None:
+    """Check that a map reads of factors what it reads of the gradient they form, and the adjoint of a linear one."""
+    if transform.maps is None:
         return
     values = grads(5, spec)
     state = fitted(transform, [values], spec)
-    maps = transform.lower(state, spec)
-    readings = {name: how.map for name, how in maps.items()}
-    by_probe: Grads = {}
-    for name, how in maps.items():  # parameters that share a probe add up in it
-        by_probe[how.probe] = by_probe.get(how.probe, 0) + how.map.from_gradient(values[name])
-    close(unpack(maps, by_probe), applied(transform, state, values))
-    for name, gradient_map in readings.items():  # ⟨C(G), θ⟩ = ⟨G, C*(θ)⟩
-        theta = torch.randn(gradient_map.coordinates_shape(spec[name].shape), dtype=spec[name].dtype)
-        left = (gradient_map.from_gradient(values[name]) * theta).flatten(1).sum(1)
-        right = (values[name] * gradient_map.adjoint(theta)).flatten(1).sum(1)
-        close({name: left}, {name: right})
+    for name, (gradient_map, _, _) in transform.maps(state, spec).items():
+        shape, dtype = spec[name].shape, spec[name].dtype
+        read = gradient_map.from_gradient(values[name])
+        assert tuple(read.shape[1:]) == gradient_map.coordinates_shape(shape), (
+            f"{name} has coordinates of another shape"
+        )
+        if len(shape) in (1, 2):  # of more axes, the operation says what the factors are
+            rows, *others = (torch.randn(5, 3, n, dtype=dtype) for n in shape)
+            cols = others[0] if others else None
+            reduced = None if cols is None else gradient_map.reduce_cols(cols)
+            of_factors = gradient_map.from_factors(gradient_map.reduce_rows(rows), reduced)
+            close({name: of_factors}, {name: gradient_map.from_gradient(outer(rows, cols))})
+        if gradient_map.linear:  # ⟨C(G), θ⟩ = ⟨G, C*(θ)⟩
+            theta = torch.randn(read.shape[1:], dtype=dtype)
+            left = (read * theta).flatten(1).sum(1)
+            right = (values[name] * gradient_map.adjoint(theta)).flatten(1).sum(1)
+            close({name: left}, {name: right})
 
 
 def fit_ignores_splits_and_order(transform: Transform, spec: Spec) -> None:
@@ -175,19 +180,19 @@ def state_survives_a_file(transform: Transform, spec: Spec) -> None:
         save_file({name: tensor.contiguous() for name, tensor in flat.items()}, file)
         restored = state_tree.restore(transform.init(spec)[0], load_file(file))
     assert all(torch.equal(a, b) for a, b in zip(state_tree.flatten(restored).values(), flat.values(), strict=True))
-    same(applied(transform, restored, grads(2, spec)), applied(transform, state, grads(2, spec)))
+    same(transform(restored, grads(2, spec)), transform(state, grads(2, spec)))
 
 
 def other_leaves_do_not_matter(transform: Transform, spec: Spec) -> None:
     """Check that a leaf alone comes out as it does among others."""
     values = grads(4, spec)
-    whole = applied(transform, fitted(transform, [values], spec), values)
+    whole = transform(fitted(transform, [values], spec), values)
     for name in {leaf.partition("#")[0] for leaf in whole}:
         if transform.name.startswith("split_") and name in whole:
             continue  # was not divided, and alone there is nothing to divide
         own, part = {name: spec[name]}, {name: values[name]}
         leaves = {leaf: grad for leaf, grad in whole.items() if leaf.partition("#")[0] == name}
-        same(leaves, applied(transform, fitted(transform, [part], own), part))
+        same(leaves, transform(fitted(transform, [part], own), part))
 
 
 def same(a: Grads, b: Grads) -> None:

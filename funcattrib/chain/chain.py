@@ -2,25 +2,23 @@
 
 ``compose(per_example_grad, project(16), adafactor_norm)`` is a chain. Its longest linear prefix is lowered into one
 linear map per parameter and read off the backward pass; the remaining stages are applied to the result. The
-plain form (every stage's ``apply`` on the full gradients) is kept and must agree to rounding.
+plain form (every stage on the full gradients) is kept and must agree to rounding.
 
 A transform sees what precedes it: its ``init`` receives the spec that the previous stage announces, and its
 statistics are fitted on the gradients that reach it, everything before it frozen.
 """
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from funcattrib.chain.fitting import fit
+from funcattrib.chain.lowering import bind
 from funcattrib.chain.per_example import Source, spec
-from funcattrib.chain.state_tree import map_tensors
-from funcattrib.chain.statistics import reader
-from funcattrib.chain.transform import State, Transform, applied
+from funcattrib.chain.stages import apply_all, init_all, ready
+from funcattrib.chain.transform import State, Transform
 from funcattrib.errors import ChainError
-from funcattrib.lift import Readouts, TwoSided, extend, readout
 from funcattrib.models.functional import device_of
 from funcattrib.types import Batch, Grads, Loss, Params, PerExample, Spec
 
@@ -52,7 +50,7 @@ class Chain(NamedTuple):
 
     def init(self, spec: Spec) -> tuple[tuple[State, ...], Spec]:
         """Return states before fitting, and the spec of the result."""
-        states, specs = self._walk(spec)
+        states, specs = init_all(self.stages, spec)
         return states, specs[-1]
 
     def fit(self, loss: Loss, params: Params, batches: Iterable[Batch] = ()) -> tuple[State, ...]:
@@ -64,27 +62,18 @@ class Chain(NamedTuple):
         Raises:
             ChainError: no batches although a stage must be fitted; a one-shot iterator and several fitted stages.
         """
-        return fit(self, loss, params, batches)
+        return fit(self.started(), self.stages, loss, params, batches)
 
     def bind(self, loss: Loss, params: Params, state: tuple[State, ...] | None = None) -> Callable[[Batch], PerExample]:
         """Return the chain as a function of the batch alone, lowered once."""
-        source = self.started()
-        named = source.named(params)
-        state = self.ready(spec(named), device_of(named), state)
-        lowered, depth = lower(self, spec(named), state)
-        rest, behind = self.stages[depth:], state[depth:]
-        if rest and rest[0].condense is not None:
-            arriving = self._walk(spec(named))[1][depth]
-            statistics = rest[0].condense(behind[0], arriving)
-            return _Condensed(source, loss, params, lowered, rest, behind, statistics)
-        return partial(_rows, source.bind(loss, params, lowered), rest, behind)
+        return bind(self.started(), self.stages, loss, params, state)
 
     def __call__(self, loss: Loss, params: Params, batch: Batch, state: tuple[State, ...] | None = None) -> Grads:
         """Compute transformed per-example gradients, name → (B, *shape)."""
         return self.bind(loss, params, state)(batch).grads
 
     def plain(self, loss: Loss, params: Params, batch: Batch, state: tuple[State, ...] | None = None) -> Grads:
-        """Compute the same without lowering: full gradients, then every stage's ``apply``. Slow; the tests' oracle."""
+        """Compute the same without lowering: full gradients, then every stage on them. Slow; the tests' oracle."""
         source = self.started()
         named = source.named(params)
         state = self.ready(spec(named), device_of(named), state)
@@ -92,22 +81,11 @@ class Chain(NamedTuple):
 
     def apply(self, state: tuple[State, ...], grads: Grads) -> Grads:
         """Apply every stage in order, to gradients that are already there."""
-        for stage, its_state in zip(self.stages, state, strict=True):
-            grads = applied(stage, its_state, grads)
-        return grads
+        return apply_all(self.stages, state, grads)
 
     def describe(self) -> list[dict[str, Any]]:
         """Return name and settings of every stage, as the manifest keeps them."""
         return [stage.describe() for stage in self.stages]
-
-    def lowered(self, params: Params, state: tuple[State, ...] | None = None) -> tuple[Readouts, int]:
-        """Lower the longest linear prefix to one map per parameter, and count the stages it covers; see ``lower``."""
-        named = self.started().named(params)
-        return lower(self, spec(named), self.ready(spec(named), device_of(named), state))
-
-    def before(self, at: int) -> "Chain":
-        """Return the chain up to stage ``at``, which is left out."""
-        return self._replace(stages=self.stages[:at])
 
     def started(self) -> Source:
         """Return the source.
@@ -127,32 +105,7 @@ class Chain(NamedTuple):
         Raises:
             ChainError: no state for a chain that must be fitted, or another chain's.
         """
-        if state is None:
-            if unfitted := [stage.name for stage in self.stages if stage.fitted]:
-                raise ChainError(
-                    f"{unfitted[0]} must be fitted before it is used; call fit(loss, params, batches) first"
-                )
-            state = self.init(spec)[0]
-        if len(state) != len(self.stages):
-            raise ChainError(
-                f"expected a state of {len(self.stages)} stages, found {len(state)}; it was fitted for another chain"
-            )
-        return tuple(
-            own if stage.parts else map_tensors(lambda tensor: tensor.to(device), own)
-            for stage, own in zip(self.stages, state, strict=True)
-        )
-
-    def _walk(self, spec: Spec) -> tuple[tuple[State, ...], list[Spec]]:
-        """Return every stage's first state; the spec before every stage, and after the last."""
-        states, specs = [], [spec]
-        for number, stage in enumerate(self.stages, 1):
-            try:
-                state, following = stage.init(specs[-1])
-            except ChainError as error:
-                raise ChainError(f"stage {number} ({stage.name}) {error}") from None
-            states.append(state)
-            specs.append(following)
-        return tuple(states), specs
+        return ready(self.stages, spec, device, state)
 
 
 Stage = Transform | Chain | Source | Callable[..., Any]
@@ -201,64 +154,6 @@ def _in_order(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
         at = next((i for i, earlier in enumerate(ordered) if earlier.name in stage.precedes), len(ordered))
         ordered.insert(at, stage)
     return tuple(ordered)
-
-
-def lower(chain: Chain, spec: Spec, state: tuple[State, ...]) -> tuple[Readouts, int]:
-    """Lower the longest linear prefix to one map per parameter (the identity without one), and count the stages it
-    covers.
-    """
-    maps = {name: readout(name, TwoSided()) for name in spec}
-    _, specs = chain._walk(spec)
-    depth = 0
-    for stage, own_state, given in zip(chain.stages, state, specs, strict=False):
-        further = None if stage.lower is None else extend(maps, _lowered(stage, own_state, given))
-        if further is None:
-            break
-        maps, depth = further, depth + 1
-    return {name: how._replace(map=how.map.to(spec[name].dtype)) for name, how in maps.items()}, depth
-
-
-def _lowered(stage: Transform, state: State, spec: Spec) -> Readouts:
-    assert stage.lower is not None
-    try:
-        return stage.lower(state, spec)
-    except KeyError as error:  # states are dicts by parameter
-        name = error.args[0] if error.args[0] in spec else "one of them"
-        raise ChainError(
-            f"the state of {stage.name} has no entry for {name}, one of {len(spec)} leaves; fit it on these leaves"
-        ) from error
-
-
-def _rows(
-    read: Callable[[Batch], PerExample], rest: tuple[Transform, ...], state: tuple[State, ...], batch: Batch
-) -> PerExample:
-    result = read(batch)
-    grads = Chain(None, rest).apply(state, result.grads)
-    return PerExample(grads, result.losses)
-
-
-class _Condensed:
-    """Rows of a chain with statistics after its linear prefix: which weights have them, the first batch shows."""
-
-    def __init__(
-        self,
-        source: Source,
-        loss: Loss,
-        params: Params,
-        lowered: Readouts,
-        rest: tuple[Transform, ...],
-        state: tuple[State, ...],
-        statistics: Readouts,
-    ) -> None:
-        self._begin = partial(reader, source, loss, params, lowered, statistics)
-        self._read: Callable[[Batch], PerExample] | None = None
-        self._rest, self._state = rest, state
-
-    def __call__(self, batch: Batch) -> PerExample:
-        self._read = self._read or self._begin(batch)
-        result = self._read(batch)
-        first = self._rest[0].apply(self._state[0], result.grads)
-        return PerExample(Chain(None, self._rest[1:]).apply(self._state[1:], first), result.losses)
 
 
 def _resolve(stage: Any, number: int) -> Transform | Chain | Source:

@@ -4,18 +4,17 @@ A stage's statistics are those of the gradients that reach it, so they need the 
 pass can be kept once it is made: ``passes`` gives the chain's state after every one, and goes on from any of them.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Protocol, TypeAlias
 
-from torch import Tensor
-
+from funcattrib.chain.lowering import bind
 from funcattrib.chain.per_example import Source
+from funcattrib.chain.stages import init_all
 from funcattrib.chain.state_tree import flatten, restore
-from funcattrib.chain.statistics import reader
 from funcattrib.chain.transform import State, Transform
 from funcattrib.errors import ChainError
-from funcattrib.lift import Measured, Readouts, TwoSided, readout
+from funcattrib.lift import Readouts
 from funcattrib.runtime.signals import defer_sigterm
 from funcattrib.runtime.world import SINGLE_PROCESS, World
 from funcattrib.types import Batch, Grads, Loss, Params, PerExample, Spec
@@ -37,33 +36,12 @@ class Fold(Protocol):
         """Return the finalized state, the same on every process, from the rows that each of them has."""
 
 
-class Fittable(Protocol):
-    """The parts of a chain that fitting uses: its stages, and the gradients before a stage."""
-
-    @property
-    def stages(self) -> tuple[Transform, ...]:
-        """Return the transforms in order."""
-
-    def started(self) -> Source:
-        """Return the source of the gradients."""
-
-    def init(self, spec: Spec) -> tuple[tuple[State, ...], Spec]:
-        """Return states before fitting, and the spec of the result."""
-
-    def before(self, at: int) -> "Fittable":
-        """Return the chain up to a stage."""
-
-    def lowered(self, params: Params, state: tuple[State, ...] | None = None) -> tuple[Readouts, int]:
-        """Lower the longest linear prefix, and count the stages it covers."""
-
-    def bind(self, loss: Loss, params: Params, state: tuple[State, ...] | None = None) -> Callable[[Batch], PerExample]:
-        """Return the chain as a function of the batch."""
-
-
-def fit(chain: Fittable, loss: Loss, params: Params, batches: Iterable[Batch]) -> tuple[State, ...]:
-    """Return the chain's state after all its passes; see ``Chain.fit``."""
-    state = chain.init(chain.started().spec(params))[0]
-    for after in passes(chain, loss, params, batches, state):
+def fit(
+    source: Source, stages: Sequence[Transform], loss: Loss, params: Params, batches: Iterable[Batch]
+) -> tuple[State, ...]:
+    """Return the stages' state after all their passes; see ``Chain.fit``."""
+    state = init_all(stages, source.spec(params))[0]
+    for after in passes(source, stages, loss, params, batches, state):
         state = after
     return state
 
@@ -83,7 +61,8 @@ def fit_all_reduced(stage: Transform, spec: Spec, rows: Iterable[Grads], world: 
 
 
 def passes(
-    chain: Fittable,
+    source: Source,
+    stages: Sequence[Transform],
     loss: Loss,
     params: Params,
     batches: Iterable[Batch],
@@ -91,39 +70,56 @@ def passes(
     done: int = 0,
     world: World = SINGLE_PROCESS,
     pieces: Pieces = whole,
-    step: Lockstep = Lockstep(),
+    step: Lockstep | None = None,
     fold: Fold = fit_all_reduced,
 ) -> Iterator[tuple[State, ...]]:
-    """Yield the chain's state after each pass that is still to be made.
+    """Yield the stages' state after each pass that is still to be made.
 
     Examples whose loss is NaN or infinite are passed over.
 
     Args:
+        source: of the gradients that reach the first stage.
         batches: anything that can be iterated once a pass.
         state: the state after ``done`` passes, with which an interrupted fit goes on.
         world: processes that each have some of the batches.
         pieces: how a batch is read.
-        step: of processes that hold the parameters together.
+        step: of processes that hold the parameters together; None where each has all of them.
         fold: how a state is computed from the rows of all processes.
 
     Raises:
         ChainError: no batches although a stage must be fitted; a one-shot iterator and several fitted stages.
     """
-    source = chain.started()
-    state = chain.init(source.spec(params))[0] if state is None else state
-    to_fit = [at for at, stage in enumerate(chain.stages) if stage.fitted][done:]
+    step = Lockstep() if step is None else step
+    first, specs = init_all(stages, source.spec(params))
+    state = first if state is None else state
+    to_fit = [at for at, stage in enumerate(stages) if stage.fitted][done:]
     if len(to_fit) > 1 and isinstance(batches, Iterator):
         raise ChainError(
             f"fitting iterates over the batches {len(to_fit)} times, and they are a one-shot iterator; pass a list"
         )
     for at in to_fit:
-        stage, before = chain.stages[at], chain.before(at)
-        read = step.of(_reading(partial(statistics, before, stage, loss, params, state[:at])))
+        read = step.of(bind_observed(source, stages[: at + 1], loss, params, state[:at]))
         rows = step.through(_gradients(read, batches, pieces))
-        arriving = before.init(source.spec(params))[1]
-        own_state = fold(stage, arriving, _some(stage, rows, world), world)
-        state = (*state[:at], own_state, *state[at + 1 :])
+        fitted = fold(stages[at], specs[at], _some(stages[at], rows, world), world)
+        state = (*state[:at], fitted, *state[at + 1 :])
         yield state
+
+
+def bind_observed(
+    source: Source, stages: Sequence[Transform], loss: Loss, params: Params, state: tuple[State, ...]
+) -> Callable[[Batch], PerExample]:
+    """Return, as a function of the batch, what the last of ``stages`` observes; ``state`` is of those before it.
+
+    Where everything before it is linear and a weight is used once, its statistic is read inside the backward pass.
+    """
+    *before, last = stages
+    maps = None if last.statistics is None else partial(_statistics, last.statistics)
+    observed = Transform(last.name, maps=maps)
+    return bind(source, (*before, observed), loss, params, (*state, None))
+
+
+def _statistics(statistics: Callable[[Spec], Readouts], state: None, spec: Spec) -> Readouts:
+    return statistics(spec)
 
 
 def _gradients(read: Callable[[Batch], PerExample], batches: Iterable[Batch], pieces: Pieces) -> Iterator[Grads]:
@@ -144,41 +140,6 @@ def _some(stage: Transform, rows: Iterator[Grads], world: World) -> Iterator[Gra
         yield grads
     if not sum(world.all_gather_object(seen)):
         raise ChainError(f"{stage.name} cannot be fitted: no example has a finite loss")
-
-
-def _reading(begin: Callable[[Batch], Callable[[Batch], PerExample]]) -> Callable[[Batch], PerExample]:
-    """Return a function that learns of the first batch how to read that batch and all others."""
-    made: list[Callable[[Batch], PerExample]] = []
-
-    def read(batch: Batch) -> PerExample:
-        if not made:
-            made.append(begin(batch))
-        return made[0](batch)
-
-    return read
-
-
-def statistics(
-    before: Fittable, stage: Transform, loss: Loss, params: Params, state: tuple[State, ...], batch: Batch
-) -> Callable[[Batch], PerExample]:
-    """Return what ``stage.observe`` folds, as a function of the batch: gradients after ``before``, or their measure.
-
-    Where everything before the stage is linear and a weight is used once, its statistic is read inside the
-    backward pass; for the other weights the gradients are read and measured afterwards.
-    """
-    if stage.measure is None:
-        return before.bind(loss, params, state)
-    measure, (lowered, depth) = stage.measure, before.lowered(params, state)
-    if depth < len(before.stages):
-        bound = before.bind(loss, params, state)
-        return lambda batch: _each(measure, bound(batch))
-    leaves = [leaf for how in lowered.values() for leaf in how.leaves]
-    measured = {leaf: readout(leaf, Measured(TwoSided(), partial(measure, leaf))) for leaf in leaves}
-    return reader(before.started(), loss, params, lowered, measured, batch)
-
-
-def _each(measure: Callable[[str, Tensor], Tensor], rows: PerExample) -> PerExample:
-    return rows._replace(grads={name: measure(name, grad) for name, grad in rows.grads.items()})
 
 
 def _finite(rows: PerExample) -> PerExample:

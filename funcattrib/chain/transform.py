@@ -3,9 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from funcattrib.lift import Readouts
+from funcattrib.lift import Readouts, from_gradients
 from funcattrib.types import Grads, Leaf, Spec
 
 State = Any
@@ -26,25 +24,33 @@ def finalize_nothing(state: State) -> State:
     return state
 
 
+def apply_nothing(state: State, grads: Grads) -> Grads:
+    """Apply nothing more: the ``apply`` of a transform that is its maps alone."""
+    return grads
+
+
 class Transform(NamedTuple):
     """A transform of per-example gradients: a small tuple of pure functions.
+
+    What is done leaf by leaf is given as gradient maps. They are read in the backward pass, where no gradient is held
+    whole, or of gradients that are there already. What needs all leaves at once is given as a function.
+
+        result    apply(state, maps(state, spec) of the gradients)
+        state     finalize(observe(state, statistics(spec) of the gradients), …)
 
     Attributes:
         name: as in the manifest and in error messages.
         settings: the hyper-parameters as plain values, which the manifest keeps; None without any.
         init: spec → (state, spec of the result); shapes and random draws, no data; raises ChainError on a spec
             that does not fit.
-        observe: folds one batch of incoming gradients (or of what ``measure`` makes of them) into the state. It adds to
-            what ``init`` leaves at zero: states of several processes are merged by their sum.
+        statistics: gradient maps of incoming leaves, most often ``Measured``; without, ``observe`` has the gradients.
+        observe: folds one batch of what ``statistics`` read into the state. It adds to what ``init`` leaves at zero:
+            states of several processes are merged by their sum.
         finalize: what is done once after the pass, e.g. an eigendecomposition.
-        apply: pure, row by row.
-        lower: the same as a linear map per parameter, where it is one. Parameters left out are dropped.
-        measure: leaf by leaf, its name and gradients (B, *shape) → the statistic (B, …) that ``observe`` folds. Where
-            given, the statistic is read in the backward pass and the gradients are never held together. A statistic is
-            quadratic, f(s g) = s² f(g): second moments.
+        maps: gradient maps of incoming leaves, linear or not; leaves without one are dropped. Linear ones join the
+            chain's linear prefix. Without, ``apply`` has the gradients.
+        apply: pure, row by row, of what ``maps`` read.
         precedes: names of stages that this one can only stand before; ``compose`` moves it before the first of them.
-        condense: a map, linear or not, of each incoming leaf by itself, from which alone ``apply`` works: it then
-            receives those in place of gradients, which are never held together.
         parts: names of leaves → part → the stage that fits that part alone, and its leaves. For a state that may be
             large: the parts' states, flattened and put together, are the stage's, so that several processes can fit
             some each; and none is moved to a device but by ``apply``, for its use.
@@ -53,20 +59,19 @@ class Transform(NamedTuple):
         >>> import torch
         >>> double = Transform("double", apply=lambda state, grads: {name: 2 * grad for name, grad in grads.items()})
         >>> state, _ = double.init({})
-        >>> double.apply(state, {"w": torch.ones(1, 2)}), double.fitted
+        >>> double(state, {"w": torch.ones(1, 2)}), double.fitted
         ({'w': tensor([[2., 2.]])}, False)
     """
 
     name: str
     settings: Mapping[str, Any] | None = None
     init: Callable[[Spec], tuple[State, Spec]] = stateless
+    statistics: Callable[[Spec], Readouts] | None = None
     observe: Callable[[State, Grads], State] = observe_nothing
     finalize: Callable[[State], State] = finalize_nothing
-    apply: Callable[[State, Grads], Grads] = lambda state, grads: grads
-    lower: Callable[[State, Spec], Readouts] | None = None
-    measure: Callable[[str, Tensor], Tensor] | None = None
+    maps: Callable[[State, Spec], Readouts] | None = None
+    apply: Callable[[State, Grads], Grads] = apply_nothing
     precedes: tuple[str, ...] = ()
-    condense: Callable[[State, Spec], Readouts] | None = None
     parts: Callable[[Iterable[str]], Mapping[str, tuple["Transform", list[str]]]] | None = None
 
     @property
@@ -78,10 +83,22 @@ class Transform(NamedTuple):
         """Return name and settings, as the manifest keeps them."""
         return {"name": self.name, **(self.settings or {})}
 
+    def linear_maps(self, state: State, spec: Spec) -> Readouts | None:
+        """Return the maps where they are linear and all there is; None where something else is done too."""
+        if self.maps is None or self.apply is not apply_nothing:
+            return None
+        maps = self.maps(state, spec)
+        return maps if all(how.map.linear for how in maps.values()) else None
 
-def applied(stage: Transform, state: State, grads: Grads) -> Grads:
-    """Apply one stage to gradients that are already there."""
-    if stage.condense is None:
-        return stage.apply(state, grads)
-    maps = stage.condense(state, {name: Leaf(tuple(grad.shape[1:]), grad.dtype) for name, grad in grads.items()})
-    return stage.apply(state, {name: maps[name].map.from_gradient(grad) for name, grad in grads.items()})
+    def observed(self, grads: Grads) -> Grads:
+        """Return what ``observe`` folds of gradients that are there already, name → (B, *shape)."""
+        return grads if self.statistics is None else from_gradients(self.statistics(_spec(grads)), grads)
+
+    def __call__(self, state: State, grads: Grads) -> Grads:
+        """Return the result of gradients that are there already, name → (B, *shape)."""
+        read = grads if self.maps is None else from_gradients(self.maps(state, _spec(grads)), grads)
+        return self.apply(state, read)
+
+
+def _spec(grads: Grads) -> Spec:
+    return {name: Leaf(tuple(grad.shape[1:]), grad.dtype) for name, grad in grads.items()}

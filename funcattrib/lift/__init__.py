@@ -7,7 +7,7 @@ from funcattrib.lift.maps.heads import Heads, Split
 from funcattrib.lift.maps.inner_products import InnerProducts
 from funcattrib.lift.maps.measured import Measured
 from funcattrib.lift.maps.two_sided import TwoSided
-from funcattrib.lift.probes import Readout, Readouts, extend, lift, readout, unpack, zero_probes
+from funcattrib.lift.probes import Readout, Readouts, extend, from_gradients, lift, readout, unpack, zero_probes
 
 __all__ = [
     "InnerProducts",
@@ -22,6 +22,7 @@ __all__ = [
     "Composed",
     "TwoSided",
     "extend",
+    "from_gradients",
     "lift",
     "readout",
     "unpack",

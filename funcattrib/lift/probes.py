@@ -1,6 +1,6 @@
 """Lifting a functional parameter dict: W becomes W + C*(θ) for every parameter that is read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ class Readout(NamedTuple):
     """The readout of one parameter.
 
     Attributes:
-        map: the linear map.
+        map: the gradient map.
         probe: the probe that receives its coordinates: the parameter's own, or one that parameters share and which
             then receives their sum.
         leaves: what its coordinates are called; more than one where their first axis counts leaves.
@@ -77,8 +77,24 @@ def unpack(lowered: Readouts, coordinates: Mapping[str, Tensor]) -> dict[str, Te
     return leaves
 
 
+def from_gradients(maps: Readouts, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the leaves that maps read of formed gradients, name → (B, …): what no operation was tapped for.
+
+    Parameters that share a probe add up in it, in the type of the first.
+    """
+    read: dict[str, list[Tensor]] = {}
+    for name, (gradient_map, probe, _) in maps.items():
+        read.setdefault(probe, []).append(gradient_map.from_gradient(gradients[name]))
+    return unpack(maps, {probe: _added(parts) for probe, parts in read.items()})
+
+
+def _added(parts: Sequence[Tensor]) -> Tensor:
+    first, *others = parts
+    return torch.stack([first, *(part.to(first.dtype) for part in others)]).sum(0) if others else first
+
+
 def extend(maps: Mapping[str, Readout], stage: Readouts) -> dict[str, Readout] | None:
-    """Compose every parameter's map with a stage's after it; None where the two do not combine.
+    """Compose every parameter's map with a stage's after it, linear or not; None where the two do not combine.
 
     Args:
         maps: parameter → its map so far.

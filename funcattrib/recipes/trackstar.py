@@ -195,7 +195,7 @@ def _transformed(after: Transform, state: State, names: Sequence[str], store: Gr
     """Precondition the named leaves of rows (n, D), one after the other, float32."""
     if not names:
         return block.new_empty(len(block), 0, dtype=torch.float32)
-    return torch.cat([grad.flatten(1) for grad in after.apply(state, _some(block, store, names)).values()], 1)
+    return torch.cat([grad.flatten(1) for grad in after(state, _some(block, store, names)).values()], 1)
 
 
 def _lengths(squares: Tensor) -> Tensor:

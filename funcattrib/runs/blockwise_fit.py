@@ -50,7 +50,7 @@ def by_owner(writer: StoreWriter, stage: Transform, spec: Spec, rows: Iterable[G
     """
     if world.size == 1 or stage.parts is None:
         return fit_all_reduced(stage, spec, rows, world)
-    assert stage.measure is None, "of a stage in parts, whole rows are kept"
+    assert stage.statistics is None, "of a stage in parts, whole rows are kept"
     parts = {
         name: Part(each, {leaf: spec[leaf] for leaf in names}) for name, (each, names) in stage.parts(spec).items()
     }

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from funcattrib.chain.fitting import statistics
+from funcattrib.chain.fitting import bind_observed
 from funcattrib.data import plan
 from funcattrib.runs.budget_cache import Budget, keep, key_of, known
 from funcattrib.runs.error_hints import explained
@@ -198,9 +198,8 @@ def _trial(work: Work, manifest: Manifest, longest: int, fits: bool, world: Worl
     shard = lengths[: manifest.rows_per_shard]
     steps: list[Callable[[Batch], Any]] = [rows]
     if fits:
-        shortest = work.corpus.batch([int(lengths.argmin())], work.device)
         steps += [
-            statistics(work.chain.before(at), stage, work.loss, work.params, state[:at], shortest)
+            bind_observed(work.chain.started(), stages[: at + 1], work.loss, work.params, state[:at])
             for at, stage in enumerate(stages)
             if stage.fitted
         ]

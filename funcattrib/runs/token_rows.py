@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from funcattrib.chain.lowering import nonlinear
 from funcattrib.chain.per_example import per_example_grad
 from funcattrib.chain.per_token import per_token_grad
 from funcattrib.chain.transform import State
@@ -37,8 +38,8 @@ def by_token(manifest: Manifest, work: Work, rows_per_shard: int) -> Manifest:
     """
     if (source := work.chain.started()) not in (per_example_grad, per_token_grad):
         raise FuncattribError(f"granularity 'token' requires a chain of per_example_grad, found {source.name}")
-    if any(stage.lower is None and stage.name not in ("precondition", "max_score") for stage in work.chain.stages):
-        name = next(stage.name for stage in work.chain.stages if stage.lower is None)
+    others = nonlinear(work.chain.stages, source.spec(work.params))
+    if name := next((name for name in others if name not in ("precondition", "max_score")), None):
         raise FuncattribError(f"granularity 'token' requires linear stages, and {name} is not linear; leave it out")
     return replace(
         manifest,

@@ -26,7 +26,7 @@ from funcattrib.runs.blockwise_fit import by_owner, forget_parts
 from funcattrib.runs.oom_retry import Pieces
 from funcattrib.runtime.memory import trim
 from funcattrib.runtime.progress import Progress
-from funcattrib.runtime.world import SINGLE_PROCESS, World
+from funcattrib.runtime.world import World
 from funcattrib.store import StoreWriter
 from funcattrib.types import Batch, Loss, Params, PerExample
 from funcattrib.weights.lockstep import Lockstep
@@ -52,8 +52,8 @@ class Work(NamedTuple):
     budget: int
     quiet: bool
     pieces: Pieces
-    world: World = SINGLE_PROCESS
-    step: Lockstep = Lockstep()
+    world: World
+    step: Lockstep
 
     def bind(self, state: State) -> Callable[[Batch], PerExample]:
         """Return the chain as a function of the batch; inside ``step``, ranks that share the model compute together."""
@@ -94,8 +94,8 @@ def fit_state(work: Work, most: int, writer: StoreWriter) -> State:
         with progress(work, "fit", tokens * len(fitted), tokens * done) as bar:
             batches = Batches(work, chosen, bar.update)
             fold = partial(by_owner, writer)
-            read = (work.loss, work.params, batches, state, done, world, batches.pieces, work.step, fold)
-            for after in passes(work.chain, *read):
+            made = (work.chain.started(), work.chain.stages, work.loss, work.params, batches)
+            for after in passes(*made, state, done, world, batches.pieces, work.step, fold):
                 state, done = after, done + 1
                 if done < len(fitted):
                     writer.save_progress(state_tree.flatten(state[: fitted[done - 1]]), done)

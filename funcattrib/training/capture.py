@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from funcattrib.chain.chain import Chain, lower
+from funcattrib.chain.chain import Chain
+from funcattrib.chain.lowering import lower
 from funcattrib.chain.per_example import spec
 from funcattrib.chain.transform import State
 from funcattrib.errors import FuncattribError
@@ -45,7 +46,7 @@ def reader(model: nn.Module, names: Mapping[str, Any] | set[str], chain: Chain, 
     """
     params = {name: tensor.detach() for name, tensor in model.named_parameters() if name in names}
     state = chain.ready(spec(params), device_of(params), state)
-    lowered, depth = lower(chain, spec(params), state)
+    lowered, depth = lower(chain.stages, spec(params), state)
     return Reader(lowered, Chain(None, chain.stages[depth:]), state[depth:])
 
 

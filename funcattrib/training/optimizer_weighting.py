@@ -71,8 +71,8 @@ def _norms(spec: Spec, optimizer: Any, groups: Mapping[str, tuple[Tensor, Mappin
             raise FuncattribError(f"expected one eps for all of the optimizer's parameters, found {sorted(found)}")
         stage = adam_norm(moments, eps=found.pop())
     state, _ = stage.init(ordered)
-    assert stage.lower is not None
-    return stage.lower(state, ordered)
+    assert stage.maps is not None
+    return stage.maps(state, ordered)
 
 
 def _times(gradient_map: GradientMap, shape: tuple[int, ...], factor: float) -> GradientMap:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from funcattrib.chain.transform import State, Transform, finalize_nothing, observe_nothing
 from funcattrib.lift import GradientMap, Readouts, Scale, TwoSided, readout
-from funcattrib.transforms.moments import Moment, Moments, add_up, average, entries, start
-from funcattrib.types import Grads, Leaf, Spec
+from funcattrib.transforms.moments import Moment, Moments, add_up, average, entries, measured, start
+from funcattrib.types import Leaf, Spec
 
 
 def adam_norm(moments: Moments | None = None, eps: float = 1e-8) -> Transform:
@@ -36,7 +36,7 @@ def adam_norm(moments: Moments | None = None, eps: float = 1e-8) -> Transform:
     Example:
         >>> stage = adam_norm({"w": torch.tensor([[4.0, 0.25]])}, eps=0)
         >>> state, _ = stage.init({"w": Leaf((1, 2), torch.float32)})
-        >>> stage.apply(state, {"w": torch.ones(1, 1, 2)})["w"]
+        >>> stage(state, {"w": torch.ones(1, 1, 2)})["w"]
         tensor([[[0.5000, 2.0000]]])
     """
     given = moments is not None
@@ -44,11 +44,10 @@ def adam_norm(moments: Moments | None = None, eps: float = 1e-8) -> Transform:
         "adam_norm",
         settings={"eps": eps},
         init=partial(_init, moments),
+        statistics=None if given else partial(measured, _squares),
         observe=observe_nothing if given else add_up,
         finalize=finalize_nothing if given else average,
-        apply=partial(_apply, eps=eps),
-        lower=partial(_lower, eps=eps),
-        measure=None if given else _squares,
+        maps=partial(_maps, eps=eps),
     )
 
 
@@ -69,11 +68,7 @@ def _squares(name: str, grad: Tensor) -> Tensor:
     return squares.mean(0, keepdim=True).expand_as(squares)
 
 
-def _apply(state: State, grads: Grads, eps: float) -> Grads:
-    return {name: grad * _factor(state["sums"][name], eps).to(grad.dtype) for name, grad in grads.items()}
-
-
-def _lower(state: State, spec: Spec, eps: float) -> Readouts:
+def _maps(state: State, spec: Spec, eps: float) -> Readouts:
     return {name: readout(name, _as_map(_factor(state["sums"][name], eps))) for name in spec}
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from funcattrib.chain.transform import State, Transform
+from funcattrib.chain.transform import State, Transform, apply_nothing
 from funcattrib.errors import ChainError
 from funcattrib.lift import Readouts, readout
 from funcattrib.lift.maps.elementwise import Elementwise
@@ -50,14 +50,13 @@ def adam_update(states: Mapping[str, AdamState], then: Transform | None = None) 
         ChainError: states that are missing or do not fit; a ``then`` that is not linear, or joins leaves.
 
     Example:
-        >>> from funcattrib.chain.transform import applied
         >>> from funcattrib.types import Leaf
         >>> stage = adam_update({"w": AdamState(torch.zeros(2), torch.zeros(2), step=0)})
         >>> state, _ = stage.init({"w": Leaf((2,), torch.float32)})
-        >>> applied(stage, state, {"w": torch.tensor([[3.0, -0.2]])})["w"].round(decimals=3)
+        >>> stage(state, {"w": torch.tensor([[3.0, -0.2]])})["w"].round(decimals=3)
         tensor([[ 1., -1.]])
     """
-    if then is not None and then.lower is None:
+    if then is not None and (then.maps is None or then.apply is not apply_nothing):
         raise ChainError(
             f"then= of adam_update must be a linear stage, and {then.name} is not; put it after adam_update"
         )
@@ -65,7 +64,7 @@ def adam_update(states: Mapping[str, AdamState], then: Transform | None = None) 
         "adam_update",
         settings={"then": None if then is None else then.describe()},
         init=partial(_init, dict(states), then),
-        condense=partial(_updates, then),
+        maps=partial(_updates, then),
     )
 
 
@@ -91,9 +90,9 @@ def _init(states: Mapping[str, AdamState], then: Transform | None, spec: Spec) -
 
 def _updates(then: Transform | None, state: State, spec: Spec) -> Readouts:
     updates = {name: Elementwise(partial(_update, **state["adam"][name])) for name in spec}
-    if then is None or then.lower is None:
+    if then is None or then.maps is None:
         return {name: readout(name, update) for name, update in updates.items()}
-    maps = then.lower(state["then"], spec)
+    maps = then.maps(state["then"], spec)
     return {name: readout(name, maps[name].map.to(spec[name].dtype) @ updates[name]) for name in spec}
 
 

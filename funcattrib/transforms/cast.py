@@ -30,9 +30,9 @@ def cast(dtype: Precision = "float16") -> Transform:
         ChainError: an unknown dtype.
 
     Example:
-        >>> cast("float16").apply(None, {"w": torch.tensor([[1e6]])})["w"]
+        >>> cast("float16")(None, {"w": torch.tensor([[1e6]])})["w"]
         tensor([[65504.]], dtype=torch.float16)
-        >>> cast("int8").apply(None, {"w": torch.tensor([[127.0, 1.4]]), "v": torch.tensor([[-0.6]])})
+        >>> cast("int8")(None, {"w": torch.tensor([[127.0, 1.4]]), "v": torch.tensor([[-0.6]])})
         {'w': tensor([[127.,   1.]]), 'v': tensor([[-1.]])}
     """
     if dtype not in get_args(Precision):

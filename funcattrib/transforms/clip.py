@@ -26,8 +26,8 @@ def clip(max_norm: float) -> Transform:
         ChainError: a length that is not positive and finite.
 
     Example:
-        >>> apply = clip(1.0).apply
-        >>> apply(None, {"a": torch.tensor([[3.0], [0.3]]), "b": torch.tensor([[4.0], [0.4]])})
+        >>> stage = clip(1.0)
+        >>> stage(None, {"a": torch.tensor([[3.0], [0.3]]), "b": torch.tensor([[4.0], [0.4]])})
         {'a': tensor([[0.6000], [0.3000]]), 'b': tensor([[0.8000], [0.4000]])}
     """
     if not 0 < max_norm < math.inf:

@@ -11,7 +11,7 @@ from funcattrib.errors import ChainError
 from funcattrib.lift import Readout, Readouts, TwoSided, readout
 from funcattrib.lift.maps.experts import Parts
 from funcattrib.transforms.leaf_shapes import is_stack
-from funcattrib.types import Grads, Leaf, Spec
+from funcattrib.types import Leaf, Spec
 
 _PARAMETER_IS_DIVIDED = -1
 """Along an axis that a leaf no longer has: all of its own are common to the parts, and so are their projections."""
@@ -31,7 +31,7 @@ def split_experts() -> Transform:
         >>> {name: leaf.shape for name, leaf in spec.items()}
         {'mlp.experts.down_proj#e0': (4, 6), 'mlp.experts.down_proj#e1': (4, 6)}
     """
-    return Transform("split_experts", init=_init, apply=_apply, lower=_lower)
+    return Transform("split_experts", init=_init, maps=_maps)
 
 
 def _init(spec: Spec) -> tuple[State, Spec]:
@@ -47,15 +47,7 @@ def _init(spec: Spec) -> tuple[State, Spec]:
     return None, divided
 
 
-def _apply(state: State, grads: Grads) -> Grads:
-    divided: Grads = {}
-    for name, grad in grads.items():
-        stacked = is_stack(name, tuple(grad.shape[1:]))
-        divided |= dict(zip(_leaves(name, grad.shape[1]), grad.unbind(1), strict=True)) if stacked else {name: grad}
-    return divided
-
-
-def _lower(state: State, spec: Spec) -> Readouts:
+def _maps(state: State, spec: Spec) -> Readouts:
     return {
         name: Readout(Parts(leaf.shape[0]), name, _leaves(name, leaf.shape[0]))
         if is_stack(name, leaf.shape)

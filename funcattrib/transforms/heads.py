@@ -17,7 +17,7 @@ from funcattrib.chain.transform import State, Transform
 from funcattrib.errors import ChainError
 from funcattrib.lift import Heads, Readout, Readouts, Split, TwoSided, readout
 from funcattrib.models.attention import AttentionConfig
-from funcattrib.types import Grads, Leaf, Spec
+from funcattrib.types import Leaf, Spec
 
 _MARK = "#"
 
@@ -48,8 +48,7 @@ def split_heads(config: Mapping[str, AttentionConfig | Mapping[str, Any]]) -> Tr
         "split_heads",
         settings={"config": plain},
         init=partial(_init, config=plain),
-        apply=partial(_apply, config=plain),
-        lower=partial(_lower, config=plain),
+        maps=partial(_maps, config=plain),
         precedes=("project",),
     )
 
@@ -82,28 +81,17 @@ def _init(spec: Spec, config: Config) -> tuple[State, Spec]:
     return None, divided
 
 
-def _apply(state: State, grads: Grads, config: Config) -> Grads:
-    divided: Grads = {}
-    for name, grad in grads.items():
-        heads = _heads(name, tuple(grad.shape[1:]), config)
-        if heads is None:
-            divided[name] = grad
-        else:
-            divided |= dict(zip(_leaves(name, heads), Split(heads).from_gradient(grad).unbind(1), strict=True))
-    return divided
-
-
-def _lower(state: State, spec: Spec, config: Config) -> Readouts:
-    lowered: dict[str, Readout] = {}
+def _maps(state: State, spec: Spec, config: Config) -> Readouts:
+    maps: dict[str, Readout] = {}
     for name, leaf in spec.items():
         heads = _heads(name, leaf.shape, config)
         if heads is None:
-            lowered[name] = readout(name, TwoSided())
+            maps[name] = readout(name, TwoSided())
         elif heads.number == 1:  # one head is the whole weight
-            lowered[name] = Readout(TwoSided(), name, _leaves(name, heads))
+            maps[name] = Readout(TwoSided(), name, _leaves(name, heads))
         else:
-            lowered[name] = Readout(Split(heads), name, _leaves(name, heads))
-    return lowered
+            maps[name] = Readout(Split(heads), name, _leaves(name, heads))
+    return maps
 
 
 def _leaves(name: str, heads: Heads) -> tuple[str, ...]:

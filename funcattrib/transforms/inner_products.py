@@ -43,7 +43,7 @@ def inner_products(
     Example:
         >>> stage = inner_products({"w": torch.tensor([[1.0, 0.0], [1.0, 1.0]])})
         >>> state, _ = stage.init({"w": Leaf((2,), torch.float32)})
-        >>> stage.apply(state, {"w": torch.tensor([[3.0, 4.0]])})["scores"]
+        >>> stage(state, {"w": torch.tensor([[3.0, 4.0]])})["scores"]
         tensor([[3., 7.]])
     """
     if by not in ("example", "leaf"):
@@ -52,8 +52,8 @@ def inner_products(
         "inner_products", settings={"by": by, "unit_norm": unit_norm}, init=partial(_init, dict(queries), by=by)
     )
     if unit_norm:
-        return made._replace(condense=_with_norm, apply=partial(_divide, by=by))
-    return made._replace(lower=partial(_lower, by=by), apply=partial(_products, by=by))
+        return made._replace(maps=_with_norm, apply=partial(_divide, by=by))
+    return made._replace(maps=partial(_maps, by=by))
 
 
 def self_influence() -> Transform:
@@ -61,17 +61,17 @@ def self_influence() -> Transform:
 
     Example:
         >>> stage = self_influence()
-        >>> stage.apply(None, {"a": torch.tensor([[9.0]]), "b": torch.tensor([[16.0]])})["scores"]
+        >>> stage(None, {"a": torch.tensor([[3.0]]), "b": torch.tensor([[4.0]])})["scores"]
         tensor([[25.]])
     """
-    return Transform("self_influence", init=_init_self, condense=_squares, apply=_sum_squares)
+    return Transform("self_influence", init=_init_self, maps=_squares, apply=_sum_squares)
 
 
 def max_score() -> Transform:
     """Take the largest of each leaf's scores: the score against the nearest query.
 
     Example:
-        >>> max_score().apply(None, {"scores": torch.tensor([[3.0, 7.0]])})["scores"]
+        >>> max_score()(None, {"scores": torch.tensor([[3.0, 7.0]])})["scores"]
         tensor([[7.]])
     """
     return Transform("max_score", init=_init_nearest, apply=_largest)
@@ -96,24 +96,19 @@ def _init(queries: Mapping[str, Tensor], spec: Spec, by: str) -> tuple[State, Sp
     )
 
 
-def _lower(state: State, spec: Spec, by: str) -> Readouts:
-    readings = {name: InnerProducts(state["queries"][name]) for name in spec}
+def _maps(state: State, spec: Spec, by: str) -> Readouts:
+    products = {name: InnerProducts(state["queries"][name]) for name in spec}
     if by == "leaf":
-        return {name: readout(name, gradient_map) for name, gradient_map in readings.items()}
-    return {name: Readout(gradient_map, SCORES, (SCORES,)) for name, gradient_map in readings.items()}
-
-
-def _products(state: State, grads: Grads, by: str) -> Grads:
-    parts = {name: _wide(InnerProducts(state["queries"][name]).from_gradient(grad)) for name, grad in grads.items()}
-    return parts if by == "leaf" else {SCORES: torch.stack(list(parts.values())).sum(0)}
+        return {name: readout(name, gradient_map) for name, gradient_map in products.items()}
+    return {name: Readout(gradient_map, SCORES, (SCORES,)) for name, gradient_map in products.items()}
 
 
 def _with_norm(state: State, spec: Spec) -> Readouts:
     return {name: readout(name, InnerProducts(state["queries"][name], norm=True)) for name in spec}
 
 
-def _divide(state: State, condensed: Grads, by: str) -> Grads:
-    wide = {name: _wide(part) for name, part in condensed.items()}
+def _divide(state: State, products: Grads, by: str) -> Grads:
+    wide = {name: _wide(part) for name, part in products.items()}
     norm = torch.stack([part[:, -1] for part in wide.values()]).sum(0).sqrt()[:, None]
     inverse = torch.where(norm > 0, 1 / norm, torch.where(norm.isnan(), norm, 0.0))
     parts = {name: part[:, :-1] * inverse for name, part in wide.items()}
@@ -128,8 +123,8 @@ def _squares(state: State, spec: Spec) -> Readouts:
     return {name: readout(name, InnerProducts(torch.zeros(0, *leaf.shape), norm=True)) for name, leaf in spec.items()}
 
 
-def _sum_squares(state: State, condensed: Grads) -> Grads:
-    return {SCORES: torch.stack([_wide(part) for part in condensed.values()]).sum(0)}
+def _sum_squares(state: State, squares: Grads) -> Grads:
+    return {SCORES: torch.stack([_wide(part) for part in squares.values()]).sum(0)}
 
 
 def _init_nearest(spec: Spec) -> tuple[State, Spec]:

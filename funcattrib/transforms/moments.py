@@ -9,12 +9,14 @@ Reference: Adafactor, arXiv 1804.04235.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from funcattrib.chain.transform import State
 from funcattrib.errors import ChainError
+from funcattrib.lift import Measured, Readouts, TwoSided, readout
 from funcattrib.types import Grads, Leaf, Spec
 
 Moment = tuple[Tensor, Tensor] | Tensor
@@ -45,13 +47,18 @@ def start(spec: Spec, moments: Moments | None, of: Callable[[str, Leaf, Moment |
     return {"sums": sums, "count": torch.full((), 0.0 if moments is None else 1.0, dtype=torch.float64)}
 
 
-def add_up(state: State, measured: Grads) -> State:
+def measured(of: Callable[[str, Tensor], Tensor], spec: Spec) -> Readouts:
+    """Return the map of each leaf's statistic: ``of`` its name and gradients (B, *shape), quadratic in them."""
+    return {name: readout(name, Measured(TwoSided(), partial(of, name))) for name in spec}
+
+
+def add_up(state: State, squares: Grads) -> State:
     """Add one batch of squares, name → (B, …), to the state in float64."""
     sums = {
-        name: total + measured[name].sum(0, dtype=torch.float64).to(total.device)
+        name: total + squares[name].sum(0, dtype=torch.float64).to(total.device)
         for name, total in state["sums"].items()
     }
-    return {"sums": sums, "count": state["count"] + len(next(iter(measured.values())))}
+    return {"sums": sums, "count": state["count"] + len(next(iter(squares.values())))}
 
 
 def average(state: State) -> State:

@@ -19,7 +19,7 @@ from funcattrib.chain.transform import State, Transform, finalize_nothing, obser
 from funcattrib.errors import ChainError
 from funcattrib.lift import GradientMap, Readouts, TwoSided, readout
 from funcattrib.transforms import leaf_shapes
-from funcattrib.transforms.moments import Moment, Moments, add_up, average, entries, factors, start
+from funcattrib.transforms.moments import Moment, Moments, add_up, average, entries, factors, measured, start
 from funcattrib.types import Grads, Leaf, Spec
 
 _TILE = 1 << 18
@@ -39,7 +39,7 @@ def adafactor_norm(moments: Moments | None = None, eps: float = 1e-30) -> Transf
     Example:
         >>> stage = adafactor_norm({"w": (torch.tensor([4.0, 4.0]), torch.tensor([1.0]))})
         >>> state, _ = stage.init({"w": Leaf((2, 1), torch.float32)})
-        >>> stage.apply(state, {"w": torch.ones(1, 2, 1)})["w"].flatten()
+        >>> stage(state, {"w": torch.ones(1, 2, 1)})["w"].flatten()
         tensor([1., 1.])
     """
     given = moments is not None
@@ -47,11 +47,10 @@ def adafactor_norm(moments: Moments | None = None, eps: float = 1e-30) -> Transf
         "adafactor_norm",
         settings={"eps": eps},
         init=partial(_init_adafactor, moments),
+        statistics=None if given else partial(measured, _mean_squares),
         observe=observe_nothing if given else add_up,
         finalize=finalize_nothing if given else average,
-        apply=partial(_apply_adafactor, eps=eps),
-        lower=partial(_lower_adafactor, eps=eps),
-        measure=None if given else _mean_squares,
+        maps=partial(_maps_adafactor, eps=eps),
     )
 
 
@@ -59,8 +58,8 @@ def unit_norm() -> Transform:
     """Scale each example's gradient, all leaves together, to Euclidean length 1; zero stays zero.
 
     Example:
-        >>> apply = unit_norm().apply
-        >>> apply(None, {"a": torch.tensor([[3.0]]), "b": torch.tensor([[4.0]])})
+        >>> stage = unit_norm()
+        >>> stage(None, {"a": torch.tensor([[3.0]]), "b": torch.tensor([[4.0]])})
         {'a': tensor([[0.6000]]), 'b': tensor([[0.8000]])}
     """
     return Transform("unit_norm", apply=_apply_unit_norm)
@@ -98,12 +97,7 @@ def _mean_squares(name: str, grad: Tensor) -> Tensor:
     return torch.cat([*of_rows, torch.stack(of_cols).sum(0) / grad.shape[-2]], -1)
 
 
-def _apply_adafactor(state: State, grads: Grads, eps: float) -> Grads:
-    maps = {name: _map(name, state["sums"][name], tuple(grad.shape[1:]), eps) for name, grad in grads.items()}
-    return {name: maps[name].from_gradient(grad) for name, grad in grads.items()}
-
-
-def _lower_adafactor(state: State, spec: Spec, eps: float) -> Readouts:
+def _maps_adafactor(state: State, spec: Spec, eps: float) -> Readouts:
     return {name: readout(name, _map(name, state["sums"][name], leaf.shape, eps)) for name, leaf in spec.items()}
 
 

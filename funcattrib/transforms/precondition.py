@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from funcattrib.chain.transform import Transform, observe_nothing
+from funcattrib.chain.transform import Transform, apply_nothing, observe_nothing
 from funcattrib.errors import ChainError
 from funcattrib.lift import Readouts, readout
 from funcattrib.lift.maps.dense import Dense, times
@@ -81,7 +81,7 @@ def precondition(
         >>> from funcattrib.types import Leaf
         >>> stage = precondition(power=-1, damping=0.0, gram={"w": torch.diag(torch.tensor([4.0, 2.0]))})
         >>> state, _ = stage.init({"w": Leaf((2,), torch.float32)})
-        >>> stage.apply(state, {"w": torch.ones(1, 2)})["w"]
+        >>> stage(state, {"w": torch.ones(1, 2)})["w"]
         tensor([[0.2500, 0.5000]])
     """
     if power not in _POWERS:
@@ -98,8 +98,8 @@ def precondition(
         init=partial(_init, given, groups=groups),
         observe=partial(_observe, groups=groups) if given is None else observe_nothing,
         finalize=partial(_finalize, power=float(power), damping=damping, damping_kind=damping_kind),
-        apply=partial(_apply, groups=groups),
-        lower=_lower if groups == "parameter" else None,
+        maps=_maps if groups == "parameter" else None,
+        apply=apply_nothing if groups == "parameter" else partial(_apply, groups=groups),
         parts=partial(_parts, groups=groups, power=power, damping=damping, damping_kind=damping_kind),
     )
 
@@ -177,7 +177,7 @@ def _parts(names: Iterable[str], groups: Groups, **settings: Any) -> dict[str, t
     return parts
 
 
-def _lower(state: Preconditioner, spec: Spec) -> Readouts:
+def _maps(state: Preconditioner, spec: Spec) -> Readouts:
     return {name: readout(name, Dense(state.power[name])) for name in spec}
 
 

@@ -21,7 +21,7 @@ from funcattrib.lift import GradientMap, Readouts, TwoSided, readout
 from funcattrib.transforms import leaf_shapes
 from funcattrib.transforms.heads import whole
 from funcattrib.transforms.random import generator, normal, rademacher
-from funcattrib.types import Grads, Leaf, Spec
+from funcattrib.types import Leaf, Spec
 
 Kind = Literal["rademacher", "normal"]
 _DRAW = {"rademacher": rademacher, "normal": normal}
@@ -42,7 +42,7 @@ def project(k: int = 16, kind: Kind = "rademacher", seed: int = 0) -> Transform:
         >>> import torch
         >>> stage = project(2)
         >>> state, spec = stage.init({"w": Leaf((3, 5), torch.float32)})
-        >>> stage.apply(state, {"w": torch.ones(7, 3, 5)})["w"].shape
+        >>> stage(state, {"w": torch.ones(7, 3, 5)})["w"].shape
         torch.Size([7, 2, 2])
     """
     if k < 1:
@@ -53,8 +53,7 @@ def project(k: int = 16, kind: Kind = "rademacher", seed: int = 0) -> Transform:
         "project",
         settings={"k": k, "kind": kind, "seed": seed},
         init=partial(_init, k=k, kind=kind, seed=seed),
-        apply=_apply,
-        lower=_lower,
+        maps=_maps,
     )
 
 
@@ -85,11 +84,7 @@ def _draw(name: str, side: str, n: int, k: int, kind: Kind, seed: int) -> Tensor
     return None if n <= k else _DRAW[kind](k, n, generator(seed, name, side))
 
 
-def _apply(state: State, grads: Grads) -> Grads:
-    return {name: _map(state, name, tuple(grad.shape[1:])).from_gradient(grad) for name, grad in grads.items()}
-
-
-def _lower(state: State, spec: Spec) -> Readouts:
+def _maps(state: State, spec: Spec) -> Readouts:
     return {name: readout(name, _map(state, name, leaf.shape)) for name, leaf in spec.items()}
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from funcattrib.chain.transform import State, Transform
 from funcattrib.errors import ChainError
 from funcattrib.lift import Readouts, TwoSided, readout
-from funcattrib.types import Grads, Spec
+from funcattrib.types import Spec
 
 
 def select(include: Iterable[str] = ("*",), exclude: Iterable[str] = ()) -> Transform:
@@ -18,7 +18,7 @@ def select(include: Iterable[str] = ("*",), exclude: Iterable[str] = ()) -> Tran
 
     Example:
         >>> import torch
-        >>> select(["*.weight"]).apply(None, {"a.weight": torch.ones(1), "a.bias": torch.ones(1)})
+        >>> select(["*.weight"])(None, {"a.weight": torch.ones(1), "a.bias": torch.ones(1)})
         {'a.weight': tensor([1.])}
     """
     include = (include,) if isinstance(include, str) else tuple(include)
@@ -27,8 +27,7 @@ def select(include: Iterable[str] = ("*",), exclude: Iterable[str] = ()) -> Tran
         "select",
         settings={"include": include, "exclude": exclude},
         init=partial(_init, include=include, exclude=exclude),
-        apply=partial(_apply, include=include, exclude=exclude),
-        lower=partial(_lower, include=include, exclude=exclude),
+        maps=partial(_maps, include=include, exclude=exclude),
     )
 
 
@@ -39,11 +38,7 @@ def _init(spec: Spec, include: tuple[str, ...], exclude: tuple[str, ...]) -> tup
     return None, kept
 
 
-def _apply(state: State, grads: Grads, include: tuple[str, ...], exclude: tuple[str, ...]) -> Grads:
-    return {name: grad for name, grad in grads.items() if _matches(name, include, exclude)}
-
-
-def _lower(state: State, spec: Spec, include: tuple[str, ...], exclude: tuple[str, ...]) -> Readouts:
+def _maps(state: State, spec: Spec, include: tuple[str, ...], exclude: tuple[str, ...]) -> Readouts:
     return {name: readout(name, TwoSided()) for name in spec if _matches(name, include, exclude)}
 
 

@@ -11,13 +11,11 @@ References: TRAK, arXiv 2303.14186; SJLT of gradients, GraSS, arXiv 2505.18976.
 
 from functools import partial
 
-import torch
-
 from funcattrib.chain.transform import State, Transform
 from funcattrib.errors import ChainError
 from funcattrib.lift import Readout, Readouts
 from funcattrib.lift.maps.sketch import Sketched
-from funcattrib.types import Grads, Leaf, Spec
+from funcattrib.types import Leaf, Spec
 
 LEAF = "sketch"
 
@@ -34,8 +32,9 @@ def sketch(k: int = 4096, seed: int = 0, sparsity: int = 1) -> Transform:
         ChainError: k or sparsity below 1, or k no multiple of sparsity.
 
     Example:
+        >>> import torch
         >>> grads = {"w": torch.ones(7, 3, 5), "b": torch.ones(7, 3)}
-        >>> sketch(8).apply(None, grads)["sketch"].shape
+        >>> sketch(8)(None, grads)["sketch"].shape
         torch.Size([7, 8])
     """
     if k < 1 or sparsity < 1 or k % sparsity:
@@ -46,8 +45,7 @@ def sketch(k: int = 4096, seed: int = 0, sparsity: int = 1) -> Transform:
         "sketch",
         settings={"k": k, "seed": seed, "sparsity": sparsity},
         init=partial(_init, k=k, seed=seed, sparsity=sparsity),
-        apply=partial(_apply, k=k, seed=seed, sparsity=sparsity),
-        lower=partial(_lower, k=k, seed=seed, sparsity=sparsity),
+        maps=partial(_maps, k=k, seed=seed, sparsity=sparsity),
     )
 
 
@@ -55,14 +53,5 @@ def _init(spec: Spec, k: int, seed: int, sparsity: int) -> tuple[State, Spec]:
     return None, {LEAF: Leaf((k,), next(iter(spec.values())).dtype)}
 
 
-def _apply(state: State, grads: Grads, k: int, seed: int, sparsity: int) -> Grads:
-    dtype = next(iter(grads.values())).dtype
-    parts = [
-        Sketched(name, tuple(grad.shape[1:]), k, seed, sparsity).from_gradient(grad).to(dtype)
-        for name, grad in grads.items()
-    ]
-    return {LEAF: torch.stack(parts).sum(0)}
-
-
-def _lower(state: State, spec: Spec, k: int, seed: int, sparsity: int) -> Readouts:
+def _maps(state: State, spec: Spec, k: int, seed: int, sparsity: int) -> Readouts:
     return {name: Readout(Sketched(name, leaf.shape, k, seed, sparsity), LEAF, (LEAF,)) for name, leaf in spec.items()}

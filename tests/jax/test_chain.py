@@ -226,7 +226,7 @@ def test_adafactors_factors_are_the_means_over_columns_and_rows() -> None:
             for side, mean in zip(found[name], (squares.mean(1), squares.mean(0)), strict=True):
                 torch.testing.assert_close(side, mean, rtol=1e-5, atol=1e-7)
     stage = fa.adafactor_norm(found)
-    rows = stage.apply(
+    rows = stage(
         stage.init({n: fa.Leaf(s, torch.float32) for n, s in SHAPES.items()})[0],
         {n: torch.ones(2, *s) for n, s in SHAPES.items()},
     )

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import funcattrib as fa
+from funcattrib.chain.lowering import lower
 from funcattrib.errors import ChainError, FuncattribError
 from funcattrib.jax import chunked, lifted_dense, per_example, per_example_grad
 from funcattrib.jax.dlpack import to_jax, to_torch
@@ -264,7 +265,8 @@ def traced(loss, params, batch):
     """What is computed for a projection to 4."""
     structure, arrays = take_apart(params)
     chain = fa.compose(per_example_grad, fa.project(4))
-    lowered, _ = chain.lowered(params)
+    spec = per_example_grad.spec(params)
+    lowered, _ = lower(chain.stages, spec, chain.init(spec)[0])
     sides = {name: per_example._sides(how.map, None) for name, how in lowered.items()}
     compute = partial(per_example._gradients, loss, structure, tuple(arrays), tuple(arrays))
     return compute.func, (*compute.args, tuple(arrays.values()), sides, batch)

@@ -132,15 +132,15 @@ def test_project_is_that_of_the_flattened_kernel() -> None:
                 (announced[name].shape[0] and values[name].shape[1], values[name][0, 0].numel()), torch.float32
             )
         }
-        as_matrix = stage.apply(stage.init(flat)[0], {name: values[name].flatten(2)})
-        laws.close({name: stage.apply(state, values)[name]}, as_matrix)
+        as_matrix = stage(stage.init(flat)[0], {name: values[name].flatten(2)})
+        laws.close({name: stage(state, values)[name]}, as_matrix)
 
 
 def test_adafactor_formula_on_kernels_and_stacks() -> None:
     values = {n: g for n, g in laws.grads(10, laws.KERNELS).items() if g.ndim > 3}
     spec_ = {name: laws.KERNELS[name] for name in values}
     stage = fa.adafactor_norm()
-    ours = stage.apply(laws.fitted(stage, [values], spec_), values)
+    ours = stage(laws.fitted(stage, [values], spec_), values)
     for name, g in values.items():
         matrices = g.double() if "experts" in name else g.double().flatten(2)[:, None]  # (B, x, o, i)
         r, c = matrices.square().mean((0, 3)), matrices.square().mean((0, 2))
@@ -148,7 +148,7 @@ def test_adafactor_formula_on_kernels_and_stacks() -> None:
         torch.testing.assert_close(ours[name].double(), (matrices * scale).reshape(g.shape), rtol=1e-5, atol=1e-6)
     given = {name: g.double().square().mean(0) for name, g in values.items()}  # an optimizer's v
     again = fa.adafactor_norm(given)
-    laws.close(again.apply(again.init(spec_)[0], values), ours)
+    laws.close(again(again.init(spec_)[0], values), ours)
 
 
 def test_patches_are_those_of_unfold() -> None:

@@ -22,11 +22,7 @@ class Reversed(GradientMap):
         return theta.flip(-1)
 
 
-REVERSED = fa.Transform(
-    "reversed",
-    apply=lambda state, grads: {name: grad.flip(-1) for name, grad in grads.items()},
-    lower=lambda state, spec: {name: readout(name, Reversed()) for name in spec},
-)
+REVERSED = fa.Transform("reversed", maps=lambda state, spec: {name: readout(name, Reversed()) for name in spec})
 
 
 def test_laws() -> None:

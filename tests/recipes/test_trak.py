@@ -38,8 +38,8 @@ def sketches(model, data, names, k, seed, projection):
         if projection:
             stage = fa.project(projection, seed=seed)
             spec = {n: fa.Leaf(tuple(g.shape[1:]), torch.float32) for n, g in grads.items()}
-            grads = stage.apply(stage.init(spec)[0], grads)
-        rows.append(fa.sketch(k, seed=seed).apply(None, grads)["sketch"][0].detach())
+            grads = stage(stage.init(spec)[0], grads)
+        rows.append(fa.sketch(k, seed=seed)(None, grads)["sketch"][0].detach())
     return torch.stack(rows)
 
 
@@ -83,7 +83,7 @@ def test_a_loss_of_one_label(tmp_path) -> None:
         return -(params["w"] * example["x"]).sum()
 
     def phi(rows):
-        return fa.sketch(3, seed=0).apply(None, {"w": rows.double()})["sketch"]
+        return fa.sketch(3, seed=0)(None, {"w": rows.double()})["sketch"]
 
     expected = estimate([(phi(x), phi(q), (x @ w).double().sigmoid())], 0.0)
     data, queries = ([{"x": row.tolist()} for row in rows] for rows in (x, q))

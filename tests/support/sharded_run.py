@@ -143,7 +143,7 @@ def without_any(model: nn.Module) -> int:
     chain = fa.compose(fa.per_example_grad, fa.adafactor_norm)
     batches = [cases.batch((9, 5)), cases.batch((12, 2), seed=2)] if dist.get_rank() == 0 else []
     try:
-        return len(list(passes(chain, loss, params, batches, step=step)))
+        return len(list(passes(*chain, loss, params, batches, step=step)))
     except fa.FuncattribError:  # nothing to fit on here
         return -1
 

@@ -8,8 +8,8 @@ import torch
 
 import funcattrib as fa
 from funcattrib import testing as laws
-from funcattrib.chain.chain import lower
-from funcattrib.chain.fitting import statistics
+from funcattrib.chain.fitting import bind_observed
+from funcattrib.chain.lowering import lower
 from funcattrib.errors import ChainError
 from funcattrib.lift import Scale
 from tests.support import cases
@@ -18,7 +18,7 @@ from tests.support import cases
 def test_formula() -> None:
     values = laws.grads(10, laws.VECTORS)
     stage = fa.adam_norm(eps=1e-3)
-    ours = stage.apply(laws.fitted(stage, [values], laws.VECTORS), values)
+    ours = stage(laws.fitted(stage, [values], laws.VECTORS), values)
     for name, g in values.items():
         g = g.double()
         expected = g / (g.square().mean(0).sqrt() + 1e-3)
@@ -42,8 +42,7 @@ def test_fitted_moments_are_those_of_whole_gradients(name, modules) -> None:
 
 def test_the_squares_of_a_batch_take_one_weight_s_memory() -> None:
     loss, params = fa.causal_lm_loss(cases.causal("gpt2"))
-    before, stage = fa.compose(fa.per_example_grad), fa.adam_norm()
-    read = statistics(before, stage, loss, params, (), cases.batch())
+    read = bind_observed(fa.per_example_grad, [fa.adam_norm()], loss, params, ())
     for name, squares in read(cases.batch()).grads.items():
         assert squares.shape == (4, *params[name].shape)
         assert squares.untyped_storage().nbytes() == 4 * params[name].numel()
@@ -56,7 +55,7 @@ def test_lowered_is_plain(behind) -> None:
     loss, params = fa.causal_lm_loss(cases.causal("llama_tied"), modules="all")
     chain = fa.compose(fa.per_example_grad, fa.adam_norm, *behind)
     state = chain.fit(loss, params, [cases.batch()])
-    assert lower(chain, fa.per_example_grad.spec(params), state)[1] == len(chain.stages)
+    assert lower(chain.stages, fa.per_example_grad.spec(params), state)[1] == len(chain.stages)
     laws.close(chain(loss, params, cases.batch(), state), chain.plain(loss, params, cases.batch(), state), 5e-5)
 
 
@@ -68,7 +67,7 @@ def test_half_precision_gradients_are_squared_in_float32() -> None:
 
 def test_an_entry_without_gradient_stays_zero() -> None:
     stage = fa.adam_norm({"w": torch.tensor([[4.0, 0.0]])}, eps=0)
-    ours = stage.apply(stage.init({"w": fa.Leaf((1, 2), torch.float32)})[0], {"w": torch.ones(1, 1, 2)})
+    ours = stage(stage.init({"w": fa.Leaf((1, 2), torch.float32)})[0], {"w": torch.ones(1, 1, 2)})
     assert ours["w"].tolist() == [[[0.5, 0.0]]]
 
 
@@ -80,12 +79,12 @@ def test_moments_of_one_form_serve_for_the_other() -> None:
     factors = {"w": (v.mean(1), v.mean(0)), "b": b}
     values = laws.grads(5, SPEC)
     from_v, from_factors = fa.adafactor_norm({"w": v, "b": b}), fa.adafactor_norm(factors)
-    laws.close(from_v.apply(from_v.init(SPEC)[0], values), from_factors.apply(from_factors.init(SPEC)[0], values))
+    laws.close(from_v(from_v.init(SPEC)[0], values), from_factors(from_factors.init(SPEC)[0], values))
     whole = torch.outer(v.mean(1), v.mean(0)) / v.mean()
     adam, expected = fa.adam_norm(factors), fa.adam_norm({"w": whole, "b": b})
-    laws.close(adam.apply(adam.init(SPEC)[0], values), expected.apply(expected.init(SPEC)[0], values))
+    laws.close(adam(adam.init(SPEC)[0], values), expected(expected.init(SPEC)[0], values))
     # Adafactor's own division is by the root of that reconstruction.
-    laws.close(from_v.apply(from_v.init(SPEC)[0], values), adam.apply(adam.init(SPEC)[0], values), 1e-4)
+    laws.close(from_v(from_v.init(SPEC)[0], values), adam(adam.init(SPEC)[0], values), 1e-4)
 
 
 @pytest.mark.parametrize("normalise", [fa.adam_norm, fa.adafactor_norm])
@@ -105,9 +104,9 @@ def test_given_moments_need_no_pass_and_are_not_settings(normalise) -> None:
 
 def test_a_matrix_is_scaled_entry_by_entry_and_a_vector_by_its_side() -> None:
     stage = fa.adam_norm({"w": torch.ones(3, 4), "b": torch.ones(3)})
-    lowered = stage.lower(stage.init(SPEC)[0], SPEC)
-    assert isinstance(lowered["w"].map, Scale)
-    assert not isinstance(lowered["b"].map, Scale)
+    maps = stage.maps(stage.init(SPEC)[0], SPEC)
+    assert isinstance(maps["w"].map, Scale)
+    assert not isinstance(maps["b"].map, Scale)
 
 
 @pytest.mark.parametrize("before", ["nothing", "heads"])

@@ -67,7 +67,7 @@ def test_updates_are_adams_next_steps(name, projected, reduction, tmp_path) -> N
     state = project.init(fa.per_example_grad.spec(params))[0]
     for row, one in enumerate(expected):
         wanted = {key: update[None].float() for key, update in one.items() if key in params}
-        wanted = project.apply(state, wanted) if projected else wanted
+        wanted = project(state, wanted) if projected else wanted
         for key in params:
             # where a gradient is all but zero, its sign (all that remains of it in g / √(d g²)) is rounding
             close = torch.isclose(updates[key][row], wanted[key][0], rtol=1e-2, atol=2e-2 * float(wanted[key].std()))

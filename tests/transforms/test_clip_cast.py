@@ -22,7 +22,7 @@ def flat(grads: fa.Grads) -> torch.Tensor:
 def test_clipped_rows_have_the_length_and_the_others_stay() -> None:
     values = laws.grads(8, laws.VECTORS)
     values = {n: v * torch.logspace(-2, 2, 8).view(-1, *[1] * (v.ndim - 1)) for n, v in values.items()}
-    given, found = flat(values).double(), flat(clip(5.0).apply(None, values)).double()
+    given, found = flat(values).double(), flat(clip(5.0)(None, values)).double()
     lengths = given.norm(dim=1)
     expected = torch.where((lengths > 5)[:, None], given * 5 / lengths[:, None], given)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
@@ -31,7 +31,7 @@ def test_clipped_rows_have_the_length_and_the_others_stay() -> None:
 
 
 def test_clip_takes_zeros_and_lengths_that_float32_cannot_square() -> None:
-    found = clip(1.0).apply(None, {"w": torch.tensor([[0.0, 0.0], [3e30, 4e30]])})["w"]
+    found = clip(1.0)(None, {"w": torch.tensor([[0.0, 0.0], [3e30, 4e30]])})["w"]
     torch.testing.assert_close(found, torch.tensor([[0.0, 0.0], [0.6, 0.8]]))
 
 
@@ -51,7 +51,7 @@ def test_description_makes_it_again(stage) -> None:
 
 def test_int8_is_the_grid_of_the_store() -> None:
     values = {n: v * torch.logspace(-3, 3, 9).view(-1, 1, 1) for n, v in laws.grads(9).items()}
-    found = flat(fa.cast("int8").apply(None, values))
+    found = flat(fa.cast("int8")(None, values))
     stored = encode(flat(values), "int8")
     assert found.dtype == torch.float32
     assert torch.equal(found, decode(stored.array, "int8", stored.scale))
@@ -67,7 +67,7 @@ def test_int8_rows_of_zeros_and_of_nan() -> None:
         "a": torch.tensor([[0.0], [1.0], [torch.inf], [1e-45]]),
         "b": torch.tensor([[0.0], [torch.nan], [1.0], [0.0]]),
     }
-    found = flat(fa.cast("int8").apply(None, rows))
+    found = flat(fa.cast("int8")(None, rows))
     assert found[0].tolist() == found[3].tolist() == [0.0, 0.0]
     assert torch.isnan(found[1:3]).all()
 
@@ -82,7 +82,7 @@ def test_scores_of_int8_stores_are_those_of_float32(tmp_path: Path) -> None:
     )
     rows, stored = exact.matrix().tensor().numpy(), bytes_.matrix().tensor().numpy()
     queries = rows[:10]
-    on_grid = fa.cast("int8").apply(None, {"row": torch.from_numpy(rows)})["row"].numpy()
+    on_grid = fa.cast("int8")(None, {"row": torch.from_numpy(rows)})["row"].numpy()
     np.testing.assert_allclose(on_grid, stored, rtol=1e-6, atol=1e-6 * np.abs(rows).max())
     for query in queries:
         others = ~(rows == query).all(1)  # a document's score with itself would decide the correlation alone

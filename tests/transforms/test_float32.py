@@ -16,7 +16,7 @@ from torch import Tensor
 
 import funcattrib as fa
 from funcattrib import testing as laws
-from funcattrib.chain.transform import Transform, applied
+from funcattrib.chain.transform import Transform
 from tests.support import cases
 
 UNIT = 2.0**-24
@@ -57,7 +57,7 @@ def both(transform: Transform, spec: fa.Spec = laws.KERNELS) -> tuple[fa.Grads, 
     for dtype in (torch.float32, torch.float64):
         its = {name: leaf._replace(dtype=dtype) for name, leaf in spec.items()}
         given = {name: value.to(dtype) for name, value in values.items()}
-        results.append(applied(transform, laws.fitted(transform, [given], its), given))
+        results.append(transform(laws.fitted(transform, [given], its), given))
     return *results, {name: value.double() for name, value in values.items()}
 
 
@@ -77,7 +77,7 @@ def magnitudes(transform: Transform, values: fa.Grads) -> fa.Grads:
     total = sum(value[0].numel() for value in values.values())
     units = torch.eye(total, dtype=torch.float64).split([value[0].numel() for value in values.values()], 1)
     basis = {name: unit.reshape(-1, *values[name].shape[1:]) for name, unit in zip(values, units, strict=True)}
-    columns = applied(transform, laws.fitted(transform, [values], laws.KERNELS), basis)
+    columns = transform(laws.fitted(transform, [values], laws.KERNELS), basis)
     sizes = torch.cat([value.flatten(1) for value in values.values()], 1).abs()
     return {name: (sizes @ of.flatten(1).abs()).reshape(-1, *of.shape[1:]) for name, of in columns.items()}
 

@@ -98,7 +98,7 @@ def test_what_all_queries_share_is_divided_out() -> None:
     share = []
     for gram in (gram_matrices(laws.fitted(stage, [train], spec)), mixed.gram):
         own = precondition(gram=gram, damping=0.0)
-        row = own.apply(own.init(spec)[0], query)["w"]
+        row = own(own.init(spec)[0], query)["w"]
         share.append(float((row[:, 0].square() / row.square().sum(1)).mean()))
     assert share[0] > 0.95  # the training data alone leave the template in charge
     assert share[1] < 0.5

@@ -10,7 +10,7 @@ import transformers
 
 import funcattrib as fa
 from funcattrib import testing as laws
-from funcattrib.chain.chain import lower
+from funcattrib.chain.lowering import lower
 from funcattrib.errors import ChainError
 from funcattrib.lift import Split
 from funcattrib.training.capture import collecting
@@ -135,7 +135,7 @@ def test_a_lowered_chain_is_the_plain_chain(name, chain, first) -> None:
     chain = fa.compose(fa.per_example_grad, *([before] if before else []), split, *behind)
     state = chain.fit(loss, params, batches)
     spec = fa.per_example_grad.spec(params)
-    depth = lower(chain, spec, state)[1]
+    depth = lower(chain.stages, spec, state)[1]
     assert depth == len(chain.stages) - (chain.stages[-1].name == "unit_norm")
     lowered = chain(loss, params, batches[0], state)
     laws.close(lowered, chain.plain(loss, params, batches[0], state), 5e-5)
@@ -150,7 +150,7 @@ def test_heads_are_read_in_one_product(name) -> None:
     for stages in ([fa.project(4)], [fa.select(["*#h0", "*#h1"]), fa.project(4)], [fa.project(5), fa.project(4)]):
         chain = fa.compose(fa.per_example_grad, fa.split_heads(fa.attention_configs(model)), *stages)
         spec = fa.per_example_grad.spec(params)
-        lowered, _ = lower(chain, spec, chain.init(spec)[0])
+        lowered, _ = lower(chain.stages, spec, chain.init(spec)[0])
         assert {type(how.map) for how in lowered.values() if len(how.leaves) > 1} == {Split}
 
 
@@ -260,7 +260,7 @@ def test_only_the_rows_of_a_head_feed_it(stem) -> None:
         (hidden * torch.linspace(-1, 1, hidden.numel()).reshape(hidden.shape)).sum().backward()
         grads = {name: p.grad[None] for name, p in params.items() if name != output}
         fed = {}
-        for leaf, grad in split.apply(None, grads).items():
+        for leaf, grad in split(None, grads).items():
             fed.setdefault(leaf.partition("#")[0], []).append(bool(grad.abs().max() > 1e-9))
         for name, found in fed.items():
             if stem == "Phi3":
@@ -292,9 +292,9 @@ def test_a_glob_may_leave_out_the_leading_part() -> None:
 def test_one_head_is_the_whole_weight() -> None:
     spec = {"q.weight": fa.Leaf((6, 5), torch.float32)}
     split = fa.split_heads({"q": fa.AttentionConfig(1, 2, order="qkv head")})
-    assert split.lower(None, spec)["q.weight"].map.is_identity
+    assert split.maps(None, spec)["q.weight"].map.is_identity
     grads = {"q.weight": torch.randn(3, 6, 5)}
-    laws.same(split.apply(None, grads), {"q.weight#h0": grads["q.weight"]})
+    laws.same(split(None, grads), {"q.weight#h0": grads["q.weight"]})
 
 
 MATRIX = {"a.q_proj.weight": fa.Leaf((24, 8), torch.float32)}

@@ -1,21 +1,24 @@
 """The laws over the table of transforms, and what only chains obey."""
 
 import itertools
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 import funcattrib as fa
+from funcattrib import lift
 from funcattrib import testing as laws
 from funcattrib.chain import state_tree
 from funcattrib.errors import ChainError
+from funcattrib.lift.factors import outer
 from tests.support import cases
 from tests.support.sweeps import crossed
 
 LAWS = [
     laws.apply_is_row_by_row,
     laws.announced_spec_is_produced,
-    laws.lowered_is_plain,
+    laws.maps_agree,
     laws.fit_ignores_splits_and_order,
     laws.other_leaves_do_not_matter,
 ]
@@ -51,15 +54,45 @@ def test_state_survives_a_file(name) -> None:
 BROKEN = {
     "apply is row by row": lambda state, grads: {n: g - g.mean(0) for n, g in grads.items()},
     "announced spec is produced": lambda state, grads: {n: g.flatten(1) for n, g in grads.items()},
-    "lowered is plain": lambda state, grads: {n: 1.001 * g for n, g in fa.project(4).apply(state, grads).items()},
     "other leaves do not matter": fa.unit_norm().apply,
 }
 
 
 @pytest.mark.parametrize("law", BROKEN)
 def test_a_transform_that_breaks_a_law_is_named(law) -> None:
-    broken = (fa.project(4) if law == "lowered is plain" else fa.Transform("broken"))._replace(apply=BROKEN[law])
     with pytest.raises(AssertionError, match=f"breaks the law '{law}' on matrix"):
+        laws.check_transform(fa.Transform("broken", apply=BROKEN[law]))
+
+
+@dataclass(frozen=True)
+class Adjointless(lift.GradientMap):
+    """Squares that claim to be linear."""
+
+    def from_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.square()
+
+    def adjoint(self, theta: torch.Tensor) -> torch.Tensor:
+        return theta
+
+
+@dataclass(frozen=True)
+class Longer(lift.GradientMap):
+    """Of factors, and of the gradient, by different numbers."""
+
+    def from_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        return 1.001 * gradient
+
+    def from_factors(self, rows, cols) -> torch.Tensor:
+        return outer(rows, cols)
+
+    def adjoint(self, theta: torch.Tensor) -> torch.Tensor:
+        return 1.001 * theta
+
+
+@pytest.mark.parametrize("gradient_map", [Adjointless(), Longer()], ids=["adjoint", "factors"])
+def test_a_map_that_does_not_agree_is_named(gradient_map) -> None:
+    broken = fa.Transform("broken", maps=lambda state, spec: {n: lift.readout(n, gradient_map) for n in spec})
+    with pytest.raises(AssertionError, match="breaks the law 'maps agree' on matrix"):
         laws.check_transform(broken)
 
 
@@ -116,7 +149,7 @@ def test_statistics_read_in_backward_are_those_of_whole_gradients(model, before,
 def test_adafactor_formula() -> None:
     values = laws.grads(10, laws.VECTORS)
     stage = fa.adafactor_norm()
-    ours = stage.apply(laws.fitted(stage, [values], laws.VECTORS), values)
+    ours = stage(laws.fitted(stage, [values], laws.VECTORS), values)
     for name, g in values.items():
         g = g.double()
         if g.ndim == 2:
@@ -135,7 +168,7 @@ def test_projection_keeps_inner_products_on_average(kind) -> None:
     for seed in range(400):
         stage = fa.project(4, kind=kind, seed=seed)
         state, _ = stage.init(laws.VECTORS)
-        pa, pb = stage.apply(state, a), stage.apply(state, b)
+        pa, pb = stage(state, a), stage(state, b)
         for name in a:
             products[name].append(float((pa[name] * pb[name]).sum()))
     for name, values in products.items():

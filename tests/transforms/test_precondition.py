@@ -74,10 +74,10 @@ def test_both_powers_are_those_of_the_dense_matrix(groups, kind, damping) -> Non
     once, twice = (
         precondition(power=power, groups=chosen(groups), damping=damping, damping_kind=kind) for power in (-1, -0.5)
     )
-    inverse = once.apply(laws.fitted(once, [seen], DOUBLE), given)
+    inverse = once(laws.fitted(once, [seen], DOUBLE), given)
     root_state = laws.fitted(twice, [seen], DOUBLE)
-    root = twice.apply(root_state, given)
-    again = twice.apply(root_state, root)
+    root = twice(root_state, given)
+    again = twice(root_state, root)
     for names in GROUPS[groups]:
         all_rows = flat(seen, names)
         matrix = dense_inverse(all_rows.T @ all_rows / 50, damping, kind)
@@ -85,7 +85,7 @@ def test_both_powers_are_those_of_the_dense_matrix(groups, kind, damping) -> Non
         np.testing.assert_allclose(flat(inverse, names), expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
         # The positive root is the one symmetric matrix that squares to it and has no negative eigenvalue.
         np.testing.assert_allclose(flat(again, names), expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
-        operator = flat(twice.apply(root_state, unit_vectors(names)), names)
+        operator = flat(twice(root_state, unit_vectors(names)), names)
         np.testing.assert_allclose(operator, operator.T, atol=1e-10 * np.abs(operator).max())
         assert np.linalg.eigvalsh(operator).min() > -1e-10
 
@@ -95,8 +95,8 @@ def test_half_a_power_on_both_sides_is_the_inverse_on_one(groups) -> None:
     seen, a, b = rows(30), rows(6, seed=1), rows(5, seed=2)
     half, whole = (precondition(power=power, groups=chosen(groups)) for power in (-0.5, -1))
     state = laws.fitted(half, [seen], DOUBLE)
-    left, right = half.apply(state, a), half.apply(state, b)
-    one_side = whole.apply(laws.fitted(whole, [seen], DOUBLE), b)
+    left, right = half(state, a), half(state, b)
+    one_side = whole(laws.fitted(whole, [seen], DOUBLE), b)
     names = list(DOUBLE)
     expected = flat(a, names) @ flat(one_side, names).T
     np.testing.assert_allclose(flat(left, names) @ flat(right, names).T, expected, rtol=1e-9, atol=1e-9)
@@ -111,8 +111,8 @@ def test_float32_gradients_are_multiplied_in_float32_and_halves_are_not() -> Non
         assert {p.dtype for p in state.power.values()} == {torch.float32}
         assert {g.dtype for g in state.gram.values()} == {torch.float64}
         given = {name: value.to(dtype) for name, value in rows(4, seed=5).items()}
-        found = stage.apply(state, given)
-        lowered = stage.lower(state, spec)
+        found = stage(state, given)
+        maps = stage.maps(state, spec)
         for name in DOUBLE:
             exact = flat(seen, [name])
             gram = exact.T @ exact / 50
@@ -120,7 +120,7 @@ def test_float32_gradients_are_multiplied_in_float32_and_halves_are_not() -> Non
             expected = flat(given, [name]) @ (vectors / np.sqrt(values)) @ vectors.T
             assert found[name].dtype == dtype
             np.testing.assert_allclose(flat(found, [name]), expected, atol=tolerance * np.abs(expected).max())
-            gradient_map = lowered[name].map.to(dtype)
+            gradient_map = maps[name].map.to(dtype)
             assert gradient_map.matrix.dtype == torch.float32
             assert torch.equal(gradient_map.from_gradient(given[name]), found[name])
 
@@ -133,7 +133,7 @@ def test_a_parameter_without_gradient_gives_zeros(kind, power, damping) -> None:
     seen = rows(20)
     seen["b.bias"] = torch.zeros_like(seen["b.bias"])
     state = laws.fitted(stage, [seen], DOUBLE)
-    found = stage.apply(state, rows(3, seed=4))
+    found = stage(state, rows(3, seed=4))
     assert all(torch.isfinite(value).all() for value in found.values())
     assert not found["b.bias"].any()
     assert found["a.weight"].any()
@@ -144,7 +144,7 @@ def test_a_parameter_without_gradient_gives_zeros(kind, power, damping) -> None:
 def test_without_damping_directions_never_seen_are_dropped(kind, groups) -> None:
     seen = rows(40, rank=3)
     stage = precondition(power=-0.5, groups=groups, damping=0.0, damping_kind=kind)
-    white = stage.apply(laws.fitted(stage, [seen], DOUBLE), seen)
+    white = stage(laws.fitted(stage, [seen], DOUBLE), seen)
     for names, rank in zip(GROUPS[groups], [9] if groups == "all" else [3, 3, 3], strict=True):
         flattened = flat(white, names)
         values = np.linalg.eigvalsh(flattened.T @ flattened / 40)  # a projection on what was seen
@@ -159,7 +159,7 @@ def test_a_given_gram_is_as_good_as_a_fitted_one() -> None:
         state = laws.fitted(fitted, [seen], DOUBLE)
         stage = precondition(groups=chosen(groups), power=-1, damping=0.3, gram=gram_matrices(state))
         assert not stage.fitted
-        laws.same(stage.apply(stage.init(DOUBLE)[0], given), fitted.apply(state, given))
+        laws.same(stage(stage.init(DOUBLE)[0], given), fitted(state, given))
 
 
 def model():
@@ -196,9 +196,9 @@ def test_a_state_serves_the_same_leaves_in_another_order(groups) -> None:
     stage, values = precondition(groups=chosen(groups)), rows(40)
     turned = dict(reversed(values.items()))
     state = laws.fitted(stage, [values], DOUBLE)
-    expected = stage.apply(state, values)
+    expected = stage(state, values)
     for other in (state, laws.fitted(stage, [turned], dict(reversed(DOUBLE.items())))):
-        found = stage.apply(other, turned)
+        found = stage(other, turned)
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
 
@@ -236,13 +236,13 @@ def test_description_and_state_make_it_again(groups) -> None:
     assert again.describe() == description
     state = laws.fitted(stage, [seen], DOUBLE)
     restored = state_tree.restore(again.init(DOUBLE)[0], state_tree.flatten((state,)))
-    laws.same(again.apply(restored, given), stage.apply(state, given))
+    laws.same(again.apply(restored, given), stage(state, given))
     mixed = fa.compose(
         fa.per_example_grad, precondition(-1, chosen(groups), 0.2, "absolute", gram=gram_matrices(state))
     )
     assert mixed.describe() == description  # the matrices are state, not settings
     kept = state_tree.restore(again.init(DOUBLE)[0], state_tree.flatten(mixed.init(DOUBLE)[0]))
-    laws.same(again.apply(kept, given), stage.apply(state, given))
+    laws.same(again.apply(kept, given), stage(state, given))
 
 
 def init(stage, spec=DOUBLE):

@@ -112,9 +112,9 @@ def test_inner_products_are_kept_on_average(sparsity: int) -> None:
 
 def test_leaves_add_up_whatever_their_order() -> None:
     values, stage = laws.grads(4, laws.VECTORS), fa.sketch(12)
-    alone = sum(stage.apply(None, {name: value})["sketch"] for name, value in values.items())
-    torch.testing.assert_close(stage.apply(None, values)["sketch"], alone)
-    torch.testing.assert_close(stage.apply(None, dict(reversed(values.items())))["sketch"], alone)
+    alone = sum(stage(None, {name: value})["sketch"] for name, value in values.items())
+    torch.testing.assert_close(stage(None, values)["sketch"], alone)
+    torch.testing.assert_close(stage(None, dict(reversed(values.items())))["sketch"], alone)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

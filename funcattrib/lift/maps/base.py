@@ -7,8 +7,9 @@ The gradient of a weight W (O, I) used in a linear operation is a sum of outer p
 of what came into the operation and what comes back through it. A two-sided map C(G) = L G Rᵀ is then
 (rows Lᵀ)ᵀ (cols Rᵀ): G itself is never formed. Other maps form one weight's G at a time, in its turn.
 
-A new map is a frozen dataclass on ``GradientMap`` with ``from_gradient`` and, where it is linear, ``adjoint``; all else
-has a default. What the rules of operations ask of a map is a property here, never its class.
+A new map is a frozen dataclass on ``GradientMap`` with ``from_gradient`` and ``adjoint``, or ``linear`` False where it
+has none: a statistic, such as a square. All else has a default. What the rules of operations ask of a map is a property
+here, never its class.
 
 Shapes: E examples, N tokens, O/I weight rows/columns, P/Q coordinates.
 """
@@ -64,7 +65,9 @@ class GradientMap:
 
     def adjoint(self, theta: Tensor) -> Tensor:
         """Return C*(θ), shaped like the weight, for θ without example axis."""
-        raise AssertionError("a map that is not linear has no adjoint; single_use must have excluded this weight")
+        if self.linear:
+            raise NotImplementedError(f"{type(self).__name__} has no adjoint; without one, linear must be False")
+        raise AssertionError("a statistic has no adjoint; single_use must have excluded this weight")
 
     def to(self, dtype: torch.dtype) -> "GradientMap":
         """Return the same map in ``dtype``, the weight's own, so that no operation has to convert it."""
@@ -73,6 +76,11 @@ class GradientMap:
     def __matmul__(self, first: "GradientMap") -> "GradientMap":
         """Return the map that applies ``first`` and then this one."""
         return self if first.is_identity else Composed(first, self)
+
+    @property
+    def linear(self) -> bool:
+        """Return whether coordinates add up with gradients; if not, this is a statistic, without an adjoint."""
+        return True
 
     @property
     def is_identity(self) -> bool:
@@ -156,6 +164,10 @@ class Composed(GradientMap):
 
     def __matmul__(self, first: GradientMap) -> GradientMap:
         return self.second @ (self.first @ first)
+
+    @property
+    def linear(self) -> bool:
+        return self.first.linear and self.second.linear
 
     @property
     def wide(self) -> bool:

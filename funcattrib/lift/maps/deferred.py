@@ -22,6 +22,10 @@ class SavedFactors(GradientMap):
 
     parts: list[Part]
 
+    @property
+    def linear(self) -> bool:
+        return False
+
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape that the probe receives: one zero an example."""
         return (1,)

@@ -39,6 +39,10 @@ class Elementwise(GradientMap):
     function: Callable[[Tensor], Tensor]
 
     @property
+    def linear(self) -> bool:
+        return False
+
+    @property
     def homogeneous(self) -> bool:
         return False
 

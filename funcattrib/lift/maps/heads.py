@@ -166,6 +166,10 @@ class Each(GradientMap):
     maps: tuple[GradientMap, ...]
 
     @property
+    def linear(self) -> bool:
+        return all(one.linear for one in self.maps)
+
+    @property
     def wide(self) -> bool:
         return any(one.wide for one in self.maps)
 

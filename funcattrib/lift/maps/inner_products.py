@@ -38,6 +38,10 @@ class InnerProducts(GradientMap):
     norm: bool = False
 
     @property
+    def linear(self) -> bool:
+        return not self.norm
+
+    @property
     def wide(self) -> bool:
         return True
 

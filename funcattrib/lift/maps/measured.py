@@ -24,6 +24,10 @@ class Measured(GradientMap):
     measure: Callable[[Tensor], Tensor]
 
     @property
+    def linear(self) -> bool:
+        return False
+
+    @property
     def wide(self) -> bool:
         return True
 

@@ -24,6 +24,10 @@ class PerToken(GradientMap):
     tokens: int
 
     @property
+    def linear(self) -> bool:
+        return self.inner.linear
+
+    @property
     def wide(self) -> bool:
         return self.inner.wide
 
