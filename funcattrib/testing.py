@@ -54,7 +54,7 @@ def check_transform(transform: Transform, *, joint: bool = False, spec: Spec | N
         >>> import funcattrib as fa
         >>> check_transform(fa.project(4))
         >>> check_transform(fa.unit_norm(), joint=True)
-        >>> check_transform(fa.project(4)._replace(apply=fa.unit_norm().apply), joint=True)
+        >>> check_transform(fa.project(4)._replace(maps=None), joint=True)
         Traceback (most recent call last):
         AssertionError: project breaks the law 'announced spec is produced' on matrix, layer.dense.weight, ...
     """

@@ -18,8 +18,9 @@ def select(include: Iterable[str] = ("*",), exclude: Iterable[str] = ()) -> Tran
 
     Example:
         >>> import torch
-        >>> select(["*.weight"])(None, {"a.weight": torch.ones(1), "a.bias": torch.ones(1)})
-        {'a.weight': tensor([1.])}
+        >>> select(["*.weight"])(None, {"a.weight": torch.ones(2, 1), "a.bias": torch.ones(2, 1)})
+        {'a.weight': tensor([[1.],
+                [1.]])}
     """
     include = (include,) if isinstance(include, str) else tuple(include)
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)

@@ -110,3 +110,15 @@ def test_a_map_knows_whether_it_is_linear() -> None:
     square, norm, products = Measured(TwoSided(), mean), squared_norm((3, 2)), InnerProducts(torch.ones(1, 3, 2))
     assert [one.linear for one in (TwoSided(), square, norm, products)] == [True, False, False, True]
     assert [one.linear for one in (norm @ products, products @ products, products @ square)] == [False, True, False]
+
+
+def test_a_scalar_is_kept_as_it_is() -> None:
+    def loss(params: fa.Grads, example: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return params["scale"] * (params["w"] @ example["x"]).sum()
+
+    params = {"w": torch.ones(2, 3), "scale": torch.tensor(2.0)}
+    batch = {"x": torch.arange(6.0).reshape(2, 3)}
+    for stages in ([fa.select(["scale"])], [fa.cast("float32"), fa.select(["scale"])]):
+        chain = fa.compose(fa.per_example_grad, *stages)
+        laws.close(chain(loss, params, batch), chain.plain(loss, params, batch), 1e-6)
+        assert chain(loss, params, batch)["scale"].shape == (2,)

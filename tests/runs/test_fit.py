@@ -44,20 +44,20 @@ TWO_PASSES = {**COMMON, "precondition": "parameter", "token_batch_size": 12, "ro
 def observed(monkeypatch: pytest.MonkeyPatch, dies_at: int | None = None) -> list[str]:
     """The name of the stage of every batch that is folded into a state; dies before that of number ``dies_at``."""
     seen: list[str] = []
-    build = fitting.statistics
+    build = fitting.bind_observed
 
-    def watched(before, stage, *rest):
-        read = build(before, stage, *rest)
+    def watched(source, stages, *rest):
+        read = build(source, stages, *rest)
 
         def counted(batch):
             if len(seen) == dies_at:
                 raise KeyboardInterrupt
-            seen.append(stage.name)
+            seen.append(stages[-1].name)
             return read(batch)
 
         return counted
 
-    monkeypatch.setattr(fitting, "statistics", watched)
+    monkeypatch.setattr(fitting, "bind_observed", watched)
     return seen
 
 

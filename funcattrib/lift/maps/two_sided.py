@@ -39,18 +39,18 @@ class TwoSided(GradientMap):
         return outer(rows, cols)
 
     def from_gradient(self, gradient: Tensor) -> Tensor:
+        if self.is_identity or gradient.ndim > 3:
+            return gradient
         if gradient.ndim == 2:
             return dense_along(self.left, gradient)
-        if gradient.ndim > 3:
-            return gradient
         right = dense_along(self.right, gradient)
         return dense_along(self.left, right.transpose(-1, -2)).transpose(-1, -2)
 
     def adjoint(self, theta: Tensor) -> Tensor:
+        if self.is_identity or theta.ndim > 2:
+            return theta
         if theta.ndim == 1:
             return dense_along(transpose(self.left), theta)
-        if theta.ndim > 2:
-            return theta
         rows = dense_along(transpose(self.right), theta)
         return dense_along(transpose(self.left), rows.transpose(-1, -2)).transpose(-1, -2)
 
