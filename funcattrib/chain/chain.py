@@ -15,7 +15,7 @@ import torch
 
 from funcattrib.chain.fitting import fit
 from funcattrib.chain.lowering import bind
-from funcattrib.chain.per_example import Source, spec
+from funcattrib.chain.per_example import GradientSource, spec
 from funcattrib.chain.stages import apply_all, init_all, ready
 from funcattrib.chain.transform import State, Transform
 from funcattrib.errors import ChainError
@@ -45,7 +45,7 @@ class Chain(NamedTuple):
         [{'name': 'adafactor_norm', 'eps': 1e-30}]
     """
 
-    source: Source | None
+    source: GradientSource | None
     stages: tuple[Transform, ...]
 
     def init(self, spec: Spec) -> tuple[tuple[State, ...], Spec]:
@@ -87,7 +87,7 @@ class Chain(NamedTuple):
         """Return name and settings of every stage, as the manifest keeps them."""
         return [stage.describe() for stage in self.stages]
 
-    def started(self) -> Source:
+    def started(self) -> GradientSource:
         """Return the source.
 
         Raises:
@@ -108,7 +108,7 @@ class Chain(NamedTuple):
         return ready(self.stages, spec, device, state)
 
 
-Stage = Transform | Chain | Source | Callable[..., Any]
+Stage = Transform | Chain | GradientSource | Callable[..., Any]
 
 
 def compose(*stages: Stage) -> Chain:
@@ -130,16 +130,16 @@ def compose(*stages: Stage) -> Chain:
         >>> [stage.name for stage in compose(per_example_grad, compose(project(4), unit_norm)).stages]
         ['project', 'unit_norm']
     """
-    source: Source | None = None
+    source: GradientSource | None = None
     transforms: list[Transform] = []
     for number, stage in enumerate(stages, 1):
         resolved = _resolve(stage, number)
-        if isinstance(resolved, Source) or (isinstance(resolved, Chain) and resolved.source is not None):
+        if isinstance(resolved, GradientSource) or (isinstance(resolved, Chain) and resolved.source is not None):
             if number > 1:
                 raise ChainError(
                     f"a source of gradients must be the first stage, and this one is stage {number} of compose"
                 )
-            source = resolved if isinstance(resolved, Source) else resolved.source
+            source = resolved if isinstance(resolved, GradientSource) else resolved.source
         if isinstance(resolved, Chain):
             transforms.extend(resolved.stages)
         elif isinstance(resolved, Transform):
@@ -156,9 +156,9 @@ def _in_order(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
     return tuple(ordered)
 
 
-def _resolve(stage: Any, number: int) -> Transform | Chain | Source:
-    if not isinstance(stage, (Transform, Chain, Source)) and callable(stage):
+def _resolve(stage: Any, number: int) -> Transform | Chain | GradientSource:
+    if not isinstance(stage, (Transform, Chain, GradientSource)) and callable(stage):
         stage = stage()
-    if not isinstance(stage, (Transform, Chain, Source)):
+    if not isinstance(stage, (Transform, Chain, GradientSource)):
         raise ChainError(f"expected a transform, a chain or a source as stage {number}, found {type(stage).__name__}")
     return stage

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Protocol, TypeAlias
 
 from funcattrib.chain.lowering import bind
-from funcattrib.chain.per_example import Source
+from funcattrib.chain.per_example import GradientSource
 from funcattrib.chain.stages import init_all
 from funcattrib.chain.state_tree import flatten, restore
 from funcattrib.chain.transform import State, Transform
@@ -37,7 +37,7 @@ class Fold(Protocol):
 
 
 def fit(
-    source: Source, stages: Sequence[Transform], loss: Loss, params: Params, batches: Iterable[Batch]
+    source: GradientSource, stages: Sequence[Transform], loss: Loss, params: Params, batches: Iterable[Batch]
 ) -> tuple[State, ...]:
     """Return the stages' state after all their passes; see ``Chain.fit``."""
     state = init_all(stages, source.spec(params))[0]
@@ -61,7 +61,7 @@ def fit_all_reduced(stage: Transform, spec: Spec, rows: Iterable[Grads], world: 
 
 
 def passes(
-    source: Source,
+    source: GradientSource,
     stages: Sequence[Transform],
     loss: Loss,
     params: Params,
@@ -106,7 +106,7 @@ def passes(
 
 
 def bind_observed(
-    source: Source, stages: Sequence[Transform], loss: Loss, params: Params, state: tuple[State, ...]
+    source: GradientSource, stages: Sequence[Transform], loss: Loss, params: Params, state: tuple[State, ...]
 ) -> Callable[[Batch], PerExample]:
     """Return, as a function of the batch, what the last of ``stages`` observes; ``state`` is of those before it.
 

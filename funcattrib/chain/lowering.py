@@ -8,7 +8,7 @@ the rest           applied to what is read
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from funcattrib.chain.per_example import Source, spec
+from funcattrib.chain.per_example import GradientSource, spec
 from funcattrib.chain.stages import apply_all, init_all, ready
 from funcattrib.chain.statistics import reader
 from funcattrib.chain.transform import State, Transform
@@ -19,7 +19,11 @@ from funcattrib.types import Batch, Loss, Params, PerExample, Spec
 
 
 def bind(
-    source: Source, stages: Sequence[Transform], loss: Loss, params: Params, state: tuple[State, ...] | None = None
+    source: GradientSource,
+    stages: Sequence[Transform],
+    loss: Loss,
+    params: Params,
+    state: tuple[State, ...] | None = None,
 ) -> Callable[[Batch], PerExample]:
     """Return the stages behind a source as a function of the batch alone, lowered once.
 

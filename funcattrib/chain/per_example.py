@@ -21,7 +21,7 @@ from funcattrib.weights.stored import dense
 _OTHERS = "\nof JAX, begin the chain at funcattrib.jax.per_example_grad"
 
 
-class Source(NamedTuple):
+class GradientSource(NamedTuple):
     """The source of a chain's gradients: the functions a framework supplies.
 
     A framework has parameters, losses and batches of its own; gradients and losses that come out are torch's.
@@ -117,7 +117,7 @@ def measurable(loss: Loss, params: Params, names: Iterable[str], batch: Batch) -
     return single_use(loss, params, whole, {key: value[0] for key, value in batch.items()}) if whole else whole
 
 
-per_example_grad = Source("torch", bind, named, measurable)
+per_example_grad = GradientSource("torch", bind, named, measurable)
 """``per_example_grad(loss, params, batch)``: ``vmap(grad(loss))``, the first link of a chain.
 
 Example:

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 
 from funcattrib.chain import per_example
-from funcattrib.chain.per_example import Source, measurable, named
+from funcattrib.chain.per_example import GradientSource, measurable, named
 from funcattrib.errors import FuncattribError
 from funcattrib.lift import Readout, Readouts, TwoSided, readout, unpack
 from funcattrib.lift.maps.per_token import PerToken
@@ -58,7 +58,7 @@ def bind(loss: Loss, params: Params, lowered: Readouts | None) -> Callable[[Batc
     return partial(rows, loss, params, lowered=lowered)
 
 
-per_token_grad = Source("torch per token", bind, named, measurable)
+per_token_grad = GradientSource("torch per token", bind, named, measurable)
 """``per_token_grad(loss, params, batch)``: rows (example, token), in the place of ``per_example_grad``.
 
 Example:

@@ -9,14 +9,14 @@ afterwards.
 
 from collections.abc import Callable
 
-from funcattrib.chain.per_example import Source
+from funcattrib.chain.per_example import GradientSource
 from funcattrib.lift import Readouts, extend, from_gradients
 from funcattrib.types import Batch, Loss, Params, PerExample
 
 Read = Callable[[Batch], PerExample]
 
 
-def reader(source: Source, loss: Loss, params: Params, maps: Readouts, following: Readouts) -> Read:
+def reader(source: GradientSource, loss: Loss, params: Params, maps: Readouts, following: Readouts) -> Read:
     """Return, as a function of the batch, what ``following`` reads of what comes out of ``maps``.
 
     Args:
@@ -33,7 +33,9 @@ def reader(source: Source, loss: Loss, params: Params, maps: Readouts, following
     return read
 
 
-def _begin(source: Source, loss: Loss, params: Params, maps: Readouts, following: Readouts, batch: Batch) -> Read:
+def _begin(
+    source: GradientSource, loss: Loss, params: Params, maps: Readouts, following: Readouts, batch: Batch
+) -> Read:
     both = extend(maps, following)
     kept = maps if both is None else {name: maps[name] for name in both}
     both = both or {}

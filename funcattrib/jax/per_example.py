@@ -20,7 +20,7 @@ import torch
 from jax.tree_util import PyTreeDef
 from torch import Tensor
 
-from funcattrib.chain.per_example import Source
+from funcattrib.chain.per_example import GradientSource
 from funcattrib.errors import FuncattribError
 from funcattrib.jax.dense import Lifted, Side, two_sided
 from funcattrib.jax.dlpack import to_jax, to_torch
@@ -34,7 +34,7 @@ Pair = tuple[Side, Side]
 Arrays = dict[str, jax.Array]
 
 
-def chunked(examples: int) -> Source:
+def chunked(examples: int) -> GradientSource:
     """Return a source of per-example gradients of a JAX loss, with a bound on memory: so many examples at a time.
 
     A chain that begins here takes a loss ``loss(params, example) -> scalar`` in JAX, parameters as a pytree of
@@ -56,7 +56,7 @@ def chunked(examples: int) -> Source:
     """
     if examples < 1:
         raise FuncattribError(f"expected chunks of at least 1 example, found {examples}")
-    return Source("jax", partial(_bind, chunk=examples), tensors_of, _measurable)
+    return GradientSource("jax", partial(_bind, chunk=examples), tensors_of, _measurable)
 
 
 def _measurable(loss: Loss, params: Any, names: Iterable[str], batch: Any) -> set[str]:

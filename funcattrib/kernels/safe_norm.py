@@ -1,5 +1,6 @@
-"""Euclidean lengths as divisors of rows."""
+"""Euclidean lengths as divisors of rows, and a dtype in which squares can be summed."""
 
+import torch
 from torch import Tensor
 
 
@@ -14,3 +15,13 @@ def divisors(lengths: Tensor) -> Tensor:
                 [0.0000, 0.0000]])
     """
     return lengths.where(lengths > 0, 1.0)
+
+
+def float32_at_least(values: Tensor) -> Tensor:
+    """Convert to float32, or keep a wider dtype: in float16 the squares of small gradients are zero.
+
+    Example:
+        >>> float32_at_least(torch.tensor([1e-4], dtype=torch.float16)).square() > 0
+        tensor([True])
+    """
+    return values.to(torch.promote_types(values.dtype, torch.float32))

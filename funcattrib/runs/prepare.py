@@ -220,7 +220,9 @@ def _reference(model: nn.Module | tuple[Loss, Params], source: Source) -> nn.Mod
     return load_model(source.reference_model, device=str(weight.device), precision=precision).model
 
 
-def _own_loss(model: tuple[Loss, Params], data: Records | str, source: Source, gradients: per_example.Source) -> _Parts:
+def _own_loss(
+    model: tuple[Loss, Params], data: Records | str, source: Source, gradients: per_example.GradientSource
+) -> _Parts:
     loss, params = model
     if source.loss_function is not None or source.reference_model is not None:
         raise FuncattribError(

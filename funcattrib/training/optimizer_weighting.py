@@ -19,9 +19,9 @@ from funcattrib.checkpoints.optimizer_state import moment_of
 from funcattrib.errors import FuncattribError
 from funcattrib.lift import GradientMap, Readout, Readouts, Scale, TwoSided, unpack
 from funcattrib.lift.maps.deferred import Part, SavedFactors, read_saved
+from funcattrib.transforms.adafactor import adafactor_norm
 from funcattrib.transforms.adam import adam_norm
 from funcattrib.transforms.moments import Moments
-from funcattrib.transforms.normalize import adafactor_norm
 from funcattrib.types import Grads, Spec
 
 Put = Mapping[str, list[Part]]

@@ -1,6 +1,7 @@
 """Transforms of per-example gradients, one family a file."""
 
 from funcattrib.models.attention import AttentionConfig
+from funcattrib.transforms.adafactor import adafactor_norm
 from funcattrib.transforms.adam import adam_norm
 from funcattrib.transforms.adam_update import AdamState, adam_update
 from funcattrib.transforms.cast import cast
@@ -8,11 +9,11 @@ from funcattrib.transforms.clip import clip
 from funcattrib.transforms.experts import split_experts
 from funcattrib.transforms.heads import split_heads
 from funcattrib.transforms.inner_products import inner_products, max_score, self_influence
-from funcattrib.transforms.normalize import adafactor_norm, unit_norm
 from funcattrib.transforms.precondition import precondition
 from funcattrib.transforms.project import project
 from funcattrib.transforms.select import select
 from funcattrib.transforms.sketch import sketch
+from funcattrib.transforms.unit_norm import unit_norm
 
 __all__ = [
     "AdamState",

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from funcattrib.chain.transform import State, Transform
 from funcattrib.errors import ChainError
+from funcattrib.kernels.safe_norm import float32_at_least
 from funcattrib.lift import InnerProducts, Readout, Readouts, readout
 from funcattrib.types import Grads, Leaf, Spec
 
@@ -108,7 +109,7 @@ def _with_norm(state: State, spec: Spec) -> Readouts:
 
 
 def _divide(state: State, products: Grads, by: str) -> Grads:
-    wide = {name: _wide(part) for name, part in products.items()}
+    wide = {name: float32_at_least(part) for name, part in products.items()}
     norm = torch.stack([part[:, -1] for part in wide.values()]).sum(0).sqrt()[:, None]
     inverse = torch.where(norm > 0, 1 / norm, torch.where(norm.isnan(), norm, 0.0))
     parts = {name: part[:, :-1] * inverse for name, part in wide.items()}
@@ -124,7 +125,7 @@ def _squares(state: State, spec: Spec) -> Readouts:
 
 
 def _sum_squares(state: State, squares: Grads) -> Grads:
-    return {SCORES: torch.stack([_wide(part) for part in squares.values()]).sum(0)}
+    return {SCORES: torch.stack([float32_at_least(part) for part in squares.values()]).sum(0)}
 
 
 def _init_nearest(spec: Spec) -> tuple[State, Spec]:
@@ -145,7 +146,3 @@ def _dtype(spec: Spec) -> torch.dtype:
     for leaf in spec.values():
         dtype = torch.promote_types(dtype, leaf.dtype)
     return dtype
-
-
-def _wide(scores: Tensor) -> Tensor:
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))

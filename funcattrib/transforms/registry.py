@@ -4,19 +4,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from funcattrib.chain.chain import Chain, compose
-from funcattrib.chain.per_example import Source
+from funcattrib.chain.per_example import GradientSource
 from funcattrib.chain.transform import Transform
 from funcattrib.errors import ChainError
+from funcattrib.transforms.adafactor import adafactor_norm
 from funcattrib.transforms.adam import adam_norm
 from funcattrib.transforms.cast import cast
 from funcattrib.transforms.clip import clip
 from funcattrib.transforms.experts import split_experts
 from funcattrib.transforms.heads import split_heads
-from funcattrib.transforms.normalize import adafactor_norm, unit_norm
 from funcattrib.transforms.precondition import precondition
 from funcattrib.transforms.project import project
 from funcattrib.transforms.select import select
 from funcattrib.transforms.sketch import sketch
+from funcattrib.transforms.unit_norm import unit_norm
 
 FACTORIES: dict[str, Callable[..., Transform]] = {
     "adafactor_norm": adafactor_norm,
@@ -33,7 +34,7 @@ FACTORIES: dict[str, Callable[..., Transform]] = {
 }
 
 
-def rebuild(source: Source, description: Sequence[Mapping[str, Any]]) -> Chain:
+def rebuild(source: GradientSource, description: Sequence[Mapping[str, Any]]) -> Chain:
     """Rebuild the chain that ``Chain.describe`` described, after ``source``.
 
     Raises:

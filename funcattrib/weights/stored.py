@@ -39,7 +39,7 @@ class Storage(Protocol):
         """Return the weight, for one operation."""
 
 
-Source = Tensor | Storage
+WeightSource = Tensor | Storage
 """A dense weight, or what makes one."""
 
 
@@ -104,12 +104,12 @@ def dense(value: Any) -> Any:
     return value
 
 
-def source(weight: Tensor) -> Source:
+def source(weight: Tensor) -> WeightSource:
     """Return what an ``autograd.Function`` keeps of a weight in place of the dense one."""
     return weight.held if isinstance(weight, Stored) else weight
 
 
-def made(weight: Source) -> Tensor:
+def made(weight: WeightSource) -> Tensor:
     """Return the dense weight of a source."""
     return weight if isinstance(weight, Tensor) else weight.dense()
 

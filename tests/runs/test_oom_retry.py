@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import funcattrib as fa
-from funcattrib.chain.per_example import Source
+from funcattrib.chain.per_example import GradientSource
 from funcattrib.runs.error_hints import explained
 from funcattrib.runs.oom_retry import Pieces
 from funcattrib.runs.reduce import reduce_gradients
@@ -30,12 +30,12 @@ ERRORS = {
 class Short:
     """A source that fails above some tokens in a batch, and counts."""
 
-    def __init__(self, most: int, error: Exception, within: Source = fa.per_example_grad) -> None:
+    def __init__(self, most: int, error: Exception, within: GradientSource = fa.per_example_grad) -> None:
         self.most, self.error, self.within = most, error, within
         self.failed: list[tuple[int, ...]] = []
         self.done: list[tuple[int, ...]] = []
 
-    def source(self) -> Source:
+    def source(self) -> GradientSource:
         def bind(loss, params, lowered):
             rows = self.within.bind(loss, params, lowered)
 
@@ -52,7 +52,7 @@ class Short:
         return self.within._replace(bind=bind)
 
 
-def build(path: Path, *stages, source: Source = fa.per_example_grad, recipe=fa.collect_gradients, **settings):
+def build(path: Path, *stages, source: GradientSource = fa.per_example_grad, recipe=fa.collect_gradients, **settings):
     chain = fa.compose(source, *stages, fa.project(4))
     data = [{"id": f"d{row}", "text": text} for row, text in enumerate(TEXTS)]
     common = {"tokenizer": tiny.make_tokenizer(), "chain": chain, **SMALL, **settings}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from funcattrib.kernels.fold import fold, unfold
 from funcattrib.lift.maps.base import GradientMap
-from funcattrib.weights.stored import Source, dense, made, source
+from funcattrib.weights.stored import WeightSource, dense, made, source
 
 
 def frozen_linear(
@@ -29,7 +29,13 @@ def frozen_linear(
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor, weight: Source, bias: Tensor | None, theta: Tensor, gradient_map: Any, in_out: bool, examples: int
+        x: Tensor,
+        weight: WeightSource,
+        bias: Tensor | None,
+        theta: Tensor,
+        gradient_map: Any,
+        in_out: bool,
+        examples: int,
     ) -> tuple[Tensor, Tensor]:
         x_MI = x.reshape(-1, x.shape[-1])
         w_IO = made(weight) if in_out else made(weight).T
@@ -69,7 +75,7 @@ class _FrozenLinearBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        g: Tensor, kept: Tensor, weight: Source, gradient_map: Any, in_out: bool, wanted: bool
+        g: Tensor, kept: Tensor, weight: WeightSource, gradient_map: Any, in_out: bool, wanted: bool
     ) -> tuple[Tensor, Tensor]:
         g_MO = g.reshape(-1, g.shape[-1])
         g_ENO = g.reshape(kept.shape[0], -1, g.shape[-1])

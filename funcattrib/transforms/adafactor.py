@@ -1,11 +1,10 @@
-"""Normalisation of gradients: by Adafactor's factored second moments, and to unit length.
+"""Normalisation of gradients by Adafactor's factored second moments.
 
-    adafactor   r = E[mean_j G²], c = E[mean_i G²]     G ↦ diag(r + ε)^-½ G diag(c + ε)^-½ · √mean(r)
+    matrices    r = E[mean_j G²], c = E[mean_i G²]     G ↦ diag(r + ε)^-½ G diag(c + ε)^-½ · √mean(r)
     kernels     the same on (o, i · spatial), shape kept; stacks of experts: each of the matrices
     vectors     v = E[g²]                              g ↦ g (v + ε)^-½
-    unit norm   g ↦ g / ‖g‖ over all leaves together; a zero gradient stays zero
 
-The first is a linear map with two diagonal sides, so before a projection it costs nothing a step.
+It is a linear map with two diagonal sides, so before a projection it costs nothing a step.
 
 References: Adafactor, arXiv 1804.04235; TrackStar, arXiv 2410.17413.
 """
@@ -17,10 +16,11 @@ from torch import Tensor
 
 from funcattrib.chain.transform import State, Transform, finalize_nothing, observe_nothing
 from funcattrib.errors import ChainError
+from funcattrib.kernels.safe_norm import float32_at_least
 from funcattrib.lift import GradientMap, Readouts, TwoSided, readout
 from funcattrib.transforms import leaf_shapes
 from funcattrib.transforms.moments import Moment, Moments, add_up, average, entries, factors, measured, start
-from funcattrib.types import Grads, Leaf, Spec
+from funcattrib.types import Leaf, Spec
 
 _TILE = 1 << 18
 
@@ -54,17 +54,6 @@ def adafactor_norm(moments: Moments | None = None, eps: float = 1e-30) -> Transf
     )
 
 
-def unit_norm() -> Transform:
-    """Scale each example's gradient, all leaves together, to Euclidean length 1; zero stays zero.
-
-    Example:
-        >>> stage = unit_norm()
-        >>> stage(None, {"a": torch.tensor([[3.0]]), "b": torch.tensor([[4.0]])})
-        {'a': tensor([[0.6000]]), 'b': tensor([[0.8000]])}
-    """
-    return Transform("unit_norm", apply=_apply_unit_norm)
-
-
 def _init_adafactor(moments: Moments | None, spec: Spec) -> tuple[State, Spec]:
     for name, leaf in spec.items():
         if not leaf.shape:
@@ -86,12 +75,12 @@ def _factors(name: str, leaf: Leaf, moment: Moment | None) -> Tensor:
 def _mean_squares(name: str, grad: Tensor) -> Tensor:
     """Compute the mean over columns, mean over rows, (B, …, O, I) → (B, …, O + I); squares of (B, n)."""
     if grad.ndim == 2:
-        return _wide(grad).square()
+        return float32_at_least(grad).square()
     if not leaf_shapes.is_stack(name, tuple(grad.shape[1:])):
         grad = grad.flatten(2)
     of_rows, of_cols = [], []
     for part in grad.split(max(1, _TILE // grad.shape[-1]), -2):  # so many rows that their squares stay in cache
-        squares = _wide(part).square()
+        squares = float32_at_least(part).square()
         of_rows.append(squares.mean(-1))
         of_cols.append(squares.sum(-2))
     return torch.cat([*of_rows, torch.stack(of_cols).sum(0) / grad.shape[-2]], -1)
@@ -112,15 +101,3 @@ def _map(name: str, moments: Tensor, shape: tuple[int, ...], eps: float) -> Grad
 
 def _inverse_root(moment: Tensor, eps: float) -> Tensor:
     return torch.where(moment > 0, (moment + eps).rsqrt(), 0.0)
-
-
-def _apply_unit_norm(state: State, grads: Grads) -> Grads:
-    squares = sum(_wide(grad.flatten(1)).square().sum(1) for grad in grads.values())
-    norm = torch.as_tensor(squares).sqrt()
-    inverse = torch.where(norm > 0, 1 / norm, 0.0)
-    return {n: g * inverse.to(g.dtype).reshape(-1, *[1] * (g.ndim - 1)) for n, g in grads.items()}
-
-
-def _wide(grad: Tensor) -> Tensor:
-    """Convert to float32 at least: in float16 the squares of small gradients are zero."""
-    return grad.to(torch.promote_types(grad.dtype, torch.float32))
