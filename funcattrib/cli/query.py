@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from funcattrib.cli.flags import setting_names, with_flags
 from funcattrib.cli.output import reports_on_stderr
 from funcattrib.cli.settings import ShardConfig
 from funcattrib.errors import FuncattribError
@@ -123,7 +124,7 @@ def run(config: Query) -> int | None:
         try:
             answer(text)
         except FuncattribError as error:  # the next text may do better
-            print(f"funcattrib query: {error}", file=sys.stderr)
+            print(f"funcattrib query: {with_flags(str(error), setting_names(Query))}", file=sys.stderr)
     return None
 
 
