@@ -190,9 +190,9 @@ def other_leaves_do_not_matter(transform: Transform, spec: Spec) -> None:
     for name in {leaf.partition("#")[0] for leaf in whole}:
         if transform.name.startswith("split_") and name in whole:
             continue  # was not divided, and alone there is nothing to divide
-        own, part = {name: spec[name]}, {name: values[name]}
+        part_spec, part = {name: spec[name]}, {name: values[name]}
         leaves = {leaf: grad for leaf, grad in whole.items() if leaf.partition("#")[0] == name}
-        same(leaves, transform(fitted(transform, [part], own), part))
+        same(leaves, transform(fitted(transform, [part], part_spec), part))
 
 
 def same(a: Grads, b: Grads) -> None:

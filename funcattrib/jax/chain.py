@@ -46,14 +46,14 @@ def as_jax(chain: Chain, state: Any = None, *, callback: bool = False) -> Callab
         >>> as_jax(compose(unit_norm))({"a": jnp.array([[3.0]]), "b": jnp.array([[4.0]])})
         {'a': Array([[0.6]], dtype=float32), 'b': Array([[0.8]], dtype=float32)}
     """
-    own = None if state is None else state_to_torch(state)
+    restored = None if state is None else state_to_torch(state)
     first: tuple[Spec, State, Spec] | None = None
 
     def ready(spec: Spec, device: torch.device) -> tuple[State, Spec]:
         nonlocal first
         if first is None:
             template, following = chain.init(spec)
-            given = own if own is None else state_tree.restore(template, state_tree.flatten(own))
+            given = restored if restored is None else state_tree.restore(template, state_tree.flatten(restored))
             first = spec, chain.ready(spec, device, given), following
         if spec != first[0]:
             differing = next(name for name in {**spec, **first[0]} if spec.get(name) != first[0].get(name))

@@ -172,8 +172,8 @@ class Attributor:
             vocab_size=vocabulary(model),
         )
         documents = Rows(tokens)
-        own = self.store.manifest.loss["kind"] not in KINDS
-        numbers = number_columns(source) if own else {}
+        custom = self.store.manifest.loss["kind"] not in KINDS
+        numbers = number_columns(source) if custom else {}
         pad = getattr(tokenizer, "pad_token_id", None) or 0
         out: Tensor | None = None
         for chosen in plan(documents.lengths, _BUDGET):
@@ -245,10 +245,10 @@ class Attributor:
             self._model = str(self.store.manifest.model["id"])
         if isinstance(self._model, str):
             made_with = self.store.manifest.model
-            own = made_with["id"] == self._model
+            named = made_with["id"] == self._model
             loaded = load_model(
                 self._model,
-                revision=made_with["revision"] if own else None,
+                revision=made_with["revision"] if named else None,
                 precision=PRECISIONS.get(made_with["dtype"], "fp32"),
                 device=str(self.device),
             )

@@ -70,14 +70,14 @@ def best_of(parts: Sequence[Best], count: int) -> Best:
     return Best(kept[:, :count].contiguous(), rows.gather(1, by_row).gather(1, order[:, :count]))
 
 
-def save_best(folder: Path, best: Best, shown: Callable[[int], Mapping[str, Any]]) -> None:
-    """Write ``best.parquet``; ``shown`` returns the metadata of a row."""
+def save_best(folder: Path, best: Best, metadata_of: Callable[[int], Mapping[str, Any]]) -> None:
+    """Write ``best.parquet``; ``metadata_of`` returns the metadata of a row."""
     query, place = (best.rows >= 0).nonzero().unbind(1)
     rows, values = best.rows[query, place].tolist(), best.values[query, place].tolist()
-    told = {row: dict(shown(row)) for row in sorted(set(rows))}
+    examples = {row: dict(metadata_of(row)) for row in sorted(set(rows))}
     table = pa.table(dict(zip(_PLACE.names, [query.tolist(), (place + 1).tolist(), rows, values], strict=True)), _PLACE)
     if rows:
-        beside = pa.Table.from_pylist([told[row] for row in rows])
+        beside = pa.Table.from_pylist([examples[row] for row in rows])
         for name in beside.column_names:
             table = table.append_column(name if name not in _PLACE.names else f"example_{name}", beside[name])
     with replacing(folder / FILE) as temporary:
@@ -97,6 +97,6 @@ def load_best(folder: Path, queries: int) -> Best:
 def load_example(folder: Path, row: int) -> dict[str, Any]:
     """Read the metadata of a row that was kept; nothing of one that was not."""
     table = pq.read_table(folder / FILE, filters=[("row", "==", row)]).slice(0, 1)
-    told = {name: values[0] for name, values in table.to_pydict().items() if values and name not in _PLACE.names}
+    examples = {name: values[0] for name, values in table.to_pydict().items() if values and name not in _PLACE.names}
     ours = {f"example_{name}": name for name in _PLACE.names}
-    return {ours.get(name, name): value for name, value in told.items()}
+    return {ours.get(name, name): value for name, value in examples.items()}

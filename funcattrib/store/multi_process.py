@@ -48,9 +48,9 @@ def share_store(path: str | Path, manifest: Manifest, world: World, *, overwrite
 
 def _place(path: Path, manifest: Manifest, world: World, overwrite: bool, writer: StoreWriter | None) -> StoreWriter:
     here = all_see(path, world)
-    own = not here and world.local_rank == 0  # this machine's own folder
+    begins_folder = not here and world.local_rank == 0  # this machine's own folder
     error = ""
-    if own:
+    if begins_folder:
         try:
             writer = create_store(path, manifest, overwrite=overwrite)
         except StoreError as failed:
@@ -60,13 +60,15 @@ def _place(path: Path, manifest: Manifest, world: World, overwrite: bool, writer
     if writer is None:
         found = read_manifest(path)
         writer = StoreWriter(path, found, shards.recorded(path, found), None)
-    done = set().union(*world.all_gather_object(writer.finished if (here and world.is_rank_zero) or own else []))
+    done = set().union(
+        *world.all_gather_object(writer.finished if (here and world.is_rank_zero) or begins_folder else [])
+    )
     complete = all(world.all_gather_object(writer.manifest.complete))
     if writer.manifest.complete and not complete:
         raise StoreError(f"one machine has a finished store at {path} and others do not; choose another RUN")
     todo = [number for number in range(writer.manifest.shard_count) if number not in done]
-    writer.assign(WriterRole(world, holds_lock=world.is_rank_zero or own, todo=todo, part=not here))
-    if own:
+    writer.assign(WriterRole(world, holds_lock=world.is_rank_zero or begins_folder, todo=todo, part=not here))
+    if begins_folder:
         log.info("%s is not shared between the machines: each has a part, to be joined by `funcattrib merge`", path)
     return writer
 

@@ -57,10 +57,10 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors as safetensors takes them: on the CPU, contiguous, no two in the same memory."""
     seen: set[int] = set()
-    own = {}
+    separate = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         memory = tensor.untyped_storage().data_ptr()
-        own[name] = tensor.clone(memory_format=torch.contiguous_format) if memory in seen else tensor
+        separate[name] = tensor.clone(memory_format=torch.contiguous_format) if memory in seen else tensor
         seen.add(memory)
-    return own
+    return separate

@@ -221,25 +221,25 @@ def _standing_in(places: Places, leaves: Mapping[str, Tensor]) -> Iterator[None]
                 parameters[key] = leaves[name]
         yield
     finally:
-        for parameters, key, own in before:
-            parameters[key] = own
+        for parameters, key, original in before:
+            parameters[key] = original
 
 
 @contextmanager
 def _repeated_alike(model: nn.Module, within: Callable[[], Any]) -> Iterator[None]:
     """Repeat with the same leaves what gradient checkpointing repeats of this forward pass in backward."""
     name = "_gradient_checkpointing_func"
-    own = [
+    original = [
         (vars(module), vars(module)[name])
         for module in model.modules()
         if getattr(module, "gradient_checkpointing", False) and name in vars(module)
     ]
     try:
-        for attributes, checkpoint in own:
+        for attributes, checkpoint in original:
             attributes[name] = partial(_checkpoint, checkpoint, within)
         yield
     finally:
-        for attributes, checkpoint in own:
+        for attributes, checkpoint in original:
             attributes[name] = checkpoint
 
 

@@ -35,10 +35,10 @@ def gram_matrices(state: Preconditioner | Sequence[object]) -> dict[str, Tensor]
     found = [state] if isinstance(state, Preconditioner) else [s for s in state if isinstance(s, Preconditioner)]
     if len(found) != 1:
         raise ChainError(f"expected the state of one precondition stage, found {len(found)}")
-    own = found[0]
-    if not own.seen > 0:
+    preconditioner = found[0]
+    if not preconditioner.seen > 0:
         raise ChainError("the state has seen no gradients; fit it first")
-    return {block: total / own.seen.to(total.device) for block, total in own.gram.items()}
+    return {block: total / preconditioner.seen.to(total.device) for block, total in preconditioner.gram.items()}
 
 
 def spectrum(gram: Gram) -> Float[Tensor, "D"]:

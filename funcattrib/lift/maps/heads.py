@@ -73,18 +73,18 @@ class Split(GradientMap):
 
     Attributes:
         heads: along which axis, and how.
-        own: each head's side along that axis: None (identity), (H, S) (diagonals) or (H, P, S).
+        per_head: each head's side along that axis: None (identity), (H, S) (diagonals) or (H, P, S).
         other: the side along the other axis, shared by the heads.
     """
 
     heads: Heads
-    own: Tensor | None = None
+    per_head: Tensor | None = None
     other: Side = None
 
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the coordinates of a weight of ``shape``: heads first."""
-        own = self.heads.size if self.own is None else self.own.shape[1]
-        sides = tuple(own if axis == self.heads.axis else length(self.other, n) for axis, n in enumerate(shape))
+        per_head = self.heads.size if self.per_head is None else self.per_head.shape[1]
+        sides = tuple(per_head if axis == self.heads.axis else length(self.other, n) for axis, n in enumerate(shape))
         return (self.heads.read, *sides)
 
     def reduce_rows(self, rows: Factor) -> Factor:
@@ -115,14 +115,14 @@ class Split(GradientMap):
         """Compute C*(θ) of θ (H, …), without example axis."""
         axis = self.heads.axis
         parts = theta.movedim((0, 1 + axis), (-2, -1))
-        whole = self.heads.scatter(_apply(_transpose(self.own), parts)).movedim(-1, axis)
+        whole = self.heads.scatter(_apply(_transpose(self.per_head), parts)).movedim(-1, axis)
         shared = TwoSided(None, self.other) if axis == 0 else TwoSided(self.other)
         return shared.adjoint(whole)
 
     def to(self, dtype: torch.dtype) -> "Split":
         """Convert every side to ``dtype``."""
-        own, other = (side if side is None else side.to(dtype) for side in (self.own, self.other))
-        return replace(self, own=own, other=other)
+        per_head, other = (side if side is None else side.to(dtype) for side in (self.per_head, self.other))
+        return replace(self, per_head=per_head, other=other)
 
     def __matmul__(self, first: GradientMap) -> GradientMap:
         """Merge a pair of sides before the split into it, unless one mixes the heads."""
@@ -133,27 +133,31 @@ class Split(GradientMap):
         if divided is not None and divided.ndim == 2:
             return Composed(first, self)
         before = None if divided is None else self.heads.take(divided)
-        return replace(self, own=_product(self.own, before), other=product(self.other, sides[1 - self.heads.axis]))
+        return replace(
+            self, per_head=_product(self.per_head, before), other=product(self.other, sides[1 - self.heads.axis])
+        )
 
     def narrow(self, numbers: Sequence[int]) -> "Split":
         """Keep only the heads in these places."""
-        own = self.own if self.own is None or len(numbers) == self.heads.read else self.own[list(numbers)]
-        return replace(self, heads=self.heads.only(numbers), own=own)
+        per_head = (
+            self.per_head if self.per_head is None or len(numbers) == self.heads.read else self.per_head[list(numbers)]
+        )
+        return replace(self, heads=self.heads.only(numbers), per_head=per_head)
 
     def absorb(self, maps: Sequence[GradientMap]) -> GradientMap:
         """Apply a map to each head's coordinates, in one product where all maps are alike pairs of sides."""
         pairs = [one for one in maps if isinstance(one, TwoSided)]
-        own = [(pair.left, pair.right)[self.heads.axis] for pair in pairs]
+        per_head = [(pair.left, pair.right)[self.heads.axis] for pair in pairs]
         other = [(pair.right, pair.left)[self.heads.axis] for pair in pairs]
-        alike = len({None if side is None else side.shape for side in own}) == 1
+        alike = len({None if side is None else side.shape for side in per_head}) == 1
         if len(pairs) < len(maps) or not alike or any(side is not other[0] for side in other):
             return Composed(self, Each(tuple(maps)))
-        stacked = None if own[0] is None else torch.stack([side for side in own if side is not None])
-        return replace(self, own=_product(stacked, self.own), other=product(other[0], self.other))
+        stacked = None if per_head[0] is None else torch.stack([side for side in per_head if side is not None])
+        return replace(self, per_head=_product(stacked, self.per_head), other=product(other[0], self.other))
 
     def _each(self, x: Tensor) -> Tensor:
         """Apply its own side to every head's part, (…, n) → (…, H, P)."""
-        return _apply(self.own, self.heads.take(x))
+        return _apply(self.per_head, self.heads.take(x))
 
 
 @dataclass(frozen=True)
@@ -212,16 +216,16 @@ def each(gradient_map: GradientMap, maps: Sequence[GradientMap | None]) -> Gradi
     return gradient_map.narrow(numbers).absorb(kept)
 
 
-def _apply(own: Tensor | None, parts: Tensor) -> Tensor:
+def _apply(per_head: Tensor | None, parts: Tensor) -> Tensor:
     """Apply each head's side to its part: (…, H, S) → (…, H, P)."""
-    if own is None:
+    if per_head is None:
         return parts
-    own = own.to(parts.dtype)
-    return parts * own if own.ndim == 2 else torch.einsum("...hs,hps->...hp", parts, own)
+    per_head = per_head.to(parts.dtype)
+    return parts * per_head if per_head.ndim == 2 else torch.einsum("...hs,hps->...hp", parts, per_head)
 
 
-def _transpose(own: Tensor | None) -> Tensor | None:
-    return own if own is None or own.ndim == 2 else own.transpose(1, 2)
+def _transpose(per_head: Tensor | None) -> Tensor | None:
+    return per_head if per_head is None or per_head.ndim == 2 else per_head.transpose(1, 2)
 
 
 def _product(second: Tensor | None, first: Tensor | None) -> Tensor | None:
