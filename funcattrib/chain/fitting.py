@@ -20,16 +20,16 @@ from funcattrib.runtime.world import SINGLE_PROCESS, World
 from funcattrib.types import Batch, Grads, Loss, Params, PerExample, Spec
 from funcattrib.weights.lockstep import Lockstep
 
-Pieces: TypeAlias = Callable[[Callable[[Batch], PerExample], Batch], Iterable[PerExample]]
+SplitBatch: TypeAlias = Callable[[Callable[[Batch], PerExample], Batch], Iterable[PerExample]]
 """(read, batch) → what ``read`` makes of consecutive parts of the batch."""
 
 
-def whole(read: Callable[[Batch], PerExample], batch: Batch) -> Iterable[PerExample]:
+def whole_batch(read: Callable[[Batch], PerExample], batch: Batch) -> Iterable[PerExample]:
     """Read the batch in one piece."""
     return (read(batch),)
 
 
-class Fold(Protocol):
+class FoldRows(Protocol):
     """A computation of a stage's state from the gradients that reach it."""
 
     def __call__(self, stage: Transform, spec: Spec, rows: Iterable[Grads], world: World) -> State:
@@ -69,9 +69,9 @@ def passes(
     state: tuple[State, ...] | None = None,
     done: int = 0,
     world: World = SINGLE_PROCESS,
-    pieces: Pieces = whole,
+    pieces: SplitBatch = whole_batch,
     step: Lockstep | None = None,
-    fold: Fold = fit_all_reduced,
+    fold: FoldRows = fit_all_reduced,
 ) -> Iterator[tuple[State, ...]]:
     """Yield the stages' state after each pass that is still to be made.
 
@@ -122,7 +122,7 @@ def _statistics(statistics: Callable[[Spec], Readouts], state: None, spec: Spec)
     return statistics(spec)
 
 
-def _gradients(read: Callable[[Batch], PerExample], batches: Iterable[Batch], pieces: Pieces) -> Iterator[Grads]:
+def _gradients(read: Callable[[Batch], PerExample], batches: Iterable[Batch], pieces: SplitBatch) -> Iterator[Grads]:
     """Read the batches, without examples whose loss is not finite; SIGTERM waits until a batch is folded."""
     for batch in batches:
         for part in pieces(read, batch):

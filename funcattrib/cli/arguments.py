@@ -11,7 +11,7 @@ from funcattrib.cli.config_file import load_defaults
 from funcattrib.cli.flags import setting_names, with_flags
 from funcattrib.errors import FuncattribError
 
-Config = TypeVar("Config")
+_Config = TypeVar("_Config")
 
 _CONFIG_HELP = (
     "--config FILE takes the settings of an earlier run (its config.yaml) as defaults; what is given here wins. "
@@ -19,7 +19,7 @@ _CONFIG_HELP = (
 )
 
 
-def parse(config_type: type[Config], args: Sequence[str], *, command: str) -> Config:
+def parse(config_type: type[_Config], args: Sequence[str], *, command: str) -> _Config:
     """Read flags into a frozen dataclass; groups nested in it are flat on the command line.
 
     Args:

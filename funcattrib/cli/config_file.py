@@ -20,7 +20,7 @@ import yaml
 
 from funcattrib.errors import FuncattribError
 
-Config = TypeVar("Config")
+_Config = TypeVar("_Config")
 
 _NOT_REPEATED = {"overwrite": False}  # to repeat a run must not wipe it
 
@@ -57,7 +57,7 @@ def settings(config: object, *, command: str) -> dict[str, Any]:
     return {**flat, **{name: value for name, value in _NOT_REPEATED.items() if name in flat}}
 
 
-def load_defaults(config_type: type[Config], path: Path, *, command: str) -> Config:
+def load_defaults(config_type: type[_Config], path: Path, *, command: str) -> _Config:
     """Read a config.yaml into a carrier of defaults for `tyro.cli(..., default=…)`.
 
     Args:
@@ -95,7 +95,7 @@ def _read(path: Path) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in found.items()}
 
 
-def _carrier(config_type: type[Config], values: dict[str, Any], path: Path) -> Config:
+def _carrier(config_type: type[_Config], values: dict[str, Any], path: Path) -> _Config:
     """Take this dataclass' fields out of `values`, around `__init__`: its checks expect a whole configuration."""
     carrier = object.__new__(config_type)
     hints = get_type_hints(config_type)

@@ -13,7 +13,7 @@ from funcattrib.runtime.launcher import rank
 from funcattrib.runtime.signals import EXIT_CODE, Terminated
 from funcattrib.runtime.world import init_distributed
 from funcattrib.store.create import LOGS, PARTS
-from funcattrib.store.manifest import FILE
+from funcattrib.store.manifest import MANIFEST_FILE
 
 _EXIT_GRACE_SECONDS = 10.0  # seconds
 
@@ -98,7 +98,7 @@ class Log(TextIOBase):
         super().close()
 
     def _begin(self) -> None:
-        if not (self.run / FILE).exists() and next((self.run / PARTS).rglob(FILE), None) is None:
+        if not (self.run / MANIFEST_FILE).exists() and next((self.run / PARTS).rglob(MANIFEST_FILE), None) is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a", encoding="utf-8", buffering=1)

@@ -14,14 +14,14 @@ from funcattrib.errors import FuncattribError
 if TYPE_CHECKING:
     from funcattrib.store import GradientStore
 
-Config = TypeVar("Config")
+_Config = TypeVar("_Config")
 
 
-def reports_on_stderr(run: Callable[[Config], int | None]) -> Callable[[Config], int | None]:
+def reports_on_stderr(run: Callable[[_Config], int | None]) -> Callable[[_Config], int | None]:
     """Print the library's reports (INFO and above) and warnings on stderr; settings are named by their flags."""
 
     @wraps(run)
-    def reported(config: Config) -> int | None:
+    def reported(config: _Config) -> int | None:
         names = setting_names(type(config))
         with _library_on_stderr(names):
             try:

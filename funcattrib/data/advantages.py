@@ -25,7 +25,7 @@ from funcattrib.data.report import some_rows
 from funcattrib.data.rows import Rows
 from funcattrib.errors import DataError
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _ROWS = 1000
 
@@ -57,7 +57,7 @@ def advantages(dataset: datasets.Dataset, tokens: datasets.Dataset, columns: Col
     if columns.reward_column is not None:
         values = values - _group_means(values, missing, list(_prompts(dataset, tokens, columns)))
         if not values[~missing].any():
-            logger.warning("all advantages are 0: no two rows of one prompt have different rewards in '%s'", name)
+            log.warning("all advantages are 0: no two rows of one prompt have different rewards in '%s'", name)
     return values.astype(np.float32)
 
 

@@ -16,7 +16,7 @@ import datasets
 from funcattrib.errors import DataError
 from funcattrib.runtime.hub import hub_reachable, offline, quiet, reason
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _KINDS = {
     ".csv": "csv",
@@ -130,7 +130,7 @@ def _open_hub(name: str, split: str | None, subset: str | None) -> Mapping[str, 
                 f"'{name}' is no file or folder, no copy of such a data set is in the cache, and {why}\n"
                 "check the spelling and the connection, or copy the data here and name its path"
             ) from error
-    logger.warning("the hub does not answer; using the cached copy of %s", name)
+    log.warning("the hub does not answer; using the cached copy of %s", name)
     return found
 
 

@@ -22,7 +22,7 @@ from funcattrib.data.spill import ScratchTable, ragged
 from funcattrib.data.token_weights import check_weights, is_list, token_weights
 from funcattrib.errors import DataError
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _ROWS = 1000
 _BYTES = 16 << 20  # of text at a time: a thousand books do not fit in memory as Python objects
@@ -171,7 +171,7 @@ def _reader(
     for name in names:
         _check_column(dataset, name, text=conversation is None)
     if conversation is not None and not has_template(tokenizer):
-        logger.warning("the tokenizer has no chat template; the turns of a conversation are concatenated")
+        log.warning("the tokenizer has no chat template; the turns of a conversation are concatenated")
     write = renderer(tokenizer) if conversation is not None else None
 
     def texts(batch: dict[str, list[Any]], first_row: int) -> Tokens:

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Kind = Literal["ce", "kl", "log_odds"]
+LossKind = Literal["ce", "kl", "log_odds"]
 
 
 class Head(NamedTuple):
@@ -30,7 +30,7 @@ class Head(NamedTuple):
         reference: scale and softcap of the reference's head.
     """
 
-    kind: Kind = "ce"
+    kind: LossKind = "ce"
     smoothing: float = 0.0
     scale: float = 1.0
     softcap: float | None = None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from funcattrib.errors import FuncattribError
 from funcattrib.kernels.head_tokens import IGNORED
 from funcattrib.kernels.linear_cross_entropy import Reference, linear_cross_entropy
-from funcattrib.kernels.logit_loss import Head, Kind
+from funcattrib.kernels.logit_loss import Head, LossKind
 from funcattrib.losses.base_and_head import LanguageModel, describe, hidden_states, own_logits, without_adapter
 from funcattrib.models.functional import Functional, functionalize
 from funcattrib.types import Example, Loss, Params
@@ -42,7 +42,7 @@ def causal_lm_loss(
     model: nn.Module,
     *,
     reduction: Reduction = "sum",
-    kind: Kind = "ce",
+    kind: LossKind = "ce",
     label_smoothing: float = 0.0,
     reference: nn.Module | None = None,
     modules: Iterable[str] | None = None,
@@ -81,7 +81,7 @@ def causal_lm_loss(
         >>> loss(params, {"input_ids": ids, "labels": ids}).shape, len(params)
         (torch.Size([]), 4)
     """
-    for value, allowed in ((reduction, get_args(Reduction)), (kind, get_args(Kind))):
+    for value, allowed in ((reduction, get_args(Reduction)), (kind, get_args(LossKind))):
         if value not in allowed:
             raise FuncattribError(f"expected one of {allowed}, found {value!r}")
     if label_smoothing and kind != "ce":

@@ -23,13 +23,13 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from funcattrib.errors import FuncattribError
-from funcattrib.kernels.logit_loss import Kind
+from funcattrib.kernels.logit_loss import LossKind
 from funcattrib.losses.causal_lm import Reduction, causal_lm_loss
 from funcattrib.models.functional import parameters_of
 from funcattrib.models.selection import choose
 from funcattrib.types import Example, Loss, Params
 
-KINDS = get_args(Kind)
+KINDS = get_args(LossKind)
 Own = Callable[..., Any]
 
 
@@ -70,13 +70,13 @@ def loss_of(
     ):
         if given:
             raise FuncattribError(
-                f"{setting} cannot be combined with the custom loss {name_of(loss)}; write it into the loss"
+                f"{setting} cannot be combined with the custom loss {loss_name(loss)}; write it into the loss"
             )
     function = find_loss(loss) if isinstance(loss, str) else loss
-    return _own_loss(model, function, name_of(loss), modules, exclude)
+    return _own_loss(model, function, loss_name(loss), modules, exclude)
 
 
-def name_of(loss: str | Own) -> str:
+def loss_name(loss: str | Own) -> str:
     """Return the manifest's name of a loss: ``package.module:function``."""
     if isinstance(loss, str):
         return loss

@@ -33,11 +33,11 @@ def model_identity(model: nn.Module, name: str | None = None, revision: str | No
         "revision": revision,
         "architecture": own_class(model).__name__,
         "dtype": next(codes, dtype),
-        "fingerprint": fingerprint(params),
+        "fingerprint": fingerprint_tensors(params),
     }
 
 
-def fingerprint(params: Mapping[str, Tensor]) -> str:
+def fingerprint_tensors(params: Mapping[str, Tensor]) -> str:
     """Compute SHA-256 over names, shapes, dtypes and evenly spaced values of every parameter."""
     whole = hashlib.sha256()
     for name, tensor in params.items():

@@ -31,7 +31,7 @@ from funcattrib.query.faiss_index import search as search_index
 from funcattrib.query.stored_loss import stored_loss
 from funcattrib.query.topk import TopK, store_blocks, topk
 from funcattrib.store import GradientStore, open_store
-from funcattrib.store.compatibility import check_chain, check_kind, check_leaves, check_model, check_same_state
+from funcattrib.store.compatibility import check_chain, check_kind, check_leaves, check_same_model, check_same_state
 from funcattrib.store.metadata import example_text
 from funcattrib.training.capture import collecting
 from funcattrib.transforms.registry import rebuild
@@ -209,7 +209,7 @@ class Attributor:
         Example:
             ``with attributor.trace(model, 5) as found: model(ids, labels=ids).loss.backward()``, then ``found.hits``.
         """
-        check_model(self.store.manifest, model_identity(model))
+        check_same_model(self.store.manifest, model_identity(model))
         params = {n: p.detach() for n, p in model.named_parameters() if n in self._attributed(model)}
         chain, state = self._state(params)
         result = Trace()
@@ -254,7 +254,7 @@ class Attributor:
             )
             self._model, self._tokenizer = loaded.model, self._tokenizer or loaded.tokenizer
         if self._model is not self._checked:
-            check_model(self.store.manifest, model_identity(self._model))
+            check_same_model(self.store.manifest, model_identity(self._model))
             self._checked = self._model
         return self._model, self._tokenizer
 

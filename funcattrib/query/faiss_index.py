@@ -23,7 +23,7 @@ from funcattrib.errors import FuncattribError
 from funcattrib.kernels.safe_norm import divisors
 from funcattrib.query import faiss_cache
 from funcattrib.query.faiss_cache import reason
-from funcattrib.query.topk import TopK, check_queries, store_blocks, topk
+from funcattrib.query.topk import TopK, check_query_rows, store_blocks, topk
 
 if TYPE_CHECKING:
     from funcattrib.store import GradientStore
@@ -141,7 +141,7 @@ def search(index: FaissIndex, queries: Float[Tensor, "K D"], k: int, *, largest:
         Where a graph or list index finds fewer than k, row -1 with value -inf (+inf for opponents).
     """
     width, rows = index.index.d, index.index.ntotal
-    check_queries(queries, k)
+    check_query_rows(queries, k)
     if queries.shape[1] != width:
         raise FuncattribError(f"expected queries as wide as the index ({width}), found {tuple(queries.shape)}")
     sign = np.float32(1 if largest else -1)

@@ -80,7 +80,7 @@ def topk(
         tensor([[2, 0]])
     """
     device = torch.device(device)
-    check_queries(queries, k)
+    check_query_rows(queries, k)
     search = _Queries.prepare(queries, largest, unit_norm, device)
     K, D = queries.shape
     best = TopK(torch.empty(K, 0, device=device), torch.empty(K, 0, dtype=torch.int64, device=device))
@@ -263,7 +263,7 @@ def _merge(best: TopK, values: Tensor, rows: Tensor, query: Tensor, k: int) -> T
     return TopK(values[pick], rows[pick])
 
 
-def check_queries(queries: Tensor, k: int) -> None:
+def check_query_rows(queries: Tensor, k: int) -> None:
     """Refuse what cannot be searched for: a wrong shape or dtype, k < 1, NaN or infinity."""
     if queries.ndim != 2 or not queries.is_floating_point():
         found = f"{tuple(queries.shape)} {queries.dtype}"

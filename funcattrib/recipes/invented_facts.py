@@ -40,7 +40,7 @@ _RELATIONS = (
 )
 
 
-class Corpus(NamedTuple):
+class InventedFacts(NamedTuple):
     """Training sentences and held-out questions, in random order.
 
     Rows with ``id``, ``fact`` (a number), ``prompt`` and ``completion``; an id is the fact's number and a letter for
@@ -51,7 +51,7 @@ class Corpus(NamedTuple):
     questions: list[dict[str, str | int]]
 
 
-def invent_facts(people: int = 40, seed: int = 0) -> Corpus:
+def invent_facts(people: int = 40, seed: int = 0) -> InventedFacts:
     """Invent people, six facts about each, and for each fact four sentences and one question.
 
     Args:
@@ -86,4 +86,4 @@ def invent_facts(people: int = 40, seed: int = 0) -> Corpus:
                 sentences += rows
     choose.shuffle(sentences)
     choose.shuffle(questions)
-    return Corpus(sentences, questions)
+    return InventedFacts(sentences, questions)

@@ -50,7 +50,7 @@ from funcattrib.store import require_shared
 from funcattrib.store.create import PARTS
 from funcattrib.transforms import AdamState, adam_update, inner_products
 
-Score = Literal["nearest", "mean"]
+ScoreKind = Literal["nearest", "mean"]
 
 DEFAULTS = RowConfig(loss_reduction="mean")
 """The settings of a run where nothing else is asked for."""
@@ -70,7 +70,7 @@ def less(
     path: str | Path,
     learning_rates: Sequence[float] = (),
     fraction: float = 0.05,
-    score: Score = "nearest",
+    score: ScoreKind = "nearest",
     subtask_column: str | None = None,
     query_columns: Columns | None = None,
     query_split: str | None = None,
@@ -263,7 +263,7 @@ def _check_checkpoints(folders: Sequence[Path], fraction: float, score: str, sub
     refuse(
         (not folders, "no checkpoint was given; name at least one in `checkpoints`"),
         (not 0 < fraction <= 1, f"expected `fraction` above 0 and at most 1, found {fraction}"),
-        (score not in get_args(Score), f"expected `score` of nearest or mean, found {score!r}"),
+        (score not in get_args(ScoreKind), f"expected `score` of nearest or mean, found {score!r}"),
         (
             subtask_column is not None and score == "mean",
             "`subtask_column` requires `score='nearest'`: the mean is over all queries together",

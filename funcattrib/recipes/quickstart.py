@@ -41,14 +41,14 @@ class Retrieval(NamedTuple):
     recall: float
 
 
-class Result(NamedTuple):
+class QuickstartResult(NamedTuple):
     """``answered``: share of questions the model answers; ``retrieval``: by name, of each way to rank the sentences."""
 
     answered: float
     retrieval: dict[str, Retrieval]
 
 
-def quickstart(out: str | Path, *, people: int = 40, epochs: int = 32, seed: int = 0) -> Result:
+def quickstart(out: str | Path, *, people: int = 40, epochs: int = 32, seed: int = 0) -> QuickstartResult:
     """Train a tiny model on invented facts, and ask its gradients where it has its answers from.
 
     Args:
@@ -117,7 +117,7 @@ def quickstart(out: str | Path, *, people: int = 40, epochs: int = 32, seed: int
     ask = {"--index": store.path, "--text": questions[0]["prompt"], "--completion": questions[0]["completion"]}
     flags = " ".join(f"{flag} {shlex.quote(str(value))}" for flag, value in ask.items())
     print(f"\nAsk more:\nfuncattrib query --unit-norm {flags}")
-    return Result(right, retrieval)
+    return QuickstartResult(right, retrieval)
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:

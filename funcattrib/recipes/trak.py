@@ -42,7 +42,7 @@ from funcattrib.transforms.damping import inverse_power
 
 log = logging.getLogger(__name__)
 
-Score = Literal["individual", "mean"]
+ScoreKind = Literal["individual", "mean"]
 
 DEFAULTS = RowConfig(projection_dim=0, loss="log_odds", dtype="float32")
 """The settings of a run where nothing else is asked for."""
@@ -58,7 +58,7 @@ def trak(
     path: str | Path,
     sketch_dim: int = 4096,
     damping: float = 0.0,
-    score: Score = "individual",
+    score: ScoreKind = "individual",
     query_columns: Columns | None = None,
     query_split: str | None = None,
     source: Source | None = None,
@@ -237,7 +237,7 @@ def _check_models(models: Sequence[Model], gradients: RowConfig, score: str, ske
             "expected `loss='log_odds'` with `loss_reduction='sum'`, TRAK's model output, found "
             f"{gradients.loss}, {gradients.loss_reduction}",
         ),
-        (score not in get_args(Score), f"expected `score` of individual or mean, found {score!r}"),
+        (score not in get_args(ScoreKind), f"expected `score` of individual or mean, found {score!r}"),
         (sketch_dim < 1, f"expected `sketch_dim` of at least 1, found {sketch_dim}"),
         (not 0 <= damping < math.inf, f"expected `damping` of at least 0, found {damping}"),
     )

@@ -31,7 +31,7 @@ _ROWS = 1024  # read back at a time
 _MOST = 1 << 30  # bytes of rows that wait on the disk, where the states are not larger
 
 
-class Part(NamedTuple):
+class StagePart(NamedTuple):
     """The stage that fits a part alone, and the leaves that it is given."""
 
     stage: Transform
@@ -43,7 +43,7 @@ class Part(NamedTuple):
 
 
 def by_owner(writer: StoreWriter, stage: Transform, spec: Spec, rows: Iterable[Grads], world: World) -> State:
-    """Fit a stage as a ``fitting.Fold``: what processes hand each other lies in the run's folder, until
+    """Fit a stage as a ``fitting.FoldRows``: what processes hand each other lies in the run's folder, until
     ``forget_parts``.
 
     A stage that is not in parts, and a process that is alone, are fitted by ``fit_all_reduced``.
@@ -52,7 +52,7 @@ def by_owner(writer: StoreWriter, stage: Transform, spec: Spec, rows: Iterable[G
         return fit_all_reduced(stage, spec, rows, world)
     assert stage.statistics is None, "of a stage in parts, whole rows are kept"
     parts = {
-        name: Part(each, {leaf: spec[leaf] for leaf in names}) for name, (each, names) in stage.parts(spec).items()
+        name: StagePart(each, {leaf: spec[leaf] for leaf in names}) for name, (each, names) in stage.parts(spec).items()
     }
     rank = owners({name: _bytes(part.start()) for name, part in parts.items()}, world.size)
     with PartialStates(writer.path, parts) as states:
@@ -91,7 +91,7 @@ class PartialStates:
     Where they become many, they are folded into all parts' states, which lie on the disk as well.
     """
 
-    def __init__(self, folder: Path, parts: Mapping[str, Part]) -> None:
+    def __init__(self, folder: Path, parts: Mapping[str, StagePart]) -> None:
         self._parts = parts
         self._most = max(_MOST, sum(_bytes(part.start()) for part in parts.values()))
         self._rows, self._states = Scratch(folder), Scratch(folder)

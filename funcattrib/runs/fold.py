@@ -19,7 +19,7 @@ from funcattrib.store.progress_files import load_parts, replace_parts, save_part
 
 _SAVE_EVERY = 30.0  # seconds of work that a kill may cost
 
-Result = Mapping[str, Tensor]
+Totals = Mapping[str, Tensor]
 
 
 class Fold(NamedTuple):
@@ -31,12 +31,12 @@ class Fold(NamedTuple):
         merge: several results, of other parts each, in one.
     """
 
-    start: Result
-    take: Callable[[Result, range, Progress], Result]
-    merge: Callable[[Sequence[Result]], Result]
+    start: Totals
+    take: Callable[[Totals, range, Progress], Totals]
+    merge: Callable[[Sequence[Totals]], Totals]
 
 
-def fold_parts(work: Work, writer: StoreWriter, step: int, fold: Fold, label: str) -> Result:
+def fold_parts(work: Work, writer: StoreWriter, step: int, fold: Fold, label: str) -> Totals:
     """Compute the result over all documents, ``step`` of them a part, the same on every process."""
     world, lengths = work.world, work.corpus.lengths
     spans = [range(start, min(start + step, len(lengths))) for start in range(0, len(lengths), step)]
@@ -64,7 +64,7 @@ def fold_parts(work: Work, writer: StoreWriter, step: int, fold: Fold, label: st
     return _merged(result, fold, work)
 
 
-def _merged(result: Result, fold: Fold, work: Work) -> Result:
+def _merged(result: Totals, fold: Fold, work: Work) -> Totals:
     """One result of all processes, in the order of their ranks."""
     world = work.world
     if world.size == 1:

@@ -20,7 +20,7 @@ from funcattrib.data.numeric_examples import Examples
 from funcattrib.errors import FuncattribError
 from funcattrib.losses.resolve import KINDS, loss_of
 from funcattrib.models.functional import device_of, parameters_of, sharing
-from funcattrib.models.identity import fingerprint, model_identity
+from funcattrib.models.identity import fingerprint_tensors, model_identity
 from funcattrib.models.limits import context_length, vocabulary
 from funcattrib.models.loading import PRECISIONS, load_model, load_tokenizer
 from funcattrib.runs.config import GradientConfig
@@ -235,7 +235,7 @@ def _own_loss(
     name = source.model_name or getattr(loss, "__qualname__", type(loss).__name__)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     identity = {"id": name, "revision": None, "architecture": "own loss", "dtype": dtype}
-    return loss, params, params, {**identity, "fingerprint": fingerprint(tensors)}, Examples(records)
+    return loss, params, params, {**identity, "fingerprint": fingerprint_tensors(tensors)}, Examples(records)
 
 
 def _fitted_on(chain: Chain, first: State, gradients: GradientConfig) -> dict[str, Any]:
@@ -249,4 +249,4 @@ def _fitted_on(chain: Chain, first: State, gradients: GradientConfig) -> dict[st
         if not stage.fitted
         for name, tensor in state_tree.flatten(state).items()
     }
-    return {"fit_documents": gradients.fit_documents, **({"given": fingerprint(numbers)} if numbers else {})}
+    return {"fit_documents": gradients.fit_documents, **({"given": fingerprint_tensors(numbers)} if numbers else {})}

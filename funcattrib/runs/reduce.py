@@ -20,7 +20,7 @@ from funcattrib.data.documents import Records
 from funcattrib.errors import FuncattribError
 from funcattrib.kernels.safe_norm import divisors
 from funcattrib.runs.config import GradientConfig
-from funcattrib.runs.fold import Fold, Result, fold_parts
+from funcattrib.runs.fold import Fold, Totals, fold_parts
 from funcattrib.runs.prepare import Model, prepare, shard_rows, state_of
 from funcattrib.runs.run_folder import run_folder
 from funcattrib.runs.settings import GradientSettings, Source, resolve
@@ -112,8 +112,8 @@ def _reduce(work: Work, writer: StoreWriter, state: State, method: Method, unit:
 
 
 def _add(
-    work: Work, compute: Callable[[Batch], PerExample], unit: bool, total: Result, part: range, bar: Progress
-) -> Result:
+    work: Work, compute: Callable[[Batch], PerExample], unit: bool, total: Totals, part: range, bar: Progress
+) -> Totals:
     """Add a part of the documents to the sum; ``facts`` are the documents added, and the sum of their losses."""
     rows, losses = rows_of(work, compute, part, bar.update)
     finite = rows.isfinite().all(1)
@@ -124,5 +124,5 @@ def _add(
     return {"sum": total["sum"] + rows.sum(0), "facts": total["facts"] + facts}
 
 
-def _add_up(totals: Sequence[Result]) -> Result:
+def _add_up(totals: Sequence[Totals]) -> Totals:
     return {name: torch.stack([each[name] for each in totals]).sum(0) for name in ("sum", "facts")}

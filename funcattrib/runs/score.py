@@ -19,7 +19,7 @@ from funcattrib.data.documents import Records
 from funcattrib.runs.collect import collect_gradients, fit_chain
 from funcattrib.runs.config import GradientConfig, refuse
 from funcattrib.runs.default_chain import chain_of
-from funcattrib.runs.fold import Fold, Result, fold_parts
+from funcattrib.runs.fold import Fold, Totals, fold_parts
 from funcattrib.runs.prepare import Model, Prepared, load_named, prepare, shard_rows, state_of, with_state
 from funcattrib.runs.query_rows import as_leaves, query_rows
 from funcattrib.runs.run_folder import run_folder
@@ -30,7 +30,7 @@ from funcattrib.runs.workload import Work, fill, rows_of
 from funcattrib.runtime.progress import Progress
 from funcattrib.runtime.world import world
 from funcattrib.scores import Scores, check_gradients, open_scores, scores_manifest
-from funcattrib.scores.top_k import Best, best_of, fold, nothing, save_best
+from funcattrib.scores.top_k import Best, best_of, keep_best, nothing, save_best
 from funcattrib.store import GradientStore, StoreWriter, open_store, require_shared
 from funcattrib.store.compatibility import check_kind, loss_differences
 from funcattrib.store.create import PARTS
@@ -191,14 +191,14 @@ def _fill_best(work: Work, writer: StoreWriter, state: Any, top_k: int) -> None:
 
 
 def _take_best(
-    work: Work, compute: Callable[[Batch], PerExample], count: int, best: Result, part: range, bar: Progress
-) -> Result:
+    work: Work, compute: Callable[[Batch], PerExample], count: int, best: Totals, part: range, bar: Progress
+) -> Totals:
     matrix, _ = rows_of(work, compute, part, bar.update)
-    kept = fold(Best(best["values"], best["rows"]), matrix, part.start, count)
+    kept = keep_best(Best(best["values"], best["rows"]), matrix, part.start, count)
     return {**kept._asdict(), "lost": best["lost"] + (~matrix.isfinite()).any(1).sum()}
 
 
-def _merge_best(count: int, parts: Sequence[Result]) -> Result:
+def _merge_best(count: int, parts: Sequence[Totals]) -> Totals:
     kept = best_of([Best(part["values"], part["rows"]) for part in parts], count)
     return {**kept._asdict(), "lost": torch.stack([part["lost"] for part in parts]).sum(0)}
 

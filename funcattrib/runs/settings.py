@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from funcattrib.data import Columns
 from funcattrib.errors import FuncattribError
-from funcattrib.losses.resolve import Own, name_of
+from funcattrib.losses.resolve import Own, loss_name
 from funcattrib.models.loading import LoadOptions
 from funcattrib.runs.config import GradientConfig, RowConfig
 
-Config = TypeVar("Config", bound=RowConfig)
+_Config = TypeVar("_Config", bound=RowConfig)
 
 _GLOBS = ("modules", "exclude", "split_attention_modules")
 
@@ -118,7 +118,7 @@ class GradientSettings(FittedSettings, total=False):
     split_experts: bool
 
 
-def resolve(source: Source | None, gradients: Config, keywords: Mapping[str, Any]) -> tuple[Source, Config]:
+def resolve(source: Source | None, gradients: _Config, keywords: Mapping[str, Any]) -> tuple[Source, _Config]:
     """Return the two settings objects with what the keywords change.
 
     Raises:
@@ -134,7 +134,7 @@ def resolve(source: Source | None, gradients: Config, keywords: Mapping[str, Any
     source_names, row_names = ({each.name for each in fields(kind)} for kind in (Source, type(gradients)))
     for name, value in keywords.items():
         if name == "loss" and callable(value):
-            of_rows["loss"], of_source["loss_function"] = name_of(value), value
+            of_rows["loss"], of_source["loss_function"] = loss_name(value), value
         elif name in _GLOBS and name in row_names:
             of_rows[name] = (value,) if isinstance(value, str) else tuple(value or ())
         elif name in row_names:

@@ -33,7 +33,7 @@ from funcattrib.runs.workload import Work, flat, template
 from funcattrib.runtime import memory
 from funcattrib.runtime.world import SINGLE_PROCESS, World
 from funcattrib.store import Manifest, read_manifest
-from funcattrib.store.manifest import FILE
+from funcattrib.store.manifest import MANIFEST_FILE
 from funcattrib.types import Batch
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def token_budget(
         return int(before)
     useful = min(_MOST_TOKENS, int(work.corpus.lengths[: manifest.rows_per_shard].sum()))  # a batch is within a shard
     with explained():
-        found = search(_trial(work, manifest, longest, fits, world), room, most=math.ceil(useful / longest))
+        found = search_batch_size(_trial(work, manifest, longest, fits, world), room, most=math.ceil(useful / longest))
     tokens = found.documents * longest
     if found.cost is None:
         return tokens  # the run will say which document does not fit
@@ -122,7 +122,7 @@ def token_budget(
 
 def _before(work: Work, path: str | Path | None, key: str, room: int) -> int | None:
     """Return the budget of the run at ``path`` that is continued, or one found in an earlier run that fits now."""
-    begun = None if path is None or not (Path(path) / FILE).exists() else read_manifest(path)
+    begun = None if path is None or not (Path(path) / MANIFEST_FILE).exists() else read_manifest(path)
     if begun is not None and isinstance(number := begun.computed_with.get("token_batch_size"), int):
         return number
     found = known(key)
@@ -132,7 +132,7 @@ def _before(work: Work, path: str | Path | None, key: str, room: int) -> int | N
     return found.tokens
 
 
-def search(measure: Callable[[int], Cost | None], room: int, most: int = 1 << 20) -> Found:
+def search_batch_size(measure: Callable[[int], Cost | None], room: int, most: int = 1 << 20) -> Found:
     """Find the number of documents in a batch.
 
     Args:

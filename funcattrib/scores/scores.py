@@ -20,7 +20,7 @@ from funcattrib.data.columns import shown_name
 from funcattrib.errors import FuncattribError, StoreError
 from funcattrib.query.topk import TopK
 from funcattrib.scores import top_k as kept_best
-from funcattrib.scores.top_k import fold, nothing
+from funcattrib.scores.top_k import keep_best, nothing
 from funcattrib.store import GradientStore, Manifest, lay_out, open_store
 from funcattrib.store.compatibility import check_kind, check_queries
 
@@ -105,7 +105,7 @@ class Scores:
             return kept_best.load_best(self.path, len(self.queries)).found(k)
         best, start, sign = nothing(len(self.queries)), 0, -1.0 if reverse else 1.0
         for block in self.blocks():
-            best = fold(best, sign * block, start, k)
+            best = keep_best(best, sign * block, start, k)
             start += len(block)
         return best.found(k, sign)
 
@@ -129,7 +129,7 @@ class Scores:
     def _whole(self) -> None:
         if self.kept is not None:
             raise FuncattribError(
-                f"{self.path} has the best {self.kept} scores of each query only; use topk, or read {kept_best.FILE}"
+                f"{self.path} has the best {self.kept} scores of each query only; use topk, or read {kept_best.BEST_FILE}"
             )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from funcattrib.query.topk import TopK
 from funcattrib.store.atomic import replacing
 
-FILE = "best.parquet"
+BEST_FILE = "best.parquet"
 _PLACE = pa.schema([("query", pa.int64()), ("rank", pa.int64()), ("row", pa.int64()), ("score", pa.float32())])
 
 
@@ -41,7 +41,7 @@ def nothing(queries: int) -> Best:
     return Best(torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64))
 
 
-def fold(best: Best, scores: Float[Tensor, "B K"], start: int, count: int) -> Best:
+def keep_best(best: Best, scores: Float[Tensor, "B K"], start: int, count: int) -> Best:
     """Merge a block of rows from ``start`` on into ``best``.
 
     Scores that are NaN or infinite are left out: their gradient says nothing. Of equal scores the lower row is first.
@@ -80,13 +80,13 @@ def save_best(folder: Path, best: Best, metadata_of: Callable[[int], Mapping[str
         beside = pa.Table.from_pylist([examples[row] for row in rows])
         for name in beside.column_names:
             table = table.append_column(name if name not in _PLACE.names else f"example_{name}", beside[name])
-    with replacing(folder / FILE) as temporary:
+    with replacing(folder / BEST_FILE) as temporary:
         pq.write_table(table, temporary)
 
 
 def load_best(folder: Path, queries: int) -> Best:
     """Read what ``save_best`` wrote."""
-    table = pq.read_table(folder / FILE, columns=_PLACE.names)
+    table = pq.read_table(folder / BEST_FILE, columns=_PLACE.names)
     query, rank, row, score = (torch.from_numpy(table[name].to_numpy().copy()) for name in _PLACE.names)
     width = int(rank.max()) if len(rank) else 0
     best = Best(torch.full((queries, width), -torch.inf), torch.full((queries, width), -1))
@@ -96,7 +96,7 @@ def load_best(folder: Path, queries: int) -> Best:
 
 def load_example(folder: Path, row: int) -> dict[str, Any]:
     """Read the metadata of a row that was kept; nothing of one that was not."""
-    table = pq.read_table(folder / FILE, filters=[("row", "==", row)]).slice(0, 1)
+    table = pq.read_table(folder / BEST_FILE, filters=[("row", "==", row)]).slice(0, 1)
     examples = {name: values[0] for name, values in table.to_pydict().items() if values and name not in _PLACE.names}
     ours = {f"example_{name}": name for name in _PLACE.names}
     return {ours.get(name, name): value for name, value in examples.items()}

@@ -143,7 +143,7 @@ def check_chain(made_with: Manifest, given: Sequence[Mapping[str, Any]]) -> None
         )
 
 
-def check_model(made_with: Manifest, found: Mapping[str, Any]) -> None:
+def check_same_model(made_with: Manifest, found: Mapping[str, Any]) -> None:
     """Refuse a model whose weights are not those that made the store; ``found`` is its identity.
 
     Raises:

@@ -8,7 +8,7 @@ from funcattrib.errors import StoreError
 from funcattrib.store import lock, progress_files, shards
 from funcattrib.store.atomic import TEMPORARY, explain
 from funcattrib.store.compatibility import check_continues
-from funcattrib.store.manifest import FILE, Manifest, check_manifest, read_manifest, unfinished
+from funcattrib.store.manifest import MANIFEST_FILE, Manifest, check_manifest, read_manifest, unfinished
 from funcattrib.store.writer import CONFIG, PROGRESS, STATE, StoreWriter, save_manifest
 
 log = logging.getLogger(__name__)
@@ -102,17 +102,17 @@ def _existing(path: Path) -> Manifest | None:
     """Read the manifest of the store at `path`; None for a folder that is new, or that a run stopped in before its
     manifest.
     """
-    if (path / FILE).exists():
+    if (path / MANIFEST_FILE).exists():
         return read_manifest(path)
     if path.exists() and not path.is_dir():
         raise StoreError(f"{path} is a file; choose another folder as RUN")
-    known = {lock.FILE, FILE + TEMPORARY, "lost+found", PARTS, LOGS}
+    known = {lock.LOCK_FILE, MANIFEST_FILE + TEMPORARY, "lost+found", PARTS, LOGS}
     others = [entry.name for entry in path.iterdir()] if path.exists() else []
     others = sorted(name for name in others if name not in known and not name.startswith("."))
     others = [name for name in others if name not in shards.FOLDERS or any((path / name).iterdir())]
     if others:
         more = f" and {len(others) - 1} more" if others[1:] else ""
-        raise StoreError(f"{path} is no store: it has {others[0]}{more} and no {FILE}\nchoose another RUN")
+        raise StoreError(f"{path} is no store: it has {others[0]}{more} and no {MANIFEST_FILE}\nchoose another RUN")
     return None
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from funcattrib.errors import StoreError
 from funcattrib.store.atomic import explain
 
-FILE = "lock"
+LOCK_FILE = "lock"
 
 
 class Owner(NamedTuple):
@@ -51,7 +51,7 @@ def acquire(folder: Path) -> Lock:
     Raises:
         StoreError: A process that lives (or may live) holds it, or the folder is not writable.
     """
-    path = folder / FILE
+    path = folder / LOCK_FILE
     now = datetime.now(UTC).isoformat(timespec="seconds")
     mine = Owner(os.getpid(), socket.gethostname(), _started(os.getpid()) or "", now)
     try:
@@ -70,7 +70,7 @@ def _held(folder: Path, owner: Owner) -> str:
     whom = "this process" if owner.pid == os.getpid() else f"process {owner.pid}"
     remedy = "close it first" if owner.pid == os.getpid() else "wait for it, or end it and run the same command again"
     if owner.host != socket.gethostname():
-        remedy = f"wait for it, or delete {folder / FILE} if that process is gone"
+        remedy = f"wait for it, or delete {folder / LOCK_FILE} if that process is gone"
     return f"{folder} is being written by {whom} on {owner.host} (since {owner.since})\n{remedy}"
 
 

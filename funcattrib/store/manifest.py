@@ -31,7 +31,7 @@ SCORE_CONVENTION = (
     "unlearns the training example raises the query's loss (a proponent)"
 )
 """The meaning of a score's sign and size, as every manifest states it."""
-FILE = "manifest.json"
+MANIFEST_FILE = "manifest.json"
 
 # Everything that must agree before a run may continue another's store. `extra` holds notes and is not compared.
 _IDENTITY = (
@@ -171,9 +171,9 @@ def read_manifest(path: str | Path) -> Manifest:
     Raises:
         StoreError: No folder, no store, or one of a newer format.
     """
-    file = Path(path) / FILE
+    file = Path(path) / MANIFEST_FILE
     if not file.is_file():
-        wrong = "does not exist" if not Path(path).exists() else f"has no {FILE}"
+        wrong = "does not exist" if not Path(path).exists() else f"has no {MANIFEST_FILE}"
         raise StoreError(f"{path} is not a store: it {wrong}; build one with `funcattrib build {path} …`")
     try:
         return Manifest.from_json(file.read_text(encoding="utf-8"))

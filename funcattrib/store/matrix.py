@@ -19,7 +19,7 @@ from funcattrib.store.encode import STORAGE, TORCH, decode
 Index = int | slice | Sequence[int] | np.ndarray
 
 
-class Part(NamedTuple):
+class ShardBlock(NamedTuple):
     """The rows that one shard contributes: first row here, their number, the files."""
 
     start: int
@@ -40,7 +40,9 @@ class LazyMatrix:
         dtype: of what indexing gives.
     """
 
-    def __init__(self, parts: Sequence[Part], dtype: str, width: int, columns: range, inner: tuple[int, ...]) -> None:
+    def __init__(
+        self, parts: Sequence[ShardBlock], dtype: str, width: int, columns: range, inner: tuple[int, ...]
+    ) -> None:
         self._parts = list(parts)
         self._starts = np.array([part.start for part in parts], dtype=np.int64)
         self._stored = dtype
@@ -127,7 +129,7 @@ class LazyMatrix:
             out[wanted] = self._array(part, rows[wanted] - part.start)
         return out
 
-    def _array(self, part: Part, rows: slice | np.ndarray) -> np.ndarray:
+    def _array(self, part: ShardBlock, rows: slice | np.ndarray) -> np.ndarray:
         stored, scale = self._read(part, rows)
         if self._stored in ("float16", "float32"):
             found: np.ndarray = stored.numpy()
@@ -135,7 +137,7 @@ class LazyMatrix:
             return found
         return decode(stored, self._stored, scale).numpy()
 
-    def _read(self, part: Part, rows: slice | np.ndarray) -> tuple[Tensor, np.ndarray | None]:
+    def _read(self, part: ShardBlock, rows: slice | np.ndarray) -> tuple[Tensor, np.ndarray | None]:
         """Read rows of a part with the wanted columns, in the stored dtype, and for int8 their scales."""
         stored = map_rows(part.file, self._stored, (part.rows, self._width))
         found = stored[:, self._columns.start : self._columns.stop][
@@ -144,7 +146,7 @@ class LazyMatrix:
         scale = None if part.scale is None else read_scale(part.scale, part.rows)[rows]
         return found.reshape(len(found), *self.shape[1:]), scale
 
-    def _within(self, start: int, stop: int) -> Iterator[tuple[Part, slice]]:
+    def _within(self, start: int, stop: int) -> Iterator[tuple[ShardBlock, slice]]:
         if start < stop:
             first = int(np.searchsorted(self._starts, start, side="right")) - 1
             for part in self._parts[first:]:

@@ -15,7 +15,7 @@ from funcattrib.errors import StoreError
 from funcattrib.store import shards
 from funcattrib.store.layout import LeafColumns, Shard
 from funcattrib.store.manifest import Manifest, read_manifest
-from funcattrib.store.matrix import LazyMatrix, Part
+from funcattrib.store.matrix import LazyMatrix, ShardBlock
 from funcattrib.store.metadata import read_examples
 from funcattrib.store.verify import verify as find_problems
 from funcattrib.store.writer import CONFIG, STATE
@@ -89,11 +89,11 @@ class GradientStore:
         self.manifest = manifest
         self.leaves: dict[str, LeafColumns] = {leaf.name: leaf for leaf in manifest.leaves}
         self.shards = finished
-        self._parts: list[Part] = []
+        self._parts: list[ShardBlock] = []
         rows = 0
         for shard in finished:
             scale = path / shard.scale.file if shard.scale else None
-            self._parts.append(Part(rows, shard.stop - shard.start, path / shard.file, scale))
+            self._parts.append(ShardBlock(rows, shard.stop - shard.start, path / shard.file, scale))
             rows += shard.stop - shard.start
         self._rows = rows
 

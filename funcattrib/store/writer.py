@@ -20,7 +20,7 @@ from funcattrib.store import shards
 from funcattrib.store.atomic import hash_file, write_file
 from funcattrib.store.layout import FileFacts, Shard
 from funcattrib.store.lock import Lock
-from funcattrib.store.manifest import FILE, Manifest, read_manifest
+from funcattrib.store.manifest import MANIFEST_FILE, Manifest, read_manifest
 from funcattrib.store.metadata import Column, to_table
 from funcattrib.store.progress_files import FILES as PARTS
 from funcattrib.store.tensors import DELAY, save_tensors
@@ -295,4 +295,4 @@ class StoreWriter:
 
 def save_manifest(path: Path, manifest: Manifest) -> None:
     """Replace a store's manifest."""
-    write_file(path, FILE, lambda sink: sink.write(manifest.to_json().encode()))
+    write_file(path, MANIFEST_FILE, lambda sink: sink.write(manifest.to_json().encode()))

@@ -18,19 +18,19 @@ from torch import Tensor, nn
 from funcattrib.checkpoints.optimizer_state import moment_of
 from funcattrib.errors import FuncattribError
 from funcattrib.lift import GradientMap, Readout, Readouts, Scale, TwoSided, unpack
-from funcattrib.lift.maps.deferred import Part, SavedFactors, read_saved
+from funcattrib.lift.maps.deferred import SavedFactors, SavedPart, read_saved
 from funcattrib.transforms.adafactor import adafactor_norm
 from funcattrib.transforms.adam import adam_norm
 from funcattrib.transforms.moments import Moments
 from funcattrib.types import Grads, Spec
 
-Put = Mapping[str, list[Part]]
+Put = Mapping[str, list[SavedPart]]
 """Parameter → saved factors of its gradient in one forward and backward pass."""
 
 
-def put_aside(lowered: Readouts) -> tuple[Readouts, dict[str, list[Part]]]:
+def put_aside(lowered: Readouts) -> tuple[Readouts, dict[str, list[SavedPart]]]:
     """Return maps that save every parameter's factors, and the lists that they save to."""
-    parts: dict[str, list[Part]] = {name: [] for name in lowered}
+    parts: dict[str, list[SavedPart]] = {name: [] for name in lowered}
     return {name: Readout(SavedFactors(parts[name]), name, (name,)) for name in lowered}, parts
 
 

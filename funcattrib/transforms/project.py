@@ -23,11 +23,11 @@ from funcattrib.transforms.heads import whole
 from funcattrib.transforms.random import generator, normal, rademacher
 from funcattrib.types import Leaf, Spec
 
-Kind = Literal["rademacher", "normal"]
+Distribution = Literal["rademacher", "normal"]
 _DRAW = {"rademacher": rademacher, "normal": normal}
 
 
-def project(k: int = 16, kind: Kind = "rademacher", seed: int = 0) -> Transform:
+def project(k: int = 16, kind: Distribution = "rademacher", seed: int = 0) -> Transform:
     """Project each matrix to (k, k), a convolution's kernel likewise, each vector to (k,), and each expert of a stack.
 
     Args:
@@ -57,7 +57,7 @@ def project(k: int = 16, kind: Kind = "rademacher", seed: int = 0) -> Transform:
     )
 
 
-def _init(spec: Spec, k: int, kind: Kind, seed: int) -> tuple[State, Spec]:
+def _init(spec: Spec, k: int, kind: Distribution, seed: int) -> tuple[State, Spec]:
     state: dict[str, dict[str, Tensor | None]] = {}
     projected: Spec = {}
     for name, leaf in spec.items():
@@ -80,7 +80,7 @@ def _source(name: str, leaf: Leaf, axis: int) -> str:
     return name if leaf.split in (None, axis) else whole(name)
 
 
-def _draw(name: str, side: str, n: int, k: int, kind: Kind, seed: int) -> Tensor | None:
+def _draw(name: str, side: str, n: int, k: int, kind: Distribution, seed: int) -> Tensor | None:
     return None if n <= k else _DRAW[kind](k, n, generator(seed, name, side))
 
 

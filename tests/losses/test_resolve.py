@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import funcattrib as fa
 from funcattrib.data import Columns
-from funcattrib.losses.resolve import loss_of, name_of
+from funcattrib.losses.resolve import loss_name, loss_of
 from funcattrib.query.attributor import Attributor
 from funcattrib.store import GradientStore
 from tests.support import cases, tiny
@@ -111,7 +111,7 @@ def test_a_callable(module: str, tmp_path: Path) -> None:
     function = __import__(module).margin
     store = build(tmp_path / "run", function)
     torch.testing.assert_close(store.matrix().tensor(), margins(), rtol=1e-4, atol=1e-3)
-    assert store.manifest.loss["kind"] == name_of(function) == f"{module}:margin"
+    assert store.manifest.loss["kind"] == loss_name(function) == f"{module}:margin"
 
 
 def test_a_plain_loss_and_a_factory_with_parameters(module: str) -> None:

@@ -11,7 +11,7 @@ from funcattrib import testing as laws
 from funcattrib.chain import state_tree
 from funcattrib.errors import StoreError
 from funcattrib.runs import blockwise_fit
-from funcattrib.runs.blockwise_fit import Part, PartialStates
+from funcattrib.runs.blockwise_fit import PartialStates, StagePart
 from funcattrib.store.spill import Scratch
 
 GROUPS = {
@@ -24,10 +24,10 @@ GROUPS = {
 DATA = [laws.grads(rows, seed=rows) for rows in (5, 1, 8)]
 
 
-def taken_apart(stage: fa.Transform) -> dict[str, Part]:
+def taken_apart(stage: fa.Transform) -> dict[str, StagePart]:
     assert stage.parts is not None
     return {
-        name: Part(own, {leaf: laws.MATRICES[leaf] for leaf in leaves})
+        name: StagePart(own, {leaf: laws.MATRICES[leaf] for leaf in leaves})
         for name, (own, leaves) in stage.parts(laws.MATRICES).items()
     }
 

@@ -13,7 +13,7 @@ from funcattrib.runs import token_budget, workload
 from funcattrib.runs.collect import fit_chain
 from funcattrib.runs.reduce import reduce_gradients
 from funcattrib.runs.score import score_gradients
-from funcattrib.runs.token_budget import Cost, search
+from funcattrib.runs.token_budget import Cost, search_batch_size
 from funcattrib.runtime import memory
 from tests.support import cases, tiny
 
@@ -44,7 +44,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a trial was made")
 
-    monkeypatch.setattr(token_budget, "search", refuse)
+    monkeypatch.setattr(token_budget, "search_batch_size", refuse)
 
 
 # The search
@@ -73,7 +73,7 @@ def curve(overhead: float, each: float, bytes_each: int, holds: int = 1 << 30):
 )
 def test_search(overhead, room, holds, documents, ended, asked) -> None:
     measure, seen = curve(overhead, 1.0, 10, holds)
-    found = search(measure, room)
+    found = search_batch_size(measure, room)
     speeds = {n: n / (overhead + n) for n in seen if n <= holds}
     assert (found.documents, found.ended, seen) == (documents, ended, asked)
     assert speeds[documents] >= (1 - token_budget.WITHIN) * max(speeds.values())
@@ -82,11 +82,11 @@ def test_search(overhead, room, holds, documents, ended, asked) -> None:
 
 
 def test_search_where_not_even_one_fits() -> None:
-    assert search(curve(1.0, 1.0, 10, holds=0)[0], 1000) == (1, None, "memory")
+    assert search_batch_size(curve(1.0, 1.0, 10, holds=0)[0], 1000) == (1, None, "memory")
 
 
 def test_search_ends_at_the_most() -> None:
-    found = search(curve(1e6, 1.0, 1)[0], 10**12, most=64)
+    found = search_batch_size(curve(1e6, 1.0, 1)[0], 10**12, most=64)
     assert (found.documents, found.ended) == (64, "size")
 
 

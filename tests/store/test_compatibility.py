@@ -14,8 +14,8 @@ from funcattrib.store import Manifest, create_store, lay_out, merge_stores, open
 from funcattrib.store.compatibility import (
     check_gradients,
     check_leaves,
-    check_model,
     check_queries,
+    check_same_model,
     check_state,
     loss_differences,
 )
@@ -178,13 +178,13 @@ def test_losses_that_differ() -> None:
 def test_another_model_is_named() -> None:
     known = {"id": "tiny", "architecture": "A", "dtype": "float32", "fingerprint": FINGERPRINTS[0]}
     store = store_run.manifest(model=known)
-    check_model(store, {**known, "id": "elsewhere"})
+    check_same_model(store, {**known, "id": "elsewhere"})
     for changes, said in (
         ({"architecture": "B"}, "architecture A), found tiny with architecture B"),
         ({}, "fingerprint aaaaaaaaaaaa), found tiny with fingerprint bbbbbbbbbbbb"),
     ):
         with pytest.raises(FuncattribError, match=re.escape(said)):
-            check_model(store, {**known, **changes, "fingerprint": FINGERPRINTS[1]})
+            check_same_model(store, {**known, **changes, "fingerprint": FINGERPRINTS[1]})
 
 
 def test_gradients_that_do_not_fit_a_store() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from funcattrib.lift.factors import Factor, OneHot
 from funcattrib.lift.maps.base import GradientMap
 
-Part = tuple[Factor, Tensor | None] | tuple[Tensor]
+SavedPart = tuple[Factor, Tensor | None] | tuple[Tensor]
 """(rows, cols) of a use of the weight, or a formed gradient."""
 
 
@@ -20,7 +20,7 @@ Part = tuple[Factor, Tensor | None] | tuple[Tensor]
 class SavedFactors(GradientMap):
     """A map that saves the factors or gradients it receives, in ``parts``."""
 
-    parts: list[Part]
+    parts: list[SavedPart]
 
     @property
     def linear(self) -> bool:
@@ -51,7 +51,7 @@ class SavedFactors(GradientMap):
         raise AssertionError("factors are put aside as backward has them")
 
 
-def read_saved(gradient_map: GradientMap, parts: list[Part], examples: int) -> Tensor | None:
+def read_saved(gradient_map: GradientMap, parts: list[SavedPart], examples: int) -> Tensor | None:
     """Compute (E, …) coordinates of saved factors, summed over uses, in float32 at least; None where nothing was saved.
 
     Gradients formed one example at a time follow one another until they are ``examples``.
