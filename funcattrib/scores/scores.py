@@ -129,7 +129,8 @@ class Scores:
     def _whole(self) -> None:
         if self.kept is not None:
             raise FuncattribError(
-                f"{self.path} has the best {self.kept} scores of each query only; use topk, or read {kept_best.BEST_FILE}"
+                f"{self.path} has the best {self.kept} scores of each query only; use topk, or read "
+                f"{kept_best.BEST_FILE}"
             )
 
 
