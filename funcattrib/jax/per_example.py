@@ -26,7 +26,7 @@ from funcattrib.jax.dense import Lifted, Side, two_sided
 from funcattrib.jax.dlpack import to_jax, to_torch
 from funcattrib.jax.pytrees import name_of, take_apart, tensors_of
 from funcattrib.jax.uses import dense_kernels
-from funcattrib.lift import Composed, GradientMap, Measured, Readouts, TwoSided, readout, unpack
+from funcattrib.lift import GradientMap, Readouts, TwoSided, readout, unpack
 from funcattrib.types import Grads, PerExample
 
 Loss = Callable[[Any, Any], Any]
@@ -74,9 +74,13 @@ def _bind(loss: Loss, params: Any, lowered: Readouts | None, chunk: int) -> Call
     structure, arrays = take_apart(params)
     maps = {name: readout(name, TwoSided()) for name in arrays} if lowered is None else lowered
     device = next(iter(next(iter(arrays.values())).devices()))
-    split = {name: _split(how.map) for name, how in maps.items()}
-    sides = {name: _sides(pair, device) for name, (pair, _) in split.items() if not pair.is_identity}
-    behind = {name: rest for name, (_, rest) in split.items()}
+    sides: dict[str, Pair] = {}
+    behind: dict[str, GradientMap | None] = {}  # what torch reads of what the sides leave
+    for name, how in maps.items():
+        *pair, behind[name] = how.map.sides_first()
+        if any(side is not None for side in pair):
+            left, right = (None if side is None else to_jax(side, device) for side in pair)
+            sides[name] = left, right
     compute = partial(_gradients, loss, structure, tuple(arrays), tuple(maps), tuple(arrays.values()), sides)
     first: Any = None
 
@@ -151,24 +155,6 @@ def _probe(kernel: jax.Array, sides: Pair) -> jax.Array:
     """Return θ₀ = 0, (P, Q)."""
     shape = [n if side is None else side.shape[0] for side, n in zip(sides, kernel.shape, strict=True)]
     return jnp.zeros(shape, kernel.dtype)
-
-
-def _split(gradient_map: GradientMap) -> tuple[TwoSided, GradientMap | None]:
-    """Divide into the sides that JAX applies, and the map that torch applies to the result."""
-    if isinstance(gradient_map, TwoSided):
-        return gradient_map, None
-    if isinstance(gradient_map, Composed):
-        pair, rest = _split(gradient_map.first)
-        return pair, gradient_map.second if rest is None else Composed(rest, gradient_map.second)
-    if isinstance(gradient_map, Measured):
-        pair, rest = _split(gradient_map.inner)
-        return pair, Measured(rest or TwoSided(), gradient_map.measure)
-    return TwoSided(), gradient_map
-
-
-def _sides(pair: TwoSided, device: jax.Device) -> Pair:
-    left, right = (None if side is None else to_jax(side, device) for side in (pair.left, pair.right))
-    return left, right
 
 
 def _read(maps: Readouts, behind: Mapping[str, GradientMap | None], coordinates: Arrays) -> Grads:

@@ -9,6 +9,7 @@ makes it known to transformers under the name ``funcattrib``; a token that goes 
 Shapes: E examples, S tokens (each with one expert), X experts, O/I rows and columns of an expert's matrix.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from funcattrib.errors import FuncattribError
 from funcattrib.kernels.fold import fold, unfold
 
 NAME = "funcattrib"
+
+Read = Callable[[Tensor], Tensor]
 
 
 def expert_linear(
@@ -69,6 +72,27 @@ def expert_outer(
     return total
 
 
+def read_expert_outer(
+    rows: Float[Tensor, "E S P"],
+    cols: Float[Tensor, "E S Q"],
+    expert: Int[Tensor, "E S"],
+    experts: int,
+    read: Read | None = None,
+) -> Tensor:
+    """Return ``read`` of ``expert_outer``, (E, …), also inside vmap; not differentiated again.
+
+    Args:
+        read: sums (E, X, P, Q) → (E, …); None gives the sums themselves.
+
+    Example:
+        >>> rows, expert = torch.ones(2, 1, 3, 1), torch.tensor([[[0, 2, 0]], [[1, 1, 1]]])
+        >>> torch.vmap(read_expert_outer, (0, 0, 0, None))(rows, rows, expert, 3).flatten(1)
+        tensor([[2., 0., 1.],
+                [0., 3., 0.]])
+    """
+    return _ExpertOuter.apply(rows, cols, expert, experts, read)
+
+
 def register_experts() -> str:
     """Register the experts' forward with transformers; return the name for ``experts_implementation``."""
     ExpertsInterface.register(NAME, _interface)
@@ -113,7 +137,7 @@ class _ExpertLinear(torch.autograd.Function):
         d_weight = None
         if ctx.trained and ctx.needs_input_grad[1]:
             rows, cols = (x, g) if ctx.transposed else (g, x)
-            d_weight = _ExpertOuter.apply(rows[None], cols[None], expert[None], weight.shape[0])[0]
+            d_weight = read_expert_outer(rows[None], cols[None], expert[None], weight.shape[0])[0]
         return d_x, d_weight, None, None, None
 
     @staticmethod
@@ -125,11 +149,12 @@ class _ExpertLinear(torch.autograd.Function):
 
 
 class _ExpertOuter(torch.autograd.Function):
-    """``expert_outer`` with the vmapped axis folded into the examples; not differentiated again."""
+    """``expert_outer``, read by a function, with the vmapped axis folded into the examples."""
 
     @staticmethod
-    def forward(rows: Tensor, cols: Tensor, expert: Tensor, experts: int) -> Tensor:
-        return expert_outer(rows, cols, expert, experts)
+    def forward(rows: Tensor, cols: Tensor, expert: Tensor, experts: int, read: Read | None) -> Tensor:
+        formed = expert_outer(rows, cols, expert, experts)
+        return formed if read is None else read(formed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -139,7 +164,7 @@ class _ExpertOuter(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *operands: Any) -> tuple[Tensor, int]:
         size = info.batch_size
         folded = [fold(operand, axis, size) for operand, axis in zip(operands[:3], in_dims, strict=False)]
-        return unfold(_ExpertOuter.apply(*folded, operands[3]), size), 0
+        return unfold(_ExpertOuter.apply(*folded, *operands[3:]), size), 0
 
 
 def _by_expert(x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:

@@ -267,7 +267,10 @@ def traced(loss, params, batch):
     chain = fa.compose(per_example_grad, fa.project(4))
     spec = per_example_grad.spec(params)
     lowered, _ = lower(chain.stages, spec, chain.init(spec)[0])
-    sides = {name: per_example._sides(how.map, None) for name, how in lowered.items()}
+    sides = {
+        name: tuple(None if side is None else to_jax(side) for side in how.map.sides_first()[:2])
+        for name, how in lowered.items()
+    }
     compute = partial(per_example._gradients, loss, structure, tuple(arrays), tuple(arrays))
     return compute.func, (*compute.args, tuple(arrays.values()), sides, batch)
 

@@ -125,6 +125,10 @@ class GradientMap:
         """Divide into the map that takes tokens of a stack of experts (None for none), and the map after it."""
         return None, None if self.is_identity else self
 
+    def sides_first(self) -> tuple[Side, Side, "GradientMap | None"]:
+        """Divide into the left and right side that are applied to a gradient first, and the map after them."""
+        return None, None, None if self.is_identity else self
+
     def narrow(self, numbers: Sequence[int]) -> "GradientMap":
         """Return the map of some entries of the stacked gradients alone."""
         raise AssertionError(f"gradients are stacked by a split, not by {type(self).__name__}")
@@ -191,6 +195,10 @@ class Composed(GradientMap):
     def stack_first(self) -> tuple[Any, GradientMap | None]:
         stack, rest = self.first.stack_first()
         return stack, self.second if rest is None else self.second @ rest
+
+    def sides_first(self) -> tuple[Side, Side, GradientMap | None]:
+        left, right, rest = self.first.sides_first()
+        return left, right, self.second if rest is None else Composed(rest, self.second)
 
     def narrow(self, numbers: Sequence[int]) -> GradientMap:
         first = self.first.narrow(numbers) if self.second.per_entry else self.first

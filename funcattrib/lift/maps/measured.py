@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcattrib.lift.factors import Factor
+from funcattrib.lift.factors import Factor, Side
 from funcattrib.lift.maps.base import GradientMap, like
 from funcattrib.lift.maps.two_sided import TwoSided
 
@@ -64,3 +64,7 @@ class Measured(GradientMap):
     def stack_first(self) -> tuple[Any, GradientMap | None]:
         stack, rest = self.inner.stack_first()
         return stack, Measured(rest or TwoSided(), self.measure)
+
+    def sides_first(self) -> tuple[Side, Side, GradientMap | None]:
+        left, right, rest = self.inner.sides_first()
+        return left, right, Measured(rest or TwoSided(), self.measure)

@@ -24,6 +24,9 @@ class TwoSided(GradientMap):
     def row_side(self) -> Side:
         return self.left
 
+    def sides_first(self) -> tuple[Side, Side, GradientMap | None]:
+        return self.left, self.right, None
+
     def coordinates_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if len(shape) > 2:  # more axes have no sides: they are kept whole
             return shape

@@ -7,12 +7,10 @@ transform, with the vmapped axis folded into the examples.
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from funcattrib.errors import ChainError
-from funcattrib.kernels.experts import expert_linear, expert_outer
-from funcattrib.kernels.fold import fold, unfold
+from funcattrib.kernels.experts import expert_linear, read_expert_outer
 from funcattrib.lift.lifted import Lifted, Rule
 from funcattrib.lift.maps.base import GradientMap
 from funcattrib.lift.maps.experts import Stack
@@ -60,28 +58,8 @@ def _read(
     expert: Tensor,
 ) -> Tensor:
     g_ESO = g.reshape(examples, -1, g.shape[-1])
-    if transposed:
-        return _Read.apply(kept, stack.cols_of(g_ESO, expert), expert, rest, experts)
-    return _Read.apply(stack.rows_of(g_ESO, expert), kept, expert, rest, experts)
-
-
-class _Read(torch.autograd.Function):
-    """The coordinates (E, …) of tokens' factors; not differentiated again."""
-
-    @staticmethod
-    def forward(rows: Tensor, cols: Tensor, expert: Tensor, rest: Any, experts: int) -> Tensor:
-        formed = expert_outer(rows, cols, expert, experts)
-        return formed if rest is None else rest.from_gradient(formed)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *operands: Any) -> tuple[Tensor, int]:
-        size = info.batch_size
-        folded = [fold(operand, axis, size) for operand, axis in zip(operands[:3], in_dims, strict=False)]
-        return unfold(_Read.apply(*folded, *operands[3:]), size), 0
+    rows, cols = (kept, stack.cols_of(g_ESO, expert)) if transposed else (stack.rows_of(g_ESO, expert), kept)
+    return read_expert_outer(rows, cols, expert, experts, None if rest is None else rest.from_gradient)
 
 
 RULES: dict[Any, Rule] = {expert_linear: _expert_linear}
