@@ -75,7 +75,8 @@ class LazyMatrix:
                 return LazyMatrix(self._parts, self._stored, self._width, columns, (len(columns),))[rows]
         if isinstance(rows, int | np.integer):
             row = self._row(int(rows))
-            return self._slice(row, row + 1)[(0, *rest)]
+            one: np.ndarray = self._slice(row, row + 1)[(0, *rest)]
+            return one
         if isinstance(rows, slice):
             start, stop, step = rows.indices(len(self))
             found = self._slice(start, stop) if step == 1 else self._take(np.arange(start, stop, step))

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import torch
 from torch import Tensor
 
 from funcattrib.store import shards
@@ -70,7 +71,7 @@ class _Rows:
     def fill(self, sink: Sink) -> None:
         header = {"descr": STORAGE[self.dtype], "fortran_order": False, "shape": tuple(self.matrix.shape)}
         np.lib.format.write_array_header_1_0(sink, header)
-        for piece in self.matrix.split(max(1, _PIECE // self.matrix.shape[1])):
+        for piece in torch.split(self.matrix, max(1, _PIECE // self.matrix.shape[1])):
             encoded = encode(piece, self.dtype)
             sink.write(encoded.array.data)
             self.clipped += encoded.clipped

@@ -79,7 +79,7 @@ def _mean_squares(name: str, grad: Tensor) -> Tensor:
     if not leaf_shapes.is_stack(name, tuple(grad.shape[1:])):
         grad = grad.flatten(2)
     of_rows, of_cols = [], []
-    for part in grad.split(max(1, _TILE // grad.shape[-1]), -2):  # so many rows that their squares stay in cache
+    for part in torch.split(grad, max(1, _TILE // grad.shape[-1]), -2):  # so many rows that their squares stay in cache
         squares = float32_at_least(part).square()
         of_rows.append(squares.mean(-1))
         of_cols.append(squares.sum(-2))
@@ -94,7 +94,7 @@ def _map(name: str, moments: Tensor, shape: tuple[int, ...], eps: float) -> Grad
     """Return the map of diag(r)^-½ √mean(r) and diag(c)^-½; a row or column that never had a gradient stays zero."""
     if len(shape) == 1:
         return TwoSided(_inverse_root(moments, eps))
-    r, c = moments.split(list(leaf_shapes.sides(name, shape)), -1)
+    r, c = torch.split(moments, list(leaf_shapes.sides(name, shape)), -1)
     left, right = _inverse_root(r, eps) * r.mean(-1, keepdim=True).sqrt(), _inverse_root(c, eps)
     return leaf_shapes.normalisation(name, shape, left, right)
 

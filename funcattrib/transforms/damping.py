@@ -42,7 +42,8 @@ def inverse_power(
     added = damping if kind == "absolute" else damping * values.mean()
     base = torch.where(values > added, values, 0.0) if kind == "pseudoinverse" else values + added
     powers = torch.where((base > 0) & (values.amax() > 0), base**power, 0.0)
-    return (vectors * powers) @ vectors.T
+    powered: Tensor = (vectors * powers) @ vectors.T
+    return powered
 
 
 def without_rounding(eigenvalues: Float[Tensor, "D"]) -> Float[Tensor, "D"]:

@@ -163,7 +163,8 @@ def _apply(state: Preconditioner, grads: Grads, groups: Groups) -> Grads:
     result = {}
     for block, names in _blocks(grads, groups).items():
         product = times(_rows(grads, names), state.power[block])
-        for name, part in zip(names, product.split([math.prod(grads[n].shape[1:]) for n in names], 1), strict=True):
+        widths = [math.prod(grads[name].shape[1:]) for name in names]
+        for name, part in zip(names, torch.split(product, widths, 1), strict=True):
             result[name] = part.reshape(grads[name].shape).to(grads[name].dtype)
     return {name: result[name] for name in grads}
 
