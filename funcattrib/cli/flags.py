@@ -30,7 +30,7 @@ def with_flags(message: str, settings: Collection[str]) -> str:
 
     Example:
         >>> with_flags("use a smaller `projection_dim`, or `dtype='int8'`; see `docs`", {"projection_dim", "dtype"})
-        "use a smaller --projection-dim, or --dtype int8; see `docs`"
+        'use a smaller --projection-dim, or --dtype int8; see `docs`'
     """
 
     def flag(found: re.Match[str]) -> str:

@@ -141,9 +141,9 @@ def search_batch_size(measure: Callable[[int], Cost | None], room: int, most: in
         most: documents to try at the most.
 
     Example:
-        >>> search(lambda n: Cost(seconds=0.1 + 0.01 * n, peak=n << 20), room=100 << 20).documents
+        >>> search_batch_size(lambda n: Cost(seconds=0.1 + 0.01 * n, peak=n << 20), room=100 << 20).documents
         64
-        >>> search(lambda n: Cost(seconds=0.1 * n, peak=n << 20), room=100 << 20).documents
+        >>> search_batch_size(lambda n: Cost(seconds=0.1 * n, peak=n << 20), room=100 << 20).documents
         1
     """
     tried: dict[int, Cost] = {}

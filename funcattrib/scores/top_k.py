@@ -47,7 +47,7 @@ def keep_best(best: Best, scores: Float[Tensor, "B K"], start: int, count: int) 
     Scores that are NaN or infinite are left out: their gradient says nothing. Of equal scores the lower row is first.
 
     Example:
-        >>> fold(nothing(1), torch.tensor([[1.0], [float("nan")], [3.0], [3.0]]), 10, 2).rows
+        >>> keep_best(nothing(1), torch.tensor([[1.0], [float("nan")], [3.0], [3.0]]), 10, 2).rows
         tensor([[12, 13]])
     """
     columns = scores.T.to(torch.float32)
