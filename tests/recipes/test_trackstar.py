@@ -109,3 +109,17 @@ def test_the_experts_of_a_mixture_are_preconditioned_each_by_itself(tmp_path) ->
     assert sum("#e" in name for name in leaves) == 2 * 2 * 4
     assert {leaf.shape for leaf in leaves.values()} == {(4, 4)}
     assert np.abs(np.asarray(scores)).max() <= 1 + 1e-5
+
+
+def test_a_model_by_name_or_as_a_loss_scores_alike(tmp_path) -> None:
+    model = cases.causal("llama")
+    model.save_pretrained(tmp_path / "model")
+    data, queries = records((6,) * 10, 1), records((6,) * 3, 2)
+    common = {"projection_dim": 4, "dtype": "float32", "quiet": True}
+    expected = np.asarray(trackstar(model, data, queries, path=tmp_path / "module", **common))
+    named = trackstar(str(tmp_path / "model"), data, queries, path=tmp_path / "named", **common)
+    np.testing.assert_array_equal(np.asarray(named), expected)
+    loss, params = fa.causal_lm_loss(model, kind="log_odds", modules=blocks_and_head(model))
+    data, queries = ([{**row, "labels": row["input_ids"]} for row in rows] for rows in (data, queries))
+    scores = trackstar((loss, params), data, queries, path=tmp_path / "loss", **common)
+    np.testing.assert_allclose(np.asarray(scores), expected, atol=1e-5)
