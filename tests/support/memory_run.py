@@ -161,7 +161,7 @@ def fake_cost(asked: list[int]) -> Callable[[int], token_budget.Cost]:
 
 def untried(folder: Path, out: str, *words: str) -> dict:
     """The command, which makes no trial."""
-    with mock.patch.object(token_budget, "search", side_effect=AssertionError("a trial was made")):
+    with mock.patch.object(token_budget, "search_batch_size", side_effect=AssertionError("a trial was made")):
         return run(folder, "build", out, *words)
 
 

@@ -103,8 +103,8 @@ def test_inner_products_are_kept_on_average(sparsity: int) -> None:
     b = {name: a[name] + 0.3 * b[name] for name in a}
     products = []
     for seed in range(400):
-        apply = fa.sketch(24, seed=seed, sparsity=sparsity).apply
-        products.append(float((apply(None, a)["sketch"] * apply(None, b)["sketch"]).sum()))
+        stage = fa.sketch(24, seed=seed, sparsity=sparsity)
+        products.append(float((stage(None, a)["sketch"] * stage(None, b)["sketch"]).sum()))
     products = torch.tensor(products)
     exact = sum(float((a[name] * b[name]).sum()) for name in a)
     assert abs(float(products.mean()) - exact) < 4 * float(products.std()) / 400**0.5
