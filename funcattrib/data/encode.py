@@ -75,7 +75,10 @@ def encode(
             labels.append(row)
             continue
         if offsets_wanted:
-            counted = _covered(np.array(found["offset_mapping"][number], np.int64).reshape(-1, 2), document.spans)
+            offsets = np.array(found["offset_mapping"][number], np.int64).reshape(-1, 2)
+            # A blank at the very beginning is trimmed to (0, 0) as well, where special tokens are.
+            offsets[(offsets[:, 1] == 0) & ~np.isin(row, tokenizer.all_special_ids)] = 0, 1
+            counted = _covered(offsets, document.spans)
         else:
             counted = _covered_by_prefixes(row, document, tokenizer, settings)
         labels.append(np.where(counted, row, np.int32(IGNORED)))

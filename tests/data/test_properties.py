@@ -2,7 +2,7 @@
 
 import datasets
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from funcattrib.data import Columns, Rows, collate, plan, tokenize
@@ -53,6 +53,8 @@ def test_rows_are_the_tokenizers_own(texts):
 
 @settings(max_examples=100, deadline=None)
 @given(TEXTS, TEXTS)
+@example("", " ")
+@example("", "  a")
 def test_the_labelled_tokens_hold_the_completion(prompt, completion):
     data = datasets.Dataset.from_dict({"p": [prompt], "c": [completion]})
     row = tokenize(data, TOKENIZER, Columns("p", "c"), max_length=999, truncation=False).dataset[0]
