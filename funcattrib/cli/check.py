@@ -32,6 +32,5 @@ def run(config: Check) -> int | None:
 
     loaded = load_from(config.model)
     verdict = check_model(loaded.model, config.lengths, config.projection_dim, config.modules or None)
-    for line in verdict.lines():
-        print(with_flags(line, setting_names(Build)))  # its advice is for a build
+    print(with_flags("\n".join(verdict.lines()), setting_names(Build)))  # its advice is for a build
     return None if verdict.passed else 1

@@ -1,6 +1,6 @@
 """The model and the documents that a command's flags ask for."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 import torch.distributed as dist
@@ -59,13 +59,9 @@ def shards_of(device: torch.device, ranks: int | None = None, offload: bool = Fa
 
 def source_of(loaded: Loaded, data: DataConfig) -> Source:
     """Return which documents are read, and what of the loaded model belongs to them."""
-    return Source(
+    return replace(
+        _documents(data),
         tokenizer=loaded.tokenizer,
-        columns=columns_of(data),
-        split=data.split,
-        subset=data.subset,
-        truncation=data.truncation,
-        max_length=data.max_length,
         model_name=loaded.name,
         revision=loaded.revision,
         reference_model=loaded.reference,
@@ -74,20 +70,17 @@ def source_of(loaded: Loaded, data: DataConfig) -> Source:
 
 def source_of_checkpoints(checkpoints: CheckpointConfig, data: DataConfig) -> Source:
     """Return which documents are read, and how the checkpoints are loaded."""
+    return replace(_documents(data), tokenizer=checkpoints.tokenizer, loading=load_options(checkpoints))
+
+
+def _documents(data: DataConfig) -> Source:
     return Source(
-        tokenizer=checkpoints.tokenizer,
-        columns=columns_of(data),
+        columns=Columns(**{field.name: getattr(data, field.name) for field in fields(Columns)}),
         split=data.split,
         subset=data.subset,
         truncation=data.truncation,
         max_length=data.max_length,
-        loading=load_options(checkpoints),
     )
-
-
-def columns_of(data: DataConfig) -> Columns:
-    """Return which columns of the documents are read."""
-    return Columns(**{field.name: getattr(data, field.name) for field in fields(Columns)})
 
 
 def query_columns(data: DataConfig, queries: QueryColumns) -> Columns:

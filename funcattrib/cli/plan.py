@@ -118,6 +118,5 @@ def run(config: Plan) -> int | None:
         disk=config.disk_bandwidth,
         device=config.device,
     )
-    for line in plan_lines(sizes, asked, machine):
-        print(with_flags(line, setting_names(Plan)))
+    print(with_flags("\n".join(plan_lines(sizes, asked, machine)), setting_names(Plan)))
     return None

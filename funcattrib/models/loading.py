@@ -109,8 +109,8 @@ def load_model(
             else:
                 model = _whole(name, source, precision, target, options)
     if base is not None:
-        settings = {"precision": precision, "device": device, "trust_remote_code": trust_remote_code, "shards": shards}
-        loaded = load_model(base.name, revision=base.revision, **settings)  # type: ignore[arg-type]
+        same = LoadOptions(precision, device, trust_remote_code, shards)
+        loaded = load_model(base.name, revision=base.revision, **same._asdict())
         with readable(name, source):
             model = adapter_on(loaded.model, source, revision)
         words = _own_tokenizer(name, tokenizer, options) or loaded.tokenizer

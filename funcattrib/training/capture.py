@@ -229,17 +229,17 @@ def _standing_in(places: Places, leaves: Mapping[str, Tensor]) -> Iterator[None]
 def _repeated_alike(model: nn.Module, within: Callable[[], Any]) -> Iterator[None]:
     """Repeat with the same leaves what gradient checkpointing repeats of this forward pass in backward."""
     name = "_gradient_checkpointing_func"
-    original = [
+    checkpoints = [
         (vars(module), vars(module)[name])
         for module in model.modules()
         if getattr(module, "gradient_checkpointing", False) and name in vars(module)
     ]
     try:
-        for attributes, checkpoint in original:
+        for attributes, checkpoint in checkpoints:
             attributes[name] = partial(_checkpoint, checkpoint, within)
         yield
     finally:
-        for attributes, checkpoint in original:
+        for attributes, checkpoint in checkpoints:
             attributes[name] = checkpoint
 
 

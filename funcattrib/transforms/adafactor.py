@@ -9,17 +9,15 @@ It is a linear map with two diagonal sides, so before a projection it costs noth
 References: Adafactor, arXiv 1804.04235; TrackStar, arXiv 2410.17413.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from funcattrib.chain.transform import State, Transform, finalize_nothing, observe_nothing
+from funcattrib.chain.transform import State, Transform
 from funcattrib.errors import ChainError
 from funcattrib.kernels.safe_norm import float32_at_least
 from funcattrib.lift import GradientMap, Readouts, TwoSided, readout
 from funcattrib.transforms import leaf_shapes
-from funcattrib.transforms.moments import Moment, Moments, add_up, average, entries, factors, measured, start
+from funcattrib.transforms.moments import Moment, Moments, entries, factors, moment_norm, start
 from funcattrib.types import Leaf, Spec
 
 _TILE = 1 << 18
@@ -42,15 +40,8 @@ def adafactor_norm(moments: Moments | None = None, eps: float = 1e-30) -> Transf
         >>> stage(state, {"w": torch.ones(1, 2, 1)})["w"].flatten()
         tensor([1., 1.])
     """
-    given = moments is not None
-    return Transform(
-        "adafactor_norm",
-        settings={"eps": eps},
-        init=partial(_init_adafactor, moments),
-        statistics=None if given else partial(measured, _mean_squares),
-        observe=observe_nothing if given else add_up,
-        finalize=finalize_nothing if given else average,
-        maps=partial(_maps_adafactor, eps=eps),
+    return moment_norm(
+        "adafactor_norm", moments, eps, init=_init_adafactor, statistic=_mean_squares, maps=_maps_adafactor
     )
 
 

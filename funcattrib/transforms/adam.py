@@ -11,14 +11,13 @@ trained with Adam can be fitted, and small terms are not lost in long passes.
 Reference: Adam, arXiv 1412.6980.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from funcattrib.chain.transform import State, Transform, finalize_nothing, observe_nothing
+from funcattrib.chain.transform import State, Transform
+from funcattrib.kernels.safe_norm import float32_at_least
 from funcattrib.lift import GradientMap, Readouts, Scale, TwoSided, readout
-from funcattrib.transforms.moments import Moment, Moments, add_up, average, entries, measured, start
+from funcattrib.transforms.moments import Moment, Moments, entries, moment_norm, start
 from funcattrib.types import Leaf, Spec
 
 
@@ -39,16 +38,7 @@ def adam_norm(moments: Moments | None = None, eps: float = 1e-8) -> Transform:
         >>> stage(state, {"w": torch.ones(1, 1, 2)})["w"]
         tensor([[[0.5000, 2.0000]]])
     """
-    given = moments is not None
-    return Transform(
-        "adam_norm",
-        settings={"eps": eps},
-        init=partial(_init, moments),
-        statistics=None if given else partial(measured, _squares),
-        observe=observe_nothing if given else add_up,
-        finalize=finalize_nothing if given else average,
-        maps=partial(_maps, eps=eps),
-    )
+    return moment_norm("adam_norm", moments, eps, init=_init, statistic=_squares, maps=_maps)
 
 
 def _init(moments: Moments | None, spec: Spec) -> tuple[State, Spec]:
@@ -64,7 +54,7 @@ def _squares(name: str, grad: Tensor) -> Tensor:
 
     One tensor of the weight's shape, seen B times, so that squares do not add up to (B, every parameter).
     """
-    squares = grad.to(torch.promote_types(grad.dtype, torch.float32)).square()
+    squares = float32_at_least(grad).square()
     return squares.mean(0, keepdim=True).expand_as(squares)
 
 

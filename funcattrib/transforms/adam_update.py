@@ -18,6 +18,7 @@ from torch import Tensor
 
 from funcattrib.chain.transform import State, Transform, apply_nothing
 from funcattrib.errors import ChainError
+from funcattrib.kernels.safe_norm import float32_at_least
 from funcattrib.lift import Readouts, readout
 from funcattrib.lift.maps.elementwise import Elementwise
 from funcattrib.types import Spec
@@ -98,7 +99,7 @@ def _updates(then: Transform | None, state: State, spec: Spec) -> Readouts:
 
 def _update(gradient: Tensor, first: Tensor, second: Tensor, rates: Tensor) -> Tensor:
     """Compute the update, at least in float32: squares of small gradients vanish in float16."""
-    g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    g = float32_at_least(gradient)
     b, d, eps, a, c = rates.to(g.dtype)
     root = torch.addcmul((g * d).mul_(g), second.to(g.dtype), c).sqrt_().add_(eps)
     return torch.addcmul(g * b, first.to(g.dtype), a).div_(root).to(gradient.dtype)

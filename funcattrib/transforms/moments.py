@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from funcattrib.chain.transform import State
+from funcattrib.chain.transform import State, Transform, finalize_nothing, observe_nothing
 from funcattrib.errors import ChainError
 from funcattrib.lift import Measured, Readouts, TwoSided, readout
 from funcattrib.types import Grads, Leaf, Spec
@@ -22,6 +22,35 @@ from funcattrib.types import Grads, Leaf, Spec
 Moment = tuple[Tensor, Tensor] | Tensor
 Moments = Mapping[str, Moment]
 """Parameter name → (r (O,), c (I,)) or v (O, I) of a matrix, v (n,) of a vector; a stack's axis comes before."""
+
+
+def moment_norm(
+    name: str,
+    moments: Moments | None,
+    eps: float,
+    *,
+    init: Callable[[Moments | None, Spec], tuple[State, Spec]],
+    statistic: Callable[[str, Tensor], Tensor],
+    maps: Callable[..., Readouts],
+) -> Transform:
+    """Return the stage that divides by the root of second moments, given or fitted in a pass.
+
+    Args:
+        moments: in place of the pass.
+        init: (moments, spec) → the first state and the spec.
+        statistic: a leaf's name and gradients (B, *shape) → the squares that are averaged.
+        maps: (state, spec, eps) → the map of each leaf.
+    """
+    given = moments is not None
+    return Transform(
+        name,
+        settings={"eps": eps},
+        init=partial(init, moments),
+        statistics=None if given else partial(measured, statistic),
+        observe=observe_nothing if given else add_up,
+        finalize=finalize_nothing if given else average,
+        maps=partial(maps, eps=eps),
+    )
 
 
 def start(spec: Spec, moments: Moments | None, of: Callable[[str, Leaf, Moment | None], Tensor]) -> State:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcattrib.kernels.safe_norm import float32_at_least
 from funcattrib.lift.factors import Factor, OneHot
 from funcattrib.lift.maps.base import GradientMap
 
@@ -74,5 +75,5 @@ def read_saved(gradient_map: GradientMap, parts: list[SavedPart], examples: int)
 
 def _wide(factor: Factor) -> Factor:
     if isinstance(factor, Tensor):
-        return factor.to(torch.promote_types(factor.dtype, torch.float32))
+        return float32_at_least(factor)
     return factor if factor.weight is None else factor._replace(weight=factor.weight.float())

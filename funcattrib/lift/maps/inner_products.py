@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from funcattrib.kernels.safe_norm import float32_at_least
 from funcattrib.lift.factors import Factor, OneHot, dense_along, outer
 from funcattrib.lift.maps.base import GradientMap, like
 
@@ -75,7 +76,7 @@ class InnerProducts(GradientMap):
 
     def from_gradient(self, gradient: Tensor) -> Tensor:
         """Compute the products of formed gradients."""
-        flat = _wide(gradient.flatten(1))
+        flat = float32_at_least(gradient.flatten(1))
         products = flat @ self.queries.flatten(1).to(flat).T
         if not self.norm:
             return products
@@ -95,7 +96,7 @@ def _contract(queries: Tensor, rows: Factor, cols: Tensor) -> Tensor:
     """Compute Σ_n rows_nᵀ Q_k cols_n, (E, K)."""
     if not len(queries):
         return cols.new_zeros(cols.shape[0], 0)
-    cols = _wide(cols)
+    cols = float32_at_least(cols)
     if isinstance(rows, OneHot):
         scaled = cols if rows.weight is None else cols * rows.weight[..., None]
         return torch.stack([(query[rows.ids] * scaled).flatten(1).sum(1) for query in queries], 1)
@@ -104,16 +105,11 @@ def _contract(queries: Tensor, rows: Factor, cols: Tensor) -> Tensor:
 
 def _squared_norm(rows: Factor, cols: Tensor) -> Tensor:
     """Compute the squared norm of Σ_n rows_n colsᵀ_n, (E, 1), from the tokens' inner products."""
-    cols = _wide(cols)
+    cols = float32_at_least(cols)
     if isinstance(rows, OneHot):
         of_rows = (rows.ids[..., :, None] == rows.ids[..., None, :]).to(cols.dtype)
         if rows.weight is not None:
             of_rows = of_rows * rows.weight[..., :, None] * rows.weight[..., None, :]
     else:
-        of_rows = _wide(rows) @ _wide(rows).mT
+        of_rows = float32_at_least(rows) @ float32_at_least(rows).mT
     return (of_rows * (cols @ cols.mT)).flatten(1).sum(1, keepdim=True).clamp(min=0)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """Convert to float32 at least: scores are sums over many small products."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
