@@ -1,6 +1,7 @@
 """Lifting a functional parameter dict: W becomes W + C*(θ) for every parameter that is read."""
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -80,7 +81,7 @@ def unpack(lowered: Readouts, coordinates: Mapping[str, Tensor]) -> dict[str, Te
 def from_gradients(maps: Readouts, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the leaves that maps read of formed gradients, name → (B, …): what no operation was tapped for.
 
-    Parameters that share a probe add up in it, in the type of the first.
+    Parameters that share a probe add up in it, in the widest of their types.
     """
     read: dict[str, list[Tensor]] = {}
     for name, (gradient_map, probe, _) in maps.items():
@@ -89,8 +90,10 @@ def from_gradients(maps: Readouts, gradients: Mapping[str, Tensor]) -> dict[str,
 
 
 def _added(parts: Sequence[Tensor]) -> Tensor:
-    first, *others = parts
-    return torch.stack([first, *(part.to(first.dtype) for part in others)]).sum(0) if others else first
+    if len(parts) == 1:
+        return parts[0]
+    widest = reduce(torch.promote_types, (part.dtype for part in parts))
+    return torch.stack([part.to(widest) for part in parts]).sum(0)
 
 
 def extend(maps: Mapping[str, Readout], stage: Readouts) -> dict[str, Readout] | None:

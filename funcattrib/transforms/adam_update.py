@@ -58,9 +58,7 @@ def adam_update(states: Mapping[str, AdamState], then: Transform | None = None) 
         tensor([[ 1., -1.]])
     """
     if then is not None and (then.maps is None or then.apply is not apply_nothing):
-        raise ChainError(
-            f"then= of adam_update must be a linear stage, and {then.name} is not; put it after adam_update"
-        )
+        raise _not_linear(then)
     return Transform(
         "adam_update",
         settings={"then": None if then is None else then.describe()},
@@ -86,7 +84,13 @@ def _init(states: Mapping[str, AdamState], then: Transform | None, spec: Spec) -
     following, result = (None, spec) if then is None else then.init(spec)
     if then is not None and list(result) != list(spec):
         raise ChainError(f"cannot be followed by then={then.describe()}, which joins or divides leaves")
+    if then is not None and then.linear_maps(following, spec) is None:  # maps that are not linear say so once made
+        raise _not_linear(then)
     return {"adam": kept, "then": following}, result
+
+
+def _not_linear(then: Transform) -> ChainError:
+    return ChainError(f"then= of adam_update must be a linear stage, and {then.name} is not; put it after adam_update")
 
 
 def _updates(then: Transform | None, state: State, spec: Spec) -> Readouts:

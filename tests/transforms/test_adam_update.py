@@ -87,6 +87,8 @@ def test_states_that_do_not_fit_are_refused(tmp_path) -> None:
             fa.compose(fa.per_example_grad, adam_update(given))(loss, params, BATCH)
     with pytest.raises(fa.ChainError, match="must be a linear stage, and unit_norm is not"):
         adam_update(states, then=fa.unit_norm())
+    with pytest.raises(fa.ChainError, match="must be a linear stage, and adam_update is not"):
+        fa.compose(fa.per_example_grad, adam_update(states, then=adam_update(states)))(loss, params, BATCH)
     with pytest.raises(fa.ChainError, match="joins or divides"):
         fa.compose(fa.per_example_grad, adam_update(states, then=fa.sketch(4)))(loss, params, BATCH)
     torch.save(torch.optim.SGD(model.parameters(), momentum=0.9).state_dict(), tmp_path / "optimizer.pt")

@@ -179,3 +179,14 @@ def test_scores_in_half_precision_are_float32_and_do_not_overflow(dtype, setting
     expected = 150.0 * 1200 / (150.0 * 1200**0.5 if settings else 1.0)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, torch.full((2, 2), expected), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("names", [("single", "double"), ("double", "single")])
+def test_leaves_of_two_dtypes_add_up_in_the_wider(names) -> None:
+    dtypes = {"single": torch.float32, "double": torch.float64}
+    grads = {name: torch.full((2, 3), 1 + 2**-30, dtype=dtypes[name]) for name in names}
+    stage = fa.inner_products({name: torch.ones(1, 3, dtype=dtypes[name]) for name in names})
+    state, spec = stage.init({name: fa.Leaf((3,), dtypes[name]) for name in names})
+    scores = stage(state, grads)["scores"]
+    assert scores.dtype == spec["scores"].dtype == torch.float64
+    torch.testing.assert_close(scores, torch.full((2, 1), 6 + 3 * 2**-30, dtype=torch.float64), rtol=1e-15, atol=0)
