@@ -28,7 +28,7 @@ from funcattrib.data import Columns
 from funcattrib.data.documents import Records
 from funcattrib.kernels.safe_norm import divisors
 from funcattrib.models.selection import choose
-from funcattrib.runs.collect import collect_gradients
+from funcattrib.runs.collect import collect_both
 from funcattrib.runs.config import FittedConfig
 from funcattrib.runs.default_chain import projection_of
 from funcattrib.runs.prepare import Model, load_named
@@ -104,18 +104,14 @@ def trackstar(
     normalizer = adafactor_norm(moments) if moments is not None else adafactor_norm()
     experts = [split_experts()] if _has_stacks(model, gradients) else []  # each has a Gram matrix of its own
     chain = compose(per_example_grad, normalizer, *experts, *projection_of(gradients))
-    rows = as_gradient_config(gradients)
-    train = collect_gradients(
-        model, data, path=path / PARTS / "train", chain=chain, source=source, gradients=rows, overwrite=overwrite
-    )
-    query = collect_gradients(
+    train, query = collect_both(
         model,
+        data,
         query_data,
-        path=path / PARTS / "query",
+        path=path / PARTS,
         chain=chain,
-        state=train.path,
-        source=source.for_queries(query_columns, query_split),
-        gradients=rows,
+        sources=(source, source.for_queries(query_columns, query_split)),
+        gradients=as_gradient_config(gradients),
         overwrite=overwrite,
     )
     mine = owned({name: math.prod(leaf.shape) for name, leaf in train.leaves.items()}, here)

@@ -26,7 +26,7 @@ from funcattrib.checkpoints.training_run import Shapes, check_same, shapes_of
 from funcattrib.data import IGNORED, Columns
 from funcattrib.data.documents import Documents, Records
 from funcattrib.errors import FuncattribError
-from funcattrib.runs.collect import collect_gradients
+from funcattrib.runs.collect import collect_both
 from funcattrib.runs.config import GradientConfig, RowConfig, refuse
 from funcattrib.runs.default_chain import projection_of
 from funcattrib.runs.prepare import Model, load_named, prepare, shard_rows
@@ -114,29 +114,18 @@ def trak(
         seed, part = gradients.seed + number, path / PARTS / str(number)
         chain = compose(per_example_grad, *projection_of(gradients, seed), sketch(sketch_dim, seed=seed))
         per_token = _weights(model, data, here, rows_config, chain) if per_token is None else per_token
-        train.append(
-            collect_gradients(
-                model,
-                data,
-                path=part / "train",
-                chain=chain,
-                source=here,
-                gradients=rows_config,
-                overwrite=overwrite,
-            )
+        both = collect_both(
+            model,
+            data,
+            query_data,
+            path=part,
+            chain=chain,
+            sources=(here, here.for_queries(query_columns, query_split)),
+            gradients=rows_config,
+            overwrite=overwrite,
         )
-        query.append(
-            collect_gradients(
-                model,
-                query_data,
-                path=part / "query",
-                chain=chain,
-                state=train[-1].path,
-                source=here.for_queries(query_columns, query_split),
-                gradients=rows_config,
-                overwrite=overwrite,
-            )
-        )
+        train.append(both[0])
+        query.append(both[1])
         del model  # before the next is loaded
     assert per_token is not None
     rows = len(train[0])

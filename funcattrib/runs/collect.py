@@ -6,6 +6,7 @@ documents → batches by length → chain (one backward pass a batch) → rows i
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -86,6 +87,30 @@ def collect_gradients(
     if not source.quiet and prepared.work.world.is_rank_zero:
         _warn(store)
     return store
+
+
+def collect_both(
+    model: Model,
+    data: Records | str,
+    query_data: Records | str,
+    *,
+    path: Path,
+    chain: Chain,
+    sources: tuple[Source, Source],
+    gradients: GradientConfig,
+    overwrite: bool,
+) -> tuple[GradientStore, GradientStore]:
+    """Store the gradients of documents and of queries, in ``train`` and ``query``, with one chain and one state.
+
+    Args:
+        sources: of the documents and of the queries.
+
+    Raises:
+        FuncattribError: as ``collect_gradients``, whose other arguments these are.
+    """
+    collect = partial(collect_gradients, model, chain=chain, gradients=gradients, overwrite=overwrite)
+    train = collect(data, path=path / "train", source=sources[0])
+    return train, collect(query_data, path=path / "query", source=sources[1], state=train.path)
 
 
 def fit_chain(

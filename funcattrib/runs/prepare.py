@@ -70,7 +70,8 @@ def prepare(
         FuncattribError: bad input of any kind.
     """
     model, source = load_named(model, source)
-    reference = _reference(model, source)
+    reference = source.reference_model
+    assert not isinstance(reference, str), "load_named has loaded it"
     loss, params, module, identity, corpus = (
         _own_loss(model, data, source, per_example_grad if chain is None else chain.started())
         if isinstance(model, tuple)
@@ -158,19 +159,25 @@ _Parts = tuple[Loss, Mapping[str, Tensor], nn.Module | Params, dict[str, Any], C
 
 
 def load_named(model: Model | Path, source: Source) -> tuple[nn.Module | tuple[Loss, Params], Source]:
-    """Return the model, and the source with its tokenizer and name: both are loaded where they are names.
+    """Return the model, and the source with its name, tokenizer and reference model: each is loaded where it is a name.
 
     Raises:
-        FuncattribError: no causal language model of that name, or no tokenizer.
+        FuncattribError: no causal language model of that name, or no tokenizer; (loss, params) with a reference model.
     """
     if isinstance(model, str | Path):
         named = source.tokenizer if isinstance(source.tokenizer, str) else None
         loaded = load_model(str(model), tokenizer=named, revision=source.revision, **source.loading._asdict())
         tokenizer = loaded.tokenizer if named or source.tokenizer is None else source.tokenizer
-        return loaded.model, replace(source, tokenizer=tokenizer, model_name=loaded.name)
-    if isinstance(source.tokenizer, str):
+        model, source = loaded.model, replace(source, tokenizer=tokenizer, model_name=loaded.name)
+    elif isinstance(source.tokenizer, str):
         options = {"trust_remote_code": source.loading.trust_remote_code}
-        return model, replace(source, tokenizer=load_tokenizer(source.tokenizer, options))
+        source = replace(source, tokenizer=load_tokenizer(source.tokenizer, options))
+    if isinstance(model, tuple) and (source.loss_function is not None or source.reference_model is not None):
+        raise FuncattribError(
+            "(loss, params) cannot be combined with `loss` or `reference_model`; give a model, or leave these out"
+        )
+    if isinstance(model, nn.Module) and isinstance(source.reference_model, str):
+        source = replace(source, reference_model=_beside(model, source.reference_model))
     return model, source
 
 
@@ -209,25 +216,17 @@ def _described(corpus: Corpus, row: int) -> str:
     return f"row {row}{'' if name == str(row) else f' (id {name})'} of {int(corpus.lengths[row]):,} tokens"
 
 
-def _reference(model: nn.Module | tuple[Loss, Params], source: Source) -> nn.Module | None:
-    """The reference model, loaded where the model is and in its precision."""
-    if not isinstance(source.reference_model, str):
-        return source.reference_model
-    if not isinstance(model, nn.Module):
-        return None  # refused with what else belongs to a model
+def _beside(model: nn.Module, name: str) -> nn.Module:
+    """Load another model where ``model`` is, in its precision."""
     weight = next(model.parameters())
     precision = PRECISIONS[str(weight.dtype).removeprefix("torch.")]
-    return load_model(source.reference_model, device=str(weight.device), precision=precision).model
+    return load_model(name, device=str(weight.device), precision=precision).model
 
 
 def _own_loss(
     model: tuple[Loss, Params], data: Records | str, source: Source, gradients: per_example.GradientSource
 ) -> _Parts:
     loss, params = model
-    if source.loss_function is not None or source.reference_model is not None:
-        raise FuncattribError(
-            "(loss, params) cannot be combined with `loss` or `reference_model`; give a model, or leave these out"
-        )
     if not callable(loss):
         raise FuncattribError(f"expected a loss function and its parameters, found {type(loss).__name__} for the loss")
     tensors = gradients.named(params)
