@@ -60,7 +60,11 @@ def encode(
     limits: dict[str, Any] = {"truncation": True, "max_length": max_length} if cut_here else {}
     try:
         found = tokenizer(
-            [document.text for document in documents], return_offsets_mapping=offsets_wanted, **settings, **limits
+            [document.text for document in documents],
+            return_offsets_mapping=offsets_wanted,
+            return_special_tokens_mask=offsets_wanted,
+            **settings,
+            **limits,
         )
     except Exception as error:  # the Rust tokenizers raise bare Exception
         raise DataError(
@@ -76,8 +80,9 @@ def encode(
             continue
         if offsets_wanted:
             offsets = np.array(found["offset_mapping"][number], np.int64).reshape(-1, 2)
-            # A blank at the very beginning is trimmed to (0, 0) as well, where special tokens are.
-            offsets[(offsets[:, 1] == 0) & ~np.isin(row, tokenizer.all_special_ids)] = 0, 1
+            # A blank at the very beginning is trimmed to (0, 0) as well, where added special tokens are.
+            added = np.array(found["special_tokens_mask"][number], bool)
+            offsets[(offsets[:, 1] == 0) & ~added] = 0, 1
             counted = _covered(offsets, document.spans)
         else:
             counted = _covered_by_prefixes(row, document, tokenizer, settings)
