@@ -25,7 +25,7 @@ def bind(
     params: Params,
     state: tuple[State, ...] | None = None,
 ) -> Callable[[Batch], PerExample]:
-    """Return the stages behind a source as a function of the batch alone, lowered once.
+    """Return the stages after a source as a function of the batch alone, lowered once.
 
     Raises:
         ChainError: no state for stages that must be fitted, or other stages'.

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcattrib.kernels.head_tokens import Operands
 from funcattrib.kernels.linear_cross_entropy import Reference, head_loss, linear_cross_entropy
 from funcattrib.kernels.logit_loss import Head
 from tests.support.sweeps import crossed
+from tests.support.tensor_sizes import tensor_sizes
 
 EXAMPLES, TOKENS, WIDTH, VOCABULARY = 3, 200, 8, 37  # more tokens than one chunk
 
@@ -157,15 +157,7 @@ def test_gradients_of_the_weight_are_summed_as_they_come() -> None:
     hidden = torch.randn(examples, 4, width)
     weight = torch.randn(vocabulary, width, requires_grad=True)
     loss = linear_cross_entropy(hidden, weight, torch.randint(0, vocabulary, (examples, 4))).sum()
-    made = []
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            made.append(out.numel() if isinstance(out, Tensor) else 0)
-            return out
-
-    with Sizes():
+    with tensor_sizes() as made:
         torch.autograd.grad(loss, weight)
     assert max(made) <= max(vocabulary * width, 2 * 128 * vocabulary)
 

@@ -9,13 +9,13 @@ from functools import cache
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcattrib as fa
 from funcattrib.kernels.linear_cross_entropy import Reference, linear_cross_entropy
 from funcattrib.kernels.logit_loss import Head
 from tests.models.test_families import InFloat64, worst
 from tests.support import cases
+from tests.support.tensor_sizes import tensor_sizes
 
 LENGTHS = (9, 5, 12, 2)
 
@@ -209,17 +209,9 @@ def test_an_advantage_multiplies_the_loss() -> None:
 
 
 def test_no_logits_of_either_model_are_in_memory() -> None:
-    made = []
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            made.append(out.numel() if isinstance(out, Tensor) else 0)
-            return out
-
     hidden, weight = torch.randn(4, 512, 8, requires_grad=True), torch.randn(1000, 8)
     reference = Reference(torch.randn(4, 512, 16), torch.randn(1000, 16))
     target = torch.randint(0, 1000, (4, 512))
-    with Sizes():
+    with tensor_sizes() as made:
         linear_cross_entropy(hidden, weight, target, head=Head(kind="kl"), reference=reference).sum().backward()
     assert max(made) <= 128 * 1000
