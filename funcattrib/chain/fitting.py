@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Protocol, TypeAlias
 
+import torch
+from torch import Tensor
+
 from funcattrib.chain.lowering import bind
 from funcattrib.chain.per_example import GradientSource
 from funcattrib.chain.stages import init_all
@@ -21,12 +24,39 @@ from funcattrib.types import Batch, Grads, Loss, Params, PerExample, Spec
 from funcattrib.weights.lockstep import Lockstep
 
 SplitBatch: TypeAlias = Callable[[Callable[[Batch], PerExample], Batch], Iterable[PerExample]]
-"""(read, batch) → what ``read`` makes of consecutive parts of the batch."""
+"""(read, batch) → what ``read`` makes of consecutive parts of the batch, its finite examples alone."""
 
 
 def whole_batch(read: Callable[[Batch], PerExample], batch: Batch) -> Iterable[PerExample]:
     """Read the batch in one piece."""
-    return (read(batch),)
+    rows = read(batch)
+    return (rows_at(rows, finite_rows(rows)),)
+
+
+def finite_rows(rows: PerExample) -> Tensor:
+    """Return which examples have a loss and a gradient without NaN or infinity, (B,) bool.
+
+    Example:
+        >>> grads, nan = {"w": torch.tensor([[1.0, torch.inf], [1.0, 2.0], [3.0, 4.0]])}, float("nan")
+        >>> finite_rows(PerExample(grads, torch.tensor([1.0, nan, 1.0])))
+        tensor([False, False,  True])
+    """
+    total = torch.zeros_like(rows.losses, dtype=torch.float32)
+    each = [grad.unsqueeze(1).flatten(1) for grad in rows.grads.values()]
+    for grad in each:  # a sum is read once and holds whatever is not finite
+        total = total + grad.sum(1, dtype=torch.promote_types(grad.dtype, torch.float32)).to(total.device)
+    finite = rows.losses.isfinite()
+    if not bool(total.isfinite().all()):  # or it overflowed
+        for grad in each:
+            finite = finite & grad.isfinite().all(1).to(finite.device)
+    return finite
+
+
+def rows_at(rows: PerExample, which: Tensor) -> PerExample:
+    """Return the chosen examples of a batch; the batch itself where they are all of it."""
+    if bool(which.all()):
+        return rows
+    return PerExample({name: grad[which.to(grad.device)] for name, grad in rows.grads.items()}, rows.losses[which])
 
 
 class FoldRows(Protocol):
@@ -75,7 +105,7 @@ def passes(
 ) -> Iterator[tuple[State, ...]]:
     """Yield the stages' state after each pass that is still to be made.
 
-    Examples whose loss is NaN or infinite are passed over.
+    Examples whose loss or gradient is NaN or infinite are passed over.
 
     Args:
         source: of the gradients that reach the first stage.
@@ -123,13 +153,12 @@ def _statistics(statistics: Callable[[Spec], Readouts], state: None, spec: Spec)
 
 
 def _gradients(read: Callable[[Batch], PerExample], batches: Iterable[Batch], pieces: SplitBatch) -> Iterator[Grads]:
-    """Read the batches, without examples whose loss is not finite; SIGTERM waits until a batch is folded."""
+    """Read the batches, without examples that are not finite; SIGTERM waits until a batch is folded."""
     for batch in batches:
         for part in pieces(read, batch):
-            counted = _finite(part)
-            if len(counted.losses):
+            if len(part.losses):
                 with defer_sigterm():
-                    yield counted.grads
+                    yield part.grads
 
 
 def _some(stage: Transform, rows: Iterator[Grads], world: World) -> Iterator[Grads]:
@@ -139,12 +168,4 @@ def _some(stage: Transform, rows: Iterator[Grads], world: World) -> Iterator[Gra
         seen += len(next(iter(grads.values())))
         yield grads
     if not sum(world.all_gather_object(seen)):
-        raise ChainError(f"{stage.name} cannot be fitted: no example has a finite loss")
-
-
-def _finite(rows: PerExample) -> PerExample:
-    """Return the rows whose loss is finite."""
-    finite = rows.losses.isfinite()
-    if bool(finite.all()):
-        return rows
-    return PerExample({name: grad[finite] for name, grad in rows.grads.items()}, rows.losses[finite])
+        raise ChainError(f"{stage.name} cannot be fitted: no example has a finite loss and gradient")

@@ -29,13 +29,15 @@ _ENDS = 1 << 20  # bytes hashed at either end of a memory-mapped file
 def key(store: GradientStore, settings: Mapping[str, Any]) -> str:
     """Return 16 hex digits that stand for the store's content (its shards' hashes) and every setting."""
     shards = [[shard.start, shard.stop, shard.sha256, shard.scale and shard.scale.sha256] for shard in store.shards]
-    content = {
+    content: dict[str, Any] = {
         "format": _FORMAT,
         "dtype": store.manifest.dtype,
         "width": store.width,
         "shards": shards,
         "settings": dict(settings),
     }
+    if any(shard.nonfinite for shard in store.shards):  # an older index has such rows as zeros
+        content["left_out"] = True
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -43,7 +45,7 @@ def read(folder: Path, store: GradientStore, *, mmap: bool) -> tuple[Any, dict[s
     """Read the cached index, and what `write` was given.
 
     Raises:
-        ValueError, KeyError, OSError, RuntimeError: it is not what was written.
+        ValueError, KeyError, TypeError, OSError, RuntimeError: it is not what was written.
     """
     import faiss
 
@@ -56,7 +58,7 @@ def read(folder: Path, store: GradientStore, *, mmap: bool) -> tuple[Any, dict[s
         raise ValueError("its hash does not match")
     flags = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP) if mmap else 0
     index = faiss.read_index(str(file), flags)
-    if (index.d, index.ntotal) != (store.width, len(store)):
+    if (index.d, index.ntotal + len(meta.get("left_out", ()))) != (store.width, len(store)):
         raise ValueError(f"it holds {index.ntotal} rows of width {index.d}")
     return index, meta
 

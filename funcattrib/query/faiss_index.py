@@ -1,7 +1,7 @@
 """A FAISS index over a store's rows: built on the first call, cached beside the store, searched like `topk`.
 
-The metric is the inner product; a cosine is the inner product of unit rows with unit queries. FAISS is imported when an
-index is first asked for.
+The metric is the inner product; a cosine is the inner product of unit rows with unit queries. Rows that hold NaN or
+infinity are not in the index; they come last, with NaN for a score. FAISS is imported when an index is first asked for.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from funcattrib.kernels.safe_norm import divisors
 from funcattrib.query import faiss_cache
 from funcattrib.query.faiss_cache import reason
 from funcattrib.query.topk import TopK, check_query_rows, store_blocks, topk
+from funcattrib.store.nonfinite import nonfinite_rows
 
 if TYPE_CHECKING:
     from funcattrib.store import GradientStore
@@ -66,7 +67,8 @@ class FaissIndex(NamedTuple):
     """An index ready to be searched.
 
     index: the faiss index; metric: "ip" or "cosine"; recall: recall@10 against exact search, measured when built;
-    built: True where this call built it, False where it came from the cache; path: its folder.
+    built: True where this call built it, False where it came from the cache; path: its folder;
+    left_out: the rows that hold NaN or infinity, ascending.
     """
 
     index: Any
@@ -75,6 +77,7 @@ class FaissIndex(NamedTuple):
     recall: float
     built: bool
     path: Path
+    left_out: np.ndarray = np.empty(0, np.int64)
 
 
 def build_or_load(
@@ -110,21 +113,26 @@ def build_or_load(
     if folder.exists():
         try:
             index, meta = faiss_cache.read(folder, store, mmap=config.mmap_index)
-            return FaissIndex(_place(faiss, index, config), metric, config, meta["recall"], False, folder)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            left_out = np.asarray(meta.get("left_out", []), np.int64)
+            return FaissIndex(
+                _place(faiss, index, config), metric, config, float(meta["recall"]), False, folder, left_out
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             (say or _LOG.warning)(f"the cached index {folder} cannot be used: {reason(error)}; building it again")
             faiss_cache.remove(folder)
-    index = _build(faiss, store, config, metric)
-    recall = _recall(FaissIndex(index, metric, config, 0.0, True, folder), store)
-    faiss_cache.write(index, folder, {**settings, "rows": len(store), "width": store.width, "recall": recall})
-    queries = min(_RECALL_QUERIES, len(store))
+    left_out = nonfinite_rows(store)
+    index = _build(faiss, store, config, metric, left_out)
+    recall = _recall(FaissIndex(index, metric, config, 0.0, True, folder, left_out), store)
+    facts = {"rows": len(store), "width": store.width, "recall": recall, "left_out": left_out.tolist()}
+    faiss_cache.write(index, folder, {**settings, **facts})
+    queries = min(_RECALL_QUERIES, len(store) - len(left_out))
     (say or _LOG.info)(
         f"built FAISS index {config.index_factory} of {len(store):,} rows: "
         f"recall@{_RECALL_K} {recall:.3f} against exact search ({queries} rows as queries)"
     )
     if config.mmap_index:  # give the memory back
         index, _ = faiss_cache.read(folder, store, mmap=True)
-    return FaissIndex(_place(faiss, index, config), metric, config, recall, True, folder)
+    return FaissIndex(_place(faiss, index, config), metric, config, recall, True, folder, left_out)
 
 
 def search(index: FaissIndex, queries: Float[Tensor, "K D"], k: int, *, largest: bool = True) -> TopK:
@@ -138,20 +146,28 @@ def search(index: FaissIndex, queries: Float[Tensor, "K D"], k: int, *, largest:
 
     Returns:
         TopK: values (K, k) float32 (of a compressing index: of the compressed rows), rows (K, k) int64, best first.
-        Where a graph or list index finds fewer than k, row -1 with value -inf (+inf for opponents).
+        Where a graph or list index finds fewer than k, row -1 with value -inf (+inf for opponents). Rows that hold
+        NaN or infinity come after all others, with NaN.
     """
-    width, rows = index.index.d, index.index.ntotal
+    width, rows, left_out = index.index.d, index.index.ntotal, index.left_out
     check_query_rows(queries, k)
     if queries.shape[1] != width:
         raise FuncattribError(f"expected queries as wide as the index ({width}), found {tuple(queries.shape)}")
     sign = np.float32(1 if largest else -1)
     query = sign * _rows(queries.detach().cpu(), index.metric)
+    last = left_out[: max(0, k - rows)]
     k = min(k, rows)
-    with _explained(index.config, "search"):
-        values, ids = _search(index, query, k)
+    values, ids = np.empty((len(query), 0), np.float32), np.empty((len(query), 0), np.int64)
+    if k:
+        with _explained(index.config, "search"):
+            values, ids = _search(index, query, k)
+    # Of the rows that are in it, the index has the running number.
+    ids = np.where(ids >= 0, ids + np.searchsorted(left_out - np.arange(len(left_out)), ids, side="right"), ids)
     values = np.where(ids >= 0, values, -np.inf).astype(np.float32)
     order = np.lexsort((ids, -values))
     values, ids = np.take_along_axis(values, order, 1), np.take_along_axis(ids, order, 1)
+    values = np.pad(values, ((0, 0), (0, len(last))), constant_values=np.nan)
+    ids = np.concatenate([ids, np.tile(last, (len(ids), 1))], 1)
     return TopK(torch.from_numpy(sign * values + np.float32(0)), torch.from_numpy(ids))
 
 
@@ -176,17 +192,18 @@ def _faiss() -> ModuleType:
     return faiss
 
 
-def _build(faiss: ModuleType, store: GradientStore, config: FaissConfig, metric: Metric) -> Any:
+def _build(faiss: ModuleType, store: GradientStore, config: FaissConfig, metric: Metric, left_out: np.ndarray) -> Any:
     with _explained(config, "make"):
         index = faiss.index_factory(store.width, config.index_factory, faiss.METRIC_INNER_PRODUCT)
     _skip_polysemous_training(faiss, index)
     index = _place(faiss, index, config)
     with _explained(config, "train"):
         if not index.is_trained:
-            index.train(_training_rows(store, config, metric))
+            index.train(_training_rows(store, config, metric, left_out))
     with _explained(config, "fill"):
-        for _, block in store_blocks(store, max(1, (16 << 20) // store.width)):  # 64 MiB in float32
-            index.add(_rows(block, metric))
+        for start, block in store_blocks(store, max(1, (16 << 20) // store.width)):  # 64 MiB in float32
+            inside = left_out[(left_out >= start) & (left_out < start + len(block))]
+            index.add(np.delete(_rows(block, metric), inside - start, axis=0) if len(inside) else _rows(block, metric))
     return faiss.index_gpu_to_cpu(index) if config.device != "cpu" and hasattr(index, "getDevice") else index
 
 
@@ -204,17 +221,17 @@ def _skip_polysemous_training(faiss: ModuleType, index: Any) -> None:
 
 
 def _rows(block: Tensor, metric: Metric) -> np.ndarray:
-    """Convert to (B, D) float32, contiguous, unit rows for a cosine; a row with NaN or infinity becomes zeros."""
+    """Convert to (B, D) float32, contiguous, unit rows for a cosine."""
     rows = block.detach().float()
-    rows = torch.where(rows.isfinite().all(dim=1, keepdim=True), rows, 0.0)
     if metric == "cosine":
         norms = torch.linalg.vector_norm(rows.double(), dim=1, keepdim=True)  # squares may leave float32
         rows = (rows / divisors(norms)).float()
     return rows.contiguous().numpy()
 
 
-def _training_rows(store: GradientStore, config: FaissConfig, metric: Metric) -> np.ndarray:
-    chosen = np.random.default_rng(config.seed).permutation(len(store))[: config.sample_rows]
+def _training_rows(store: GradientStore, config: FaissConfig, metric: Metric, left_out: np.ndarray) -> np.ndarray:
+    chosen = np.random.default_rng(config.seed).permutation(len(store))
+    chosen = chosen[~np.isin(chosen, left_out)][: config.sample_rows]
     return _rows(_take(store, np.sort(chosen)), metric)
 
 
@@ -274,11 +291,12 @@ def _recall(index: FaissIndex, store: GradientStore) -> float:
 
     A row counts as found if it scores no lower than the tenth, so that the order among equal rows does not matter.
     """
-    asked = np.unique(np.linspace(0, len(store) - 1, min(_RECALL_QUERIES, len(store))).astype(np.int64))
-    queries = torch.from_numpy(_rows(_take(store, asked), index.metric))
-    k = min(_RECALL_K, len(store) - 1)
-    if k == 0:
+    finite = np.delete(np.arange(len(store)), index.left_out)
+    asked = finite[np.unique(np.linspace(0, len(finite) - 1, min(_RECALL_QUERIES, len(finite))).astype(np.int64))]
+    k = min(_RECALL_K, len(finite) - 1)
+    if k < 1:
         return 1.0
+    queries = torch.from_numpy(_rows(_take(store, asked), index.metric))
     exact = topk(store_blocks(store), queries, k + 1, unit_norm=index.metric == "cosine")
     found = search(index, queries, k + 1).rows.numpy()
     wanted = np.unique(found[found >= 0])

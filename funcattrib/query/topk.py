@@ -39,7 +39,7 @@ _BLOCK_BYTES = 64 << 20  # of a block that is not mapped from the disk
 class TopK(NamedTuple):
     """The best rows of each query, best first.
 
-    values: (K, k) float32, the scores; a row that holds NaN scores NaN and comes last.
+    values: (K, k) float32, the scores; a row that holds NaN or infinity scores NaN and comes last.
     rows: (K, k) int64, row numbers; of equal values the lower row comes first.
     """
 
@@ -230,6 +230,8 @@ class _Screen:
             exact[a : a + step] = x.mul_(self.queries.exact[query[a : a + step]]).sum(1)
         if self.queries.cosine:
             exact = exact / divisors(norms)
+        if len(large := (~norms.isfinite()).nonzero().flatten()):  # or the squares of float64 entries overflowed
+            exact[large[~block[row[large]].isfinite().all(1)]] = torch.nan
         unit = exact / divisors(self.queries.norms[query])
         error = (unit - scores[row, query]).abs()
         if not self.queries.cosine:

@@ -39,7 +39,7 @@ from funcattrib.runs.error_hints import explained
 from funcattrib.runs.prepare import load_named, prepare, shard_rows
 from funcattrib.runs.query_rows import as_leaves, query_rows
 from funcattrib.runs.run_folder import run_folder
-from funcattrib.runs.score import ending_in
+from funcattrib.runs.score import ending_in, opened_scores
 from funcattrib.runs.settings import RowSettings, Source, as_gradient_config, resolve
 from funcattrib.runs.token_budget import with_budget
 from funcattrib.runs.workload import fill, template
@@ -137,7 +137,8 @@ def less(
         states, part = adam_state(folder, model), path / PARTS / str(number)
         parts.append(_score_one(model, states, sides, columns, gradients, part, overwrite))
         del model
-    scores = _add_up(path, parts, weights, score, overwrite, config)
+    _add_up(path, parts, weights, score, overwrite, config)
+    scores = opened_scores(path, quiet=source.quiet)
     world().on_rank_zero(lambda: _save_selected(records, scores, fraction, path / SELECTED))
     return scores
 
@@ -195,7 +196,7 @@ def _add_up(
     score: str,
     overwrite: bool,
     config: Mapping[str, Any] | None,
-) -> Scores:
+) -> None:
     """Sum η_i times the checkpoints' scores, and take the largest of their columns."""
     manifests = [part.manifest for part in parts]
     column = {"id": f"{score} of {parts[0].shape[1]} queries" if score == "nearest" else parts[0].queries[0]["id"]}
@@ -221,7 +222,6 @@ def _add_up(
             examples = parts[-1].examples.select(span)
             kept = {name: examples[name][:] for name in examples.column_names}
             writer.put(shard, torch.as_tensor(rows).amax(1, keepdim=True), kept)
-    return open_scores(path)
 
 
 def _save_selected(records: datasets.Dataset, scores: Scores, fraction: float, folder: Path) -> None:

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,20 +27,23 @@ from funcattrib.chain.per_example import per_example_grad
 from funcattrib.chain.transform import State, Transform
 from funcattrib.data import Columns
 from funcattrib.data.documents import Records
+from funcattrib.errors import FuncattribError
 from funcattrib.kernels.safe_norm import divisors
 from funcattrib.models.selection import choose
 from funcattrib.runs.collect import collect_both
 from funcattrib.runs.config import FittedConfig
 from funcattrib.runs.default_chain import projection_of
 from funcattrib.runs.prepare import Model, load_named
-from funcattrib.runs.query_rows import as_leaves
+from funcattrib.runs.query_rows import as_leaves, check_finite
 from funcattrib.runs.run_folder import run_folder
+from funcattrib.runs.score import opened_scores
 from funcattrib.runs.settings import FittedSettings, Source, as_gradient_config, resolve
 from funcattrib.runtime.assignment import owned
 from funcattrib.runtime.world import world
-from funcattrib.scores import Scores, open_scores, scores_manifest
+from funcattrib.scores import Scores, scores_manifest
 from funcattrib.store import GradientStore, require_shared
 from funcattrib.store.create import PARTS
+from funcattrib.store.nonfinite import nonfinite_rows
 from funcattrib.transforms import adafactor_norm, precondition, split_experts
 from funcattrib.transforms.gram import gram_matrices
 from funcattrib.transforms.leaf_shapes import is_stack
@@ -114,6 +118,7 @@ def trackstar(
         gradients=as_gradient_config(gradients),
         overwrite=overwrite,
     )
+    check_finite(query)
     mine = owned({name: math.prod(leaf.shape) for name, leaf in train.leaves.items()}, here)
     mixed = mix_grams(gram_of_store(query, mine), gram_of_store(train, mine), mixing_rank, here)
     after = precondition(gram=mixed.gram, power=-0.5, damping=damping)
@@ -146,7 +151,7 @@ def trackstar(
                 examples = train.examples.select(span)
                 kept = {name: examples[name][:] for name in examples.column_names}
                 writer.put(shard, both["products"] / _lengths(both["squares"]), kept)
-    return open_scores(path)
+    return opened_scores(path, quiet=source.quiet)
 
 
 def blocks_and_head(model: nn.Module, exclude: Sequence[str] = ()) -> list[str]:
@@ -166,14 +171,23 @@ def _has_stacks(model: nn.Module | tuple[Loss, Params], gradients: FittedConfig)
 
 
 def gram_of_store(store: GradientStore, names: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """Compute H = E[c cᵀ] of leaves over the rows of a store, (D, D) float64; of all leaves where none are named."""
+    """Compute H = E[c cᵀ] over the finite rows of a store, leaf → (D, D) float64; of all leaves where none are named.
+
+    Raises:
+        FuncattribError: no row is finite.
+    """
     wanted = list(store.leaves) if names is None else names
     if not wanted:
         return {}
     stage = precondition()
     state = stage.init({name: _spec(store)[name] for name in wanted})[0]
+    lost, start = nonfinite_rows(store), 0
+    if len(store) and len(lost) == len(store):
+        raise FuncattribError(f"no document in {store.path} has a finite gradient; check their loss")
     for block in store.matrix().blocks(_BLOCK_ROWS):
-        state = stage.observe(state, _some(block, store, wanted))
+        finite = ~np.isin(np.arange(start, start + len(block)), lost)
+        start += len(block)
+        state = stage.observe(state, _some(block if finite.all() else block[torch.from_numpy(finite)], store, wanted))
     return gram_matrices(state)
 
 

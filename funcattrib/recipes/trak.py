@@ -32,9 +32,10 @@ from funcattrib.runs.default_chain import projection_of
 from funcattrib.runs.prepare import Model, load_named, prepare, shard_rows
 from funcattrib.runs.query_rows import query_rows
 from funcattrib.runs.run_folder import run_folder
+from funcattrib.runs.score import opened_scores
 from funcattrib.runs.settings import RowSettings, Source, as_gradient_config, resolve
 from funcattrib.runtime.world import world
-from funcattrib.scores import Scores, open_scores, scores_manifest
+from funcattrib.scores import Scores, scores_manifest
 from funcattrib.store import GradientStore, require_shared
 from funcattrib.store.create import PARTS
 from funcattrib.transforms import sketch
@@ -134,7 +135,8 @@ def trak(
             "%d documents are too few for a sketch of %d columns: use a smaller `sketch_dim`, or `damping`",
             *(rows, sketch_dim),
         )
-    return _score(path, train, query, per_token, damping, score, overwrite, config)
+    _score(path, train, query, per_token, damping, score, overwrite, config)
+    return opened_scores(path, quiet=source.quiet)
 
 
 def _score(
@@ -146,7 +148,7 @@ def _score(
     score: str,
     overwrite: bool,
     config: Mapping[str, Any] | None,
-) -> Scores:
+) -> None:
     wanted = [query_rows([store], unit_norm=False) for store in query]
     metadata = wanted[0][1]
     if score == "mean":
@@ -174,7 +176,6 @@ def _score(
             examples = train[0].examples.select(span)
             kept = {name: examples[name][:] for name in examples.column_names}
             writer.put(shard, (products * missing[:, None]).float(), kept)
-    return open_scores(path)
 
 
 def _columns(train: GradientStore, queries: Tensor, damping: float, score: str) -> Tensor:

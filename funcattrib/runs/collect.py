@@ -13,7 +13,6 @@ from typing import Any, Literal, Unpack
 import numpy as np
 
 from funcattrib.chain.chain import Chain
-from funcattrib.data import some_rows
 from funcattrib.data.documents import Records
 from funcattrib.runs.config import GradientConfig
 from funcattrib.runs.prepare import Model, prepare, shard_rows, state_of
@@ -23,6 +22,7 @@ from funcattrib.runs.token_budget import with_budget
 from funcattrib.runs.token_rows import MOST_ROWS, as_tokens, by_token, fill_tokens
 from funcattrib.runs.workload import fill, fit_state
 from funcattrib.store import GradientStore, open_store
+from funcattrib.store.nonfinite import named_rows, nonfinite_rows
 
 log = logging.getLogger(__name__)
 
@@ -162,10 +162,14 @@ def _warn(store: GradientStore) -> None:
     lost = np.flatnonzero(np.isnan(np.asarray(store.examples["loss"][:], dtype=float)))
     if len(lost):
         log.warning(
-            "the loss is NaN or infinite in %s; their rows are stored as NaN and come last in a search", some_rows(lost)
+            "the loss is NaN or infinite in %s; their rows are stored as NaN and come last in a search",
+            named_rows(store, lost),
         )
     counted = store.manifest
     if counted.clipped:
         log.warning("%d entries were outside the range of %s and were clipped", counted.clipped, counted.dtype)
     if counted.nonfinite > len(lost) * store.width:
-        log.warning("%d entries are NaN or infinite; their rows come last in a search", counted.nonfinite)
+        log.warning(
+            "the gradient is NaN or infinite in %s; they come last in a search",
+            named_rows(store, np.setdiff1d(nonfinite_rows(store), lost)),
+        )

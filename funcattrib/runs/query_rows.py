@@ -10,6 +10,7 @@ from torch import Tensor
 from funcattrib.errors import FuncattribError
 from funcattrib.kernels.safe_norm import divisors
 from funcattrib.store import GradientStore
+from funcattrib.store.nonfinite import named_rows, nonfinite_rows
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +22,18 @@ def as_leaves(rows: Tensor, store: GradientStore, device: torch.device) -> dict[
     }
 
 
+def check_finite(queries: GradientStore) -> None:
+    """Refuse queries that are not finite.
+
+    Raises:
+        FuncattribError: naming the first of them.
+    """
+    if len(bad := nonfinite_rows(queries)):
+        raise FuncattribError(
+            f"the queries in {queries.path} are NaN or infinite; check their loss ({named_rows(queries, bad)})"
+        )
+
+
 def query_rows(stores: Sequence[GradientStore], unit_norm: bool) -> tuple[Tensor, list[dict[str, Any]]]:
     """Return every query, (K, D) float32, and the metadata of each.
 
@@ -29,11 +42,8 @@ def query_rows(stores: Sequence[GradientStore], unit_norm: bool) -> tuple[Tensor
     """
     rows, metadata = [], []
     for store in stores:
+        check_finite(store)
         matrix = store.matrix().tensor(0, len(store)).float()
-        if bad := (~matrix.isfinite().all(1)).nonzero().flatten().tolist():
-            raise FuncattribError(
-                f"the queries in rows {bad[:5]} of {store.path} are NaN or infinite; check their loss"
-            )
         norms = torch.linalg.vector_norm(matrix, dim=1, keepdim=True)
         if zero := (norms[:, 0] == 0).nonzero().flatten().tolist():
             log.warning("the gradients of queries %s in %s are zero, and so are their scores", zero[:5], store.path)

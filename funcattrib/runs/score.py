@@ -34,6 +34,7 @@ from funcattrib.scores.top_k import Best, best_of, keep_best, nothing, save_best
 from funcattrib.store import GradientStore, StoreWriter, open_store, require_shared
 from funcattrib.store.compatibility import check_kind, loss_differences
 from funcattrib.store.create import PARTS
+from funcattrib.store.nonfinite import named_rows, nonfinite_rows
 from funcattrib.transforms import inner_products, max_score, self_influence
 from funcattrib.types import Batch, PerExample
 
@@ -146,10 +147,17 @@ def score_gradients(
     with run_folder(path, manifest, prepared.work.world, overwrite=overwrite, config=config) as writer:
         if not writer.manifest.complete:
             _compute(prepared, last, writer, gradients.fit_documents, top_k, granularity)
+    return opened_scores(path, quiet=source.quiet)
+
+
+def opened_scores(path: Path, *, quiet: bool) -> Scores:
+    """Open the scores of a run that is done; a line names the rows whose score says nothing."""
     scores = open_scores(path)
-    lost = scores.manifest.nonfinite
-    if lost and not source.quiet and prepared.work.world.is_rank_zero:
-        log.warning("%d scores are NaN or infinite; their rows are left out of top-k", lost)
+    if scores.manifest.nonfinite and not quiet and world().is_rank_zero:
+        store = open_store(path)
+        log.warning(
+            "the scores are NaN or infinite in %s; they are left out of top-k", named_rows(store, nonfinite_rows(store))
+        )
     return scores
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from funcattrib.chain import state_tree
 from funcattrib.chain.chain import Chain
-from funcattrib.chain.fitting import passes
+from funcattrib.chain.fitting import finite_rows, passes, rows_at
 from funcattrib.chain.transform import State
-from funcattrib.data import plan
+from funcattrib.data import plan, some_rows
 from funcattrib.data.corpus import Corpus
 from funcattrib.models.functional import device_of
 from funcattrib.runs.blockwise_fit import by_owner, forget_parts
@@ -75,7 +75,7 @@ def fit_state(work: Work, most: int, writer: StoreWriter) -> State:
 
     It is saved after every pass, and an interrupted fit goes on with the pass that it was in. Of several processes each
     takes every n-th batch; when a pass is done their sums are added, and the result is mapped from the run's
-    folder by all.
+    folder by all. Documents whose loss or gradient is not finite are left out and named.
     """
     world, start = work.world, template(work)
     if (saved := writer.load_state()) is not None:
@@ -99,6 +99,9 @@ def fit_state(work: Work, most: int, writer: StoreWriter) -> State:
                 state, done = after, done + 1
                 if done < len(fitted):
                     writer.save_progress(state_tree.flatten(state[: fitted[done - 1]]), done)
+        lost = sorted(set[int]().union(*world.all_gather_object(batches.lost)))
+        if lost and not work.quiet and world.is_rank_zero:
+            log.warning("the fitted state leaves out documents whose gradient is NaN or infinite: %s", some_rows(lost))
     writer.save_state(state_tree.flatten(state))
     saved = writer.load_state()
     assert saved is not None, "it has just been saved"
@@ -178,11 +181,15 @@ class Batches:
     """Batches of some documents by the token budget, counted as they are used; can be iterated again and again.
 
     Of several processes, each has its part of them.
+
+    Attributes:
+        lost: the documents that were left out, as their loss or gradient is not finite.
     """
 
     def __init__(self, work: Work, indices: np.ndarray, count: Count) -> None:
         self.work, self.indices, self.count = work, indices, count
         self.plan = plan(work.corpus.lengths[indices], work.budget)[work.world.rank :: work.world.size]
+        self.lost: set[int] = set()
         self._rows = indices[:0]  # of the batch in hand
 
     def __iter__(self) -> Iterator[Batch]:
@@ -192,8 +199,13 @@ class Batches:
             self.count(int(self.work.corpus.lengths[self._rows].sum()), len(self._rows))
 
     def pieces(self, read: Callable[[Batch], PerExample], batch: Batch) -> Iterator[PerExample]:
-        """Yield what is read of the current batch, in as many pieces as memory asks for."""
-        return self.work.pieces(read, batch, self._rows.tolist(), self.work.device)
+        """Yield what is read of the current batch, in as many pieces as memory asks for, its finite examples alone."""
+        start, documents = 0, self._rows.tolist()
+        for part in self.work.pieces(read, batch, documents, self.work.device):
+            finite = finite_rows(part)
+            self.lost.update(documents[start + i] for i in (~finite).nonzero().flatten().tolist())
+            start += len(finite)
+            yield rows_at(part, finite)
 
 
 def spread(count: int, most: int) -> list[int]:

@@ -52,10 +52,14 @@ def _entries(name: str, leaf: Leaf, moment: Moment | None) -> Tensor:
 def _squares(name: str, grad: Tensor) -> Tensor:
     """Compute the mean square over these examples for each of them, (B, *shape): their sum is that of the squares.
 
-    One tensor of the weight's shape, seen B times, so that squares do not add up to (B, every parameter).
+    One tensor of the weight's shape, seen B times, so that squares do not add up to (B, every parameter); of examples
+    that are not all finite each has its own, as some will be left out.
     """
     squares = float32_at_least(grad).square()
-    return squares.mean(0, keepdim=True).expand_as(squares)
+    if len(squares) == 1:  # also inside ``vmap``, where no value can be asked for
+        return squares
+    mean = squares.mean(0, keepdim=True)
+    return mean.expand_as(squares) if bool(mean.isfinite().all()) else squares
 
 
 def _maps(state: State, spec: Spec, eps: float) -> Readouts:

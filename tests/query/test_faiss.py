@@ -203,14 +203,34 @@ def test_by_default_the_index_lies_beside_the_store(tmp_path: Path, caplog: pyte
     assert open_store(tmp_path / "run", verify=True).manifest.complete
 
 
-def test_rows_with_nan_are_indexed_as_zeros(tmp_path: Path) -> None:
-    matrix = rows_of(400)
-    matrix[7, 3], matrix[9, 0] = torch.nan, torch.inf
-    store = make_store(tmp_path / "store", matrix, "float32")
-    for factory in ("Flat", "IVF4,PQ4x4"):
-        found = search(build_or_load(store, FaissConfig(factory)), queries_of(2), 10)
-        assert found.values.isfinite().all()
-        assert not np.isin(found.rows.numpy(), [7, 9]).any()
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,PQ4x4", "HNSW32", "SQ8", "PCA16,IVF4,SQfp16", "IVF1,SQfp16"])
+@pytest.mark.parametrize("metric", ["ip", "cosine"])
+@pytest.mark.parametrize("largest", [True, False])
+def test_rows_that_are_not_finite_come_last(tmp_path: Path, factory: str, metric: Any, largest: bool) -> None:
+    matrix, bad = rows_of(400), [0, 7, 9, 399]
+    matrix[bad, [0, 3, 0, 31]] = torch.tensor([torch.nan, torch.nan, torch.inf, -torch.inf])
+    store = make_store(tmp_path / "store", matrix, "float32", shard=150)
+    config, finite = FaissConfig(factory, ef_search=500), [row for row in range(400) if row not in bad]
+    built, loaded = (build_or_load(store, config, metric=metric) for _ in range(2))
+    assert not loaded.built
+    without = build_or_load(make_store(tmp_path / "without", matrix[finite], "float32"), config, metric=metric)
+    expected = search(without, queries_of(2), 10, largest=largest)
+    for index in (built, loaded):
+        assert index.recall == without.recall
+        found = search(index, queries_of(2), 10, largest=largest)
+        torch.testing.assert_close(found.values, expected.values)
+        assert found.rows.tolist() == [[finite[row] for row in rows] for rows in expected.rows.tolist()]
+        everything = search(index, queries_of(2), 500, largest=largest)
+        assert everything.rows[:, -4:].tolist() == [bad, bad]
+        assert everything.values[:, -4:].isnan().all()
+        assert not np.isin(everything.rows[:, :-4], bad).any()
+
+
+def test_a_store_without_a_finite_row_is_searched(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", torch.full((3, WIDTH), torch.nan), "int8")
+    found = search(build_or_load(store), queries_of(2), 2)
+    assert found.rows.tolist() == [[0, 1], [0, 1]]
+    assert found.values.isnan().all()
 
 
 @pytest.mark.parametrize(

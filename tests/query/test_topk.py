@@ -133,14 +133,27 @@ def test_squares_that_leave_float32(scale: float, unit_norm: bool) -> None:
 
 
 @pytest.mark.parametrize("largest", [True, False])
-def test_nan_rows_come_last_and_infinite_ones_first(largest: bool) -> None:
+@pytest.mark.parametrize("unit_norm", [True, False])
+def test_rows_that_are_not_finite_come_last(largest: bool, unit_norm: bool) -> None:
     matrix = torch.rand(50, 4)
     matrix[7, 2] = torch.nan
-    matrix[9, 1] = torch.inf if largest else -torch.inf
-    found = topk(in_blocks(matrix, 8), torch.ones(1, 4), 50, largest=largest)
-    assert found.rows[0, [0, -1]].tolist() == [9, 7]
-    assert found.values[0].isnan().nonzero().tolist() == [[49]]
-    assert 7 not in topk(in_blocks(matrix, 8), torch.ones(1, 4), 10, largest=largest).rows
+    matrix[9, 1], matrix[11, 0] = torch.inf, -torch.inf
+    search = {"largest": largest, "unit_norm": unit_norm}
+    found = topk(in_blocks(matrix, 8), torch.ones(1, 4), 50, **search)
+    assert found.rows[0, -3:].tolist() == [7, 9, 11]
+    assert found.values[0].isnan().nonzero().flatten().tolist() == [47, 48, 49]
+    finite = [row for row in range(50) if row not in (7, 9, 11)]
+    expected = topk(in_blocks(matrix[finite], 8), torch.ones(1, 4), 10, **search)
+    few = topk(in_blocks(matrix, 8), torch.ones(1, 4), 10, **search)
+    assert few.rows[0].tolist() == [finite[row] for row in expected.rows[0]]
+    assert torch.equal(few.values, expected.values)
+
+
+def test_scores_beyond_float32_of_finite_rows_are_scores() -> None:
+    matrix = torch.tensor([[1e30], [1.0], [torch.nan], [-1e30]])
+    found = topk([(0, matrix)], torch.tensor([[1e30]]), 4)
+    assert found.rows.tolist() == [[0, 1, 3, 2]]
+    assert topk([(0, 1e270 * matrix.double())], torch.tensor([[1.0]]), 4).rows.tolist() == [[0, 1, 3, 2]]
 
 
 def test_gaps_and_short_inputs() -> None:

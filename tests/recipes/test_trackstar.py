@@ -123,3 +123,26 @@ def test_a_model_by_name_or_as_a_loss_scores_alike(tmp_path) -> None:
     data, queries = ([{**row, "labels": row["input_ids"]} for row in rows] for rows in (data, queries))
     scores = trackstar((loss, params), data, queries, path=tmp_path / "loss", **common)
     np.testing.assert_allclose(np.asarray(scores), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_documents_that_are_not_finite_do_not_change_the_others(tmp_path, caplog, broken) -> None:
+    def loss(params, example):
+        return ((params["w"] @ example["x"]) ** 2).sum()
+
+    params = {"w": torch.arange(6.0).reshape(2, 3) - 2}
+    draw = torch.Generator().manual_seed(0)
+    data = [{"x": torch.randn(3, generator=draw).tolist()} for _ in range(6)]
+    data[2]["x"][1] = broken
+    settings = {"projection_dim": 0, "dtype": "float32", "quiet": False}
+    scores = trackstar((loss, params), data, data[:2], path=tmp_path / "all", **settings)
+    without = trackstar((loss, params), data[:2] + data[3:], data[:2], path=tmp_path / "without", **settings)
+    found = np.asarray(scores)
+    np.testing.assert_allclose(np.delete(found, 2, 0), np.asarray(without), rtol=1e-5)
+    assert np.isnan(found[2]).all()
+    assert "the scores are NaN or infinite in 1 row: 2" in caplog.text
+    assert 2 not in scores.topk(6).rows
+    with pytest.raises(fa.FuncattribError, match="are NaN or infinite; check their loss"):
+        trackstar((loss, params), data, data[1:3], path=tmp_path / "queries", **settings)
+    with pytest.raises(fa.FuncattribError, match="finite"):
+        trackstar((loss, params), data[2:3], data[:1], path=tmp_path / "none", **settings)

@@ -212,7 +212,7 @@ def test_entries_that_are_clipped_or_not_finite_are_counted(tmp_path: Path, capl
     broken = fa.Transform("broken", apply=lambda state, grads: {name: grad / 0 for name, grad in grads.items()})
     store = build(tmp_path / "run", chain=fa.compose(fa.per_example_grad, broken), overwrite=True, quiet=False)
     assert store.manifest.nonfinite > 0
-    assert "are NaN or infinite" in caplog.text
+    assert f"the gradient is NaN or infinite in {len(store)} rows: 0, 1, 2, 3, 4, …" in caplog.text
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

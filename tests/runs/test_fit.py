@@ -131,7 +131,7 @@ def test_a_loss_of_ones_own_fills_a_store(tmp_path) -> None:
     assert found.rows[:, 0].tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("fitted", [fa.adafactor_norm, fa.precondition])
+@pytest.mark.parametrize("fitted", [fa.adafactor_norm, fa.adam_norm, fa.precondition])
 def test_examples_without_a_finite_loss_are_passed_over(fitted) -> None:
     def loss(params, example):
         return (params["w"] @ example["x"]).square().sum()
@@ -143,5 +143,23 @@ def test_examples_without_a_finite_loss_are_passed_over(fitted) -> None:
     without = chain.fit(loss, params, [{"x": torch.tensor([rows[0], *rows[2:]])}])
     for found, expected in zip(state_tree.flatten(some).values(), state_tree.flatten(without).values(), strict=True):
         torch.testing.assert_close(found, expected)
-    with pytest.raises(fa.ChainError, match="cannot be fitted: no example has a finite loss"):
+    with pytest.raises(fa.ChainError, match="cannot be fitted: no example has a finite loss and gradient"):
         chain.fit(loss, params, [{"x": torch.tensor(rows[1:2])}])
+
+
+def overflowing(params, example):
+    """A finite loss whose gradient is infinite where x is 0."""
+    return (params["w"] @ example["x"]).sum() + (params["w"].sum() - 6 + example["x"][2]).abs().sqrt()
+
+
+@pytest.mark.parametrize("fitted", [fa.adafactor_norm, fa.adam_norm, fa.precondition])
+def test_examples_whose_gradient_overflows_are_passed_over_and_named(fitted, tmp_path, caplog) -> None:
+    params = {"w": torch.ones(2, 3)}
+    rows = [{"x": x} for x in ([1.0, 2.0, 3.0], [1.0, 1.0, 0.0], [0.0, 1.0, -1.0], [4.0, 4.0, 1.0])]
+    settings = {"chain": fa.compose(fa.per_example_grad, fitted), "dtype": "float32"}
+    some = fa.collect_gradients((overflowing, params), rows, path=tmp_path / "some", **settings)
+    without = fa.collect_gradients((overflowing, params), rows[:1] + rows[2:], path=tmp_path / "without", **settings)
+    for name, found in some.state().items():
+        torch.testing.assert_close(found, without.state()[name])
+    assert "the fitted state leaves out documents whose gradient is NaN or infinite: 1 row: 1" in caplog.text
+    assert "the gradient is NaN or infinite in 1 row: 1; they come last in a search" in caplog.text
