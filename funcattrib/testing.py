@@ -22,6 +22,7 @@ from torch import Tensor
 
 from funcattrib.chain import state_tree
 from funcattrib.chain.transform import State, Transform
+from funcattrib.kernels.safe_norm import as_rows
 from funcattrib.lift.factors import outer
 from funcattrib.types import Grads, Leaf, Spec
 
@@ -156,8 +157,8 @@ def maps_agree(transform: Transform, spec: Spec) -> None:
             close({name: of_factors}, {name: gradient_map.from_gradient(outer(rows, cols))})
         if gradient_map.linear:  # ⟨C(G), θ⟩ = ⟨G, C*(θ)⟩
             theta = torch.randn(read.shape[1:], dtype=dtype)
-            left = (read * theta).flatten(1).sum(1)
-            right = (values[name] * gradient_map.adjoint(theta)).flatten(1).sum(1)
+            left = as_rows(read * theta).sum(1)
+            right = as_rows(values[name] * gradient_map.adjoint(theta)).sum(1)
             close({name: left}, {name: right})
 
 

@@ -1,7 +1,17 @@
-"""Euclidean lengths as divisors of rows, and a dtype in which squares can be summed."""
+"""Examples' entries as rows, Euclidean lengths as divisors of rows, and a dtype in which squares can be summed."""
 
 import torch
 from torch import Tensor
+
+
+def as_rows(values: Tensor) -> Tensor:
+    """Return each example's entries as one row, (B, *shape) → (B, D); of a scalar's gradients (B,), (B, 1).
+
+    Example:
+        >>> as_rows(torch.zeros(2, 3, 4)).shape, as_rows(torch.zeros(2)).shape
+        (torch.Size([2, 12]), torch.Size([2, 1]))
+    """
+    return values.flatten(1) if values.ndim > 1 else values[:, None]
 
 
 def divisors(lengths: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from funcattrib.chain.chain import compose
 from funcattrib.chain.per_example import per_example_grad
 from funcattrib.errors import FuncattribError
+from funcattrib.kernels.safe_norm import as_rows
 from funcattrib.losses.causal_lm import causal_lm_loss
 from funcattrib.models.functional import device_of
 from funcattrib.models.limits import context_length, vocabulary
@@ -87,7 +88,7 @@ def check_model(
 
     def rows(chosen: list[int], longest: int) -> Tensor:
         part = {name: tensor[chosen, :longest].to(device) for name, tensor in batch.items()}
-        return torch.cat([grad.flatten(1).double().cpu() for grad in compute(part).grads.values()], 1)
+        return torch.cat([as_rows(grad).double().cpu() for grad in compute(part).grads.values()], 1)
 
     order = list(range(len(lengths)))
     dtype = next(iter(params.values())).dtype

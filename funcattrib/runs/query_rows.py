@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 def as_leaves(rows: Tensor, store: GradientStore, device: torch.device) -> dict[str, Tensor]:
     """Convert rows (K, D) to leaves as ``inner_products`` takes them: leaf → (K, *shape)."""
     return {
-        name: rows[:, leaf.start : leaf.stop].unflatten(1, leaf.shape).to(device) for name, leaf in store.leaves.items()
+        name: rows[:, leaf.start : leaf.stop].reshape(len(rows), *leaf.shape).to(device)
+        for name, leaf in store.leaves.items()
     }
 
 

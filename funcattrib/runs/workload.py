@@ -21,6 +21,7 @@ from funcattrib.chain.fitting import finite_rows, passes, rows_at
 from funcattrib.chain.transform import State
 from funcattrib.data import plan, some_rows
 from funcattrib.data.corpus import Corpus
+from funcattrib.kernels.safe_norm import as_rows
 from funcattrib.models.functional import device_of
 from funcattrib.runs.blockwise_fit import by_owner, forget_parts
 from funcattrib.runs.oom_retry import Pieces
@@ -153,7 +154,7 @@ def rows_of(
 
 def flat(result: PerExample) -> tuple[Tensor, Tensor]:
     """Join a batch's rows (B, D) and losses (B,), float32 on the CPU."""
-    return torch.cat([grad.flatten(1).float() for grad in result.grads.values()], 1).cpu(), result.losses.float().cpu()
+    return torch.cat([as_rows(grad).float() for grad in result.grads.values()], 1).cpu(), result.losses.float().cpu()
 
 
 def warn_unused_leaves(compute: Callable[[Batch], PerExample]) -> Callable[[Batch], PerExample]:

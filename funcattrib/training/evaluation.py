@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from funcattrib.errors import FuncattribError
+from funcattrib.kernels.safe_norm import as_rows
 from funcattrib.store import Manifest, create_store
 from funcattrib.training import loss_scale as losses
 from funcattrib.training.capture import Reader, lifted
@@ -81,4 +82,4 @@ def _batches(trainer: Any, read: Reader, examples: Any) -> Iterator[Tensor]:
                 grads = collected.grads()
         finally:
             model.train(was_training)
-        yield torch.cat([grad.flatten(1).float() for grad in grads.values()], 1).cpu()
+        yield torch.cat([as_rows(grad).float() for grad in grads.values()], 1).cpu()

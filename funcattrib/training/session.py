@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from funcattrib.errors import FuncattribError
+from funcattrib.kernels.safe_norm import as_rows
 from funcattrib.training import loss_scale as losses
 from funcattrib.training.capture import Collected, Reader, lifted
 from funcattrib.training.optimizer_weighting import Put, put_aside, read_put, weighed
@@ -152,5 +153,5 @@ class Session:
         }
 
     def _hand_over(self, grads: Grads, facts: Mapping[str, list[Any]]) -> None:
-        flat = torch.cat([grad.flatten(1).float() for grad in grads.values()], 1)
+        flat = torch.cat([as_rows(grad).float() for grad in grads.values()], 1)
         self._write(flat.cpu(), facts, facts["step"][0])

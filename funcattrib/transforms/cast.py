@@ -14,6 +14,7 @@ from torch import Tensor
 
 from funcattrib.chain.transform import State, Transform
 from funcattrib.errors import ChainError
+from funcattrib.kernels.safe_norm import as_rows
 from funcattrib.types import Grads, Spec
 
 Precision = Literal["float16", "bfloat16", "float32", "int8"]
@@ -63,7 +64,7 @@ def _apply(state: State, grads: Grads, dtype: Precision) -> Grads:
 
 def _on_grid(grads: Grads) -> Grads:
     """Round every row to the 255 multiples of its own s."""
-    rows = {name: saturate(grad, torch.float32).flatten(1) for name, grad in grads.items()}
+    rows = {name: as_rows(saturate(grad, torch.float32)) for name, grad in grads.items()}
     largest = torch.stack([row.abs().amax(1) for row in rows.values()]).amax(0)
     scale = torch.where(largest.isfinite(), largest, torch.nan)[:, None] / 127
     # A row of zeros, or of values too small for a scale, is zero; a scale of NaN makes its row NaN.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from funcattrib.chain.transform import State, Transform
 from funcattrib.errors import ChainError
+from funcattrib.kernels.safe_norm import as_rows
 from funcattrib.types import Grads
 
 
@@ -37,7 +38,7 @@ def clip(max_norm: float) -> Transform:
 
 def _apply(state: State, grads: Grads, max_norm: float) -> Grads:
     # In float64: clipping is for gradients that may be too long to be squared in float32.
-    lengths = [torch.linalg.vector_norm(grad.flatten(1), dim=1, dtype=torch.float64) for grad in grads.values()]
+    lengths = [torch.linalg.vector_norm(as_rows(grad), dim=1, dtype=torch.float64) for grad in grads.values()]
     factor = (max_norm / torch.stack(lengths).square().sum(0).sqrt()).clamp(max=1)
     return {name: _scaled(grad, factor) for name, grad in grads.items()}
 

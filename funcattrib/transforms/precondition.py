@@ -25,6 +25,7 @@ from torch import Tensor
 
 from funcattrib.chain.transform import Transform, apply_nothing, observe_nothing
 from funcattrib.errors import ChainError
+from funcattrib.kernels.safe_norm import as_rows
 from funcattrib.lift import Readouts, readout
 from funcattrib.lift.maps.dense import Dense, times
 from funcattrib.transforms.damping import Damping, inverse_power
@@ -184,7 +185,7 @@ def _maps(state: Preconditioner, spec: Spec) -> Readouts:
 
 def _rows(grads: Grads, names: Sequence[str]) -> Tensor:
     """Join a block's coordinates one after the other, (B, D)."""
-    parts = [grads[name].flatten(1) for name in names]
+    parts = [as_rows(grads[name]) for name in names]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 

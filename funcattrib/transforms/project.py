@@ -4,8 +4,8 @@
     kernel   as a matrix (o, i · spatial)     stack of experts   each of its matrices by the same L and R, (x, p, q)
 
 L and R have entries ±1/√p (Rademacher) or N(0, 1/p), drawn from (seed, parameter name, side) alone. A side no longer
-than k stays as it is. Leaves that one parameter was divided into (heads) each have a side of their own along the axis
-that was divided, and share the parameter's along the other.
+than k stays as it is, and a scalar too. Leaves that one parameter was divided into (heads) each have a side of their
+own along the axis that was divided, and share the parameter's along the other.
 
 References: LoGra, arXiv 2405.13954; TrackStar, arXiv 2410.17413.
 """
@@ -61,8 +61,6 @@ def _init(spec: Spec, k: int, kind: Distribution, seed: int) -> tuple[State, Spe
     state: dict[str, dict[str, Tensor | None]] = {}
     projected: Spec = {}
     for name, leaf in spec.items():
-        if not leaf.shape:
-            raise ChainError(f"requires vectors or matrices, and {name} is a scalar; leave it out with select")
         lengths = leaf_shapes.sides(name, leaf.shape)
         for axis, (side, n) in enumerate(zip(("left", "right"), lengths, strict=False)):
             drawn = state.setdefault(_source(name, leaf, axis), {})
@@ -90,4 +88,4 @@ def _maps(state: State, spec: Spec) -> Readouts:
 
 def _map(state: State, name: str, shape: tuple[int, ...]) -> GradientMap:
     sides = {**state.get(whole(name), {}), **state.get(name, {})}
-    return leaf_shapes.projection(name, shape, TwoSided(sides["left"], sides.get("right")))
+    return leaf_shapes.projection(name, shape, TwoSided(sides.get("left"), sides.get("right")))

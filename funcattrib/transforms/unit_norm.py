@@ -6,7 +6,7 @@ g ↦ g / ‖g‖ over all leaves together; a zero gradient stays zero
 import torch
 
 from funcattrib.chain.transform import State, Transform
-from funcattrib.kernels.safe_norm import float32_at_least
+from funcattrib.kernels.safe_norm import as_rows, float32_at_least
 from funcattrib.types import Grads
 
 
@@ -22,7 +22,7 @@ def unit_norm() -> Transform:
 
 
 def _apply_unit_norm(state: State, grads: Grads) -> Grads:
-    squares = sum(float32_at_least(grad.flatten(1)).square().sum(1) for grad in grads.values())
+    squares = sum(float32_at_least(as_rows(grad)).square().sum(1) for grad in grads.values())
     norm = torch.as_tensor(squares).sqrt()
     inverse = torch.where(norm > 0, 1 / norm, 0.0)
     return {n: g * inverse.to(g.dtype).reshape(-1, *[1] * (g.ndim - 1)) for n, g in grads.items()}

@@ -219,7 +219,7 @@ REFUSED = {
     "one-shot": (lambda: fit_on(iter([cases.batch()])), "one-shot iterator"),
     "unfitted": (lambda: chain_on(fa.adafactor_norm()), "adafactor_norm must be fitted"),
     "moments missing": (lambda: chain_on(fa.adafactor_norm({})), "has no moments for"),
-    "a scalar": (lambda: fa.compose(fa.project(2)).init({"w": fa.Leaf((), torch.float32)}), "w is a scalar"),
+    "a scalar": (lambda: fa.compose(fa.adafactor_norm()).init({"w": fa.Leaf((), torch.float32)}), "w is a scalar"),
     "no stack": (lambda: chain_on(fa.split_experts()), "stack of experts"),
 }
 
@@ -256,3 +256,39 @@ def test_the_snippet_of_the_design_runs_as_written() -> None:
         g.shape == (4, min(16, p.shape[0]), min(16, p.shape[1]))
         for g, p in zip(grads.values(), params.values(), strict=True)
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["whole", "project", "unit_norm", "clip", "cast", "adam_norm", "sketch", "precondition"]
+)
+def test_a_scalar_parameter_is_a_leaf_like_any_other(name):
+    made = {
+        "whole": [],
+        "project": [fa.project(2)],
+        "unit_norm": [fa.unit_norm()],
+        "clip": [fa.clip(0.1)],
+        "cast": [fa.cast("int8")],
+        "adam_norm": [fa.adam_norm({"w": torch.ones(2, 3), "t": torch.ones(())})],
+        "sketch": [fa.sketch(8)],
+        "precondition": [fa.precondition(gram={"w": torch.eye(6), "t": torch.eye(1)}, damping=0.0)],
+    }
+    scalar, vector = {"w": torch.ones(2, 3), "t": torch.tensor(0.7)}, {"w": torch.ones(2, 3), "t": torch.tensor([0.7])}
+    batch = {"x": torch.arange(12.0).view(2, 2, 3) / 10}
+
+    def loss(params, example):
+        return (params["w"] * example["x"]).sum() * params["t"].sum() ** 2
+
+    chain = fa.compose(fa.per_example_grad, *made[name])
+    other = fa.compose(fa.per_example_grad, *(made[name] if name != "adam_norm" else [_adam_of_a_vector()]))
+    ours, theirs = (
+        each.bind(loss, params, each.init(fa.per_example_grad.spec(params))[0])(batch).grads
+        for each, params in ((chain, scalar), (other, vector))
+    )
+    for leaf, grad in ours.items():
+        torch.testing.assert_close(grad.reshape(theirs[leaf].shape), theirs[leaf])
+    if "t" in ours:
+        assert ours["t"].shape == (2,)
+
+
+def _adam_of_a_vector():
+    return fa.adam_norm({"w": torch.ones(2, 3), "t": torch.ones(1)})

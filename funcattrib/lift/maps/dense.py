@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from funcattrib.kernels.safe_norm import as_rows
 from funcattrib.lift.maps.base import GradientMap
 
 
@@ -16,7 +17,7 @@ class Dense(GradientMap):
 
     def from_gradient(self, gradient: Tensor) -> Tensor:
         """Compute M vec(G) of formed gradients."""
-        return times(gradient.flatten(1), self.matrix).reshape(gradient.shape)
+        return times(as_rows(gradient), self.matrix).reshape(gradient.shape)
 
     def adjoint(self, theta: Tensor) -> Tensor:
         """Compute the same product: M is symmetric."""

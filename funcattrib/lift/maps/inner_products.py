@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from funcattrib.kernels.safe_norm import float32_at_least
+from funcattrib.kernels.safe_norm import as_rows, float32_at_least
 from funcattrib.lift.factors import Factor, OneHot, dense_along, outer
 from funcattrib.lift.maps.base import GradientMap, like
 
@@ -76,8 +76,8 @@ class InnerProducts(GradientMap):
 
     def from_gradient(self, gradient: Tensor) -> Tensor:
         """Compute the products of formed gradients."""
-        flat = float32_at_least(gradient.flatten(1))
-        products = flat @ self.queries.flatten(1).to(flat).T
+        flat = float32_at_least(as_rows(gradient))
+        products = flat @ as_rows(self.queries).to(flat).T
         if not self.norm:
             return products
         return torch.cat([products, torch.linalg.vector_norm(flat, dim=1, keepdim=True).square()], 1)

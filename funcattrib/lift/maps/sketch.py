@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from funcattrib.kernels.fold import fold, unfold
+from funcattrib.kernels.safe_norm import as_rows
 from funcattrib.lift.factors import Factor, outer
 from funcattrib.lift.maps.base import GradientMap
 
@@ -131,7 +132,7 @@ class _Sketch(torch.autograd.Function):
 def _parts(gradient: Tensor, cols: Tensor | None) -> Iterator[tuple[int, Tensor]]:
     """Yield vec(G) in parts (E, n), each with the position it starts at."""
     if cols is None:
-        flat = gradient.flatten(1)
+        flat = as_rows(gradient)
         for start in range(0, flat.shape[1], _PART):
             yield start, flat[:, start : start + _PART]
         return
