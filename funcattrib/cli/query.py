@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Literal
 
@@ -120,6 +121,8 @@ def run(config: Query) -> int | None:
     if config.text is not None:
         answer(config.text, config.completion)
         return None
+    if isinstance(sys.stdin, TextIOWrapper):  # bytes of another encoding are refused line by line, as half characters
+        sys.stdin.reconfigure(errors="surrogateescape")
     while (text := here.broadcast_object(_next_text() if here.is_rank_zero else None)) is not None:
         try:
             answer(text)

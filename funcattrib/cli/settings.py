@@ -87,10 +87,11 @@ class DataConfig:
     """A split, which may be sliced: train[:1%]."""
     subset: str | None = None
     """The hub data set's configuration."""
-    prompt_column: str = "text"
-    """Column of text; its tokens count in the loss unless there is a completion."""
+    prompt_column: str | None = None
+    """Column of text; its tokens count in the loss unless there is a completion. By default text, or the tokens of data
+    with input_ids."""
     completion_column: str | None = None
-    """Column of text that continues the prompt; its tokens alone count in the loss."""
+    """Column that continues the prompt; its tokens alone count in the loss."""
     conversation_column: str | None = None
     """Column of messages (role, content); the assistant's turns alone count in the loss."""
     token_weights_column: str | None = None

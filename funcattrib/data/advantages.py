@@ -78,7 +78,7 @@ def _prompts(dataset: datasets.Dataset, tokens: datasets.Dataset, columns: Colum
             first = labelled[0] if len(labelled) else 0
             yield _digest(rows[row]["input_ids"][: first or None].tobytes())
         return
-    name = columns.conversation_column or columns.prompt_column
+    name = columns.conversation_column or columns.prompt
     write: Callable[[Any], str] = str if columns.conversation_column is None else _before_the_answer
     view = dataset.select_columns([name]).with_format(None)
     for start in range(0, len(view), _ROWS):

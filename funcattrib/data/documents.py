@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -23,10 +23,11 @@ from funcattrib.data import (
     some_rows,
     tokenize,
 )
-from funcattrib.data.columns import shown_name
+from funcattrib.data.columns import shown_name, storable
+from funcattrib.data.conversation import OPTIONS
+from funcattrib.data.read import files_of
+from funcattrib.data.utf8 import check_text
 from funcattrib.types import Batch
-
-Records: TypeAlias = datasets.Dataset | Sequence[Mapping[str, Any]]
 
 _TAKEN = ("id", "loss", "tokens", "advantage")  # columns that a store has of every document
 
@@ -65,11 +66,11 @@ class Documents(NamedTuple):
         A column called as one that the store has of every document is kept as ``data.NAME``.
         """
         part = self.source.select(rows)
-        metadata = {shown_name(name, _TAKEN): part[name][:] for name in self._text_columns_read()}
+        metadata = {shown_name(name, _TAKEN): storable(part, name) for name in self._text_columns_read()}
         if not metadata and self.tokenizer is not None:
             metadata = {"text": [self.tokenizer.decode(self.rows[row]["input_ids"].tolist()) for row in rows]}
         ids = part["id"][:] if "id" in part.column_names else list(rows)
-        if (advantage := self.numbers.get("advantage")) is not None:
+        if (advantage := self._advantage()) is not None:
             metadata["advantage"] = [None if np.isnan(a) else float(a) for a in advantage[rows.start : rows.stop]]
         return {"id": [str(i) for i in ids], **metadata}
 
@@ -77,6 +78,7 @@ class Documents(NamedTuple):
         """Return columns, a fingerprint of the tokens, labels and numbers, and counts."""
         return {
             **asdict(self.columns),
+            "prompt_column": self.columns.prompt,
             "fingerprint": self._fingerprint(),
             "documents": self.report.documents,
             "tokens": self.report.tokens,
@@ -95,17 +97,23 @@ class Documents(NamedTuple):
     def _text_columns_read(self) -> list[str]:
         """Return the data set's columns of text that were read."""
         columns = self.columns
-        names = [columns.prompt_column, columns.completion_column, columns.conversation_column]
+        names = [columns.prompt, columns.completion_column, columns.conversation_column]
         return [name for name in names if name and name in self.source.column_names and name != "input_ids"]
 
     def _example(self, row: int) -> dict[str, Any]:
         example: dict[str, Any] = {**self.rows[row], **{name: values[row] for name, values in self.numbers.items()}}
-        if np.isnan(example.get("advantage", 0.0)):
+        if self._advantage() is not None and np.isnan(example["advantage"]):
             example |= {"advantage": np.float32(0), "labels": np.full_like(example["labels"], IGNORED)}
         return example
 
     def _without_reward(self) -> np.ndarray:
-        return np.flatnonzero(np.isnan(self.numbers.get("advantage", np.zeros(0))))
+        advantage = self._advantage()
+        return np.zeros(0, np.int64) if advantage is None else np.flatnonzero(np.isnan(advantage))
+
+    def _advantage(self) -> np.ndarray | None:
+        """Return the advantages where they were asked for; a column that is called so without that is the user's."""
+        asked = self.columns.reward_column or self.columns.advantage_column
+        return self.numbers["advantage"] if asked else None
 
     def _fingerprint(self) -> str:
         tokens = fingerprint(self.tokens)
@@ -119,7 +127,7 @@ class Documents(NamedTuple):
 
 
 def read_documents(
-    records: Records,
+    source: datasets.Dataset,
     tokenizer: PreTrainedTokenizerBase | None,
     columns: Columns,
     *,
@@ -127,17 +135,18 @@ def read_documents(
     truncation: bool,
     vocab_size: int | None,
     own_loss: bool = False,
+    name: str = "the data",
 ) -> Documents:
-    """Tokenise records and lay them out for batching; a user's loss is also given their columns of numbers."""
-    source = (
-        records if isinstance(records, datasets.Dataset) else datasets.Dataset.from_list([dict(r) for r in records])
-    )
+    """Tokenise a data set and lay it out for batching; a user's loss is also given their columns of numbers."""
+    read = (columns.prompt, columns.completion_column, columns.conversation_column, "id", *OPTIONS)
+    check_text(source, filter(None, read), name, files_of(name))
     tokens, report = tokenize(
         source, tokenizer, columns, max_length=max_length, truncation=truncation, vocab_size=vocab_size
     )
     rows = Rows(tokens)
     pad = getattr(tokenizer, "pad_token_id", None)
     numbers = number_columns(source) if own_loss else {}
+    numbers = {name: values for name, values in numbers.items() if name not in tokens.column_names}
     if (advantage := advantages(source, tokens, columns)) is not None:
         numbers["advantage"] = advantage
     return Documents(source, tokens, rows, rows.lengths, report, columns, pad or 0, tokenizer, numbers)

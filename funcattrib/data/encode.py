@@ -7,6 +7,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from funcattrib.data.batching import IGNORED
+from funcattrib.data.utf8 import half_character, has_half_character
 from funcattrib.errors import DataError
 from funcattrib.runtime.hub import reason
 
@@ -66,6 +67,9 @@ def encode(
             **settings,
             **limits,
         )
+    except UnicodeEncodeError as error:
+        broken = next(n for n, document in enumerate(documents) if has_half_character(document.text))
+        raise half_character(documents[broken].text, f"the text in row {first_row + broken}") from error
     except Exception as error:  # the Rust tokenizers raise bare Exception
         raise DataError(
             f"the tokenizer failed on rows {first_row} to {first_row + len(documents) - 1}: {reason(error)}\n"

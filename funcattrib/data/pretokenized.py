@@ -20,7 +20,9 @@ class Tokens(NamedTuple):
     truncated: int
 
 
-COLUMNS = ("input_ids", "labels", "attention_mask", "token_weights")
+MASKS = ("completion_mask", "assistant_masks", "loss_mask")
+"""Columns that say, as TRL's do, which tokens count where there are no labels: those that all of them hold 1 for."""
+COLUMNS = ("input_ids", "labels", "attention_mask", "token_weights", *MASKS)
 
 
 def check_columns(dataset: datasets.Dataset) -> None:
@@ -31,7 +33,8 @@ def check_columns(dataset: datasets.Dataset) -> None:
         kind = dataset.features.arrow_schema.field(name).type
         number = pa.types.is_floating if name == "token_weights" else pa.types.is_integer
         ragged = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-        if not ragged or not (number(kind.value_type) or pa.types.is_integer(kind.value_type)):
+        truth = ragged and name.endswith(("_mask", "_masks")) and pa.types.is_boolean(kind.value_type)
+        if not ragged or not (truth or number(kind.value_type) or pa.types.is_integer(kind.value_type)):
             found = f"{kind} (row 0: {dataset[0][name]!r:.60})"
             raise DataError(
                 f"expected a list of {'numbers' if name == 'token_weights' else 'whole numbers'} in every row of "
@@ -42,7 +45,8 @@ def check_columns(dataset: datasets.Dataset) -> None:
 def read_tokens(
     batch: dict[str, list[np.ndarray]], *, vocab_size: int | None, max_length: int, truncation: bool, first_row: int = 0
 ) -> Tokens:
-    """Check tokenised rows; labels default to the tokens, and positions that `attention_mask` hides are taken off.
+    """Check tokenised rows; labels default to the tokens that the masks count, and positions that `attention_mask`
+    hides are taken off.
 
     Args:
         batch: lists (rows of arrays) by column name.
@@ -70,7 +74,9 @@ def read_tokens(
             raise too_long(len(positions), row, max_length)
         truncated += len(positions) > max_length
         columns = {name: values[:max_length] for name, values in columns.items()}
-        columns.setdefault("labels", columns["input_ids"])
+        if "labels" not in columns:
+            counted = np.logical_and.reduce([columns[name] != 0 for name in MASKS if name in columns] or [True])
+            columns["labels"] = np.where(counted, columns["input_ids"], IGNORED)
         _check_range(columns["input_ids"], vocab_size, row, "input_ids")
         _check_range(columns["labels"][columns["labels"] != IGNORED], vocab_size, row, "labels")
         ids.append(columns["input_ids"].astype(np.int32))

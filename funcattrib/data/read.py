@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 
+from funcattrib.data.utf8 import bad_bytes
 from funcattrib.errors import DataError
 from funcattrib.runtime.hub import hub_reachable, offline, quiet, reason
 
@@ -55,13 +57,23 @@ def load(source: str | Path, split: str | None = None, *, subset: str | None = N
         ['one document', 'and another']
     """
     source = os.path.expanduser(os.fspath(source))
+    if subset is not None and os.path.exists(source):
+        raise DataError(f"`subset` is of data sets on the hub, and {source} is here\nleave `subset` out")
     with quiet():
         found = _open(source, split, subset)
-        dataset = _choose(found, split, source)
+        dataset = choose_split(found, split, source)
     if not len(dataset):
         part = "" if split is None else f" in split '{split}'"
         raise DataError(f"{source} has no rows{part}\nchoose another split or file")
     return dataset
+
+
+def files_of(source: str | Path) -> list[str]:
+    """Return the files that a name stands for; none for a hub id."""
+    source = os.path.expanduser(os.fspath(source))
+    if os.path.isdir(source):
+        return sorted(str(path) for path in Path(source).rglob("*") if path.is_file())
+    return [source] if os.path.isfile(source) else sorted(filter(os.path.isfile, glob.glob(source, recursive=True)))
 
 
 def _open(source: str, split: str | None, subset: str | None) -> Mapping[str, datasets.Dataset]:
@@ -112,6 +124,8 @@ def _open_files(files: list[str], source: str, split: str | None) -> Mapping[str
     if ".tsv" in suffixes and len(suffixes) > 1:
         raise DataError(f"the files of {source} are of several kinds (csv, tsv)\nnarrow the pattern")
     options = {"sep": "\t"} if ".tsv" in suffixes else {}
+    if kind == "text":
+        options["encoding"] = "utf-8-sig"  # a byte order mark is no text
     # An empty file among others has no header, and no rows either: left out, where readers would stumble.
     full = [glob.escape(os.path.abspath(path)) for path in files if os.path.getsize(path)]
     return _build(kind, full, split, what=f"{kind} data", source=source, **options)
@@ -145,8 +159,14 @@ def _build(
     **options: str,
 ) -> Mapping[str, datasets.Dataset]:
     """Read with `datasets`, and put what goes wrong into words."""
+    builder = None
     try:
         builder = datasets.load_dataset_builder(path, subset, data_files=files, cache_dir=_cache_folder(), **options)
+        if builder.name == "text" and "encoding" not in options and builder.config.data_files:  # a folder of them
+            parts = {name: list(each) for name, each in builder.config.data_files.items()}
+            builder = datasets.load_dataset_builder(
+                "text", data_files=parts, cache_dir=_cache_folder(), encoding="utf-8-sig"
+            )
         known = builder.info.splits
         if split is not None and known:  # known before a download only where the hub says so
             _instructions(split, dict.fromkeys(known, 1 << 40), source or path)
@@ -159,10 +179,50 @@ def _build(
     except DataError:
         raise
     except Exception as error:
-        raise _unreadable(source or path, what, error) from error
+        if files is not None and len(files) > 1:
+            return {"train": _one_by_one(path, files, what, options)}
+        if os.path.isdir(path) and builder is not None and builder.config.data_files:
+            parts = {name: [glob.escape(file) for file in each] for name, each in builder.config.data_files.items()}
+            return {name: _one_by_one(builder.name, each, what, options) for name, each in parts.items()}
+        file = glob.glob(files[0])[0] if files else path  # escaped, so it matches itself
+        raise bad_bytes([file] if files else []) or _unreadable(source or file, what, error) from error
 
 
-def _choose(found: Mapping[str, datasets.Dataset], split: str | None, source: str) -> datasets.Dataset:
+def _one_by_one(kind: str, files: list[str], what: str, options: Mapping[str, str]) -> datasets.Dataset:
+    """Read files that cannot be read together."""
+    return _joined({file: _build(kind, [file], None, what=what, **options) for file in files})
+
+
+def _joined(found: Mapping[str, Mapping[str, datasets.Dataset]]) -> datasets.Dataset:
+    """Join files that differ: a column that a file lacks is null there, and of two types of numbers the wider is taken.
+
+    Raises:
+        DataError: a column is of two types.
+    """
+    tables = {glob.glob(name)[0]: next(iter(splits.values())).data.table for name, splits in found.items()}
+    known: dict[str, tuple[str, pa.Field]] = {}
+    for file, table in tables.items():
+        for field in table.schema.remove_metadata():
+            first, before = known.get(field.name, (file, field))
+            try:
+                schemas = [pa.schema([before]), pa.schema([field])]
+                known[field.name] = first, pa.unify_schemas(schemas, promote_options="permissive").field(0)
+            except pa.ArrowException as error:
+                raise DataError(
+                    f"the column '{field.name}' is {before.type} in {first} and {field.type} in {file}\n"
+                    "convert it in one of them, or drop it"
+                ) from error
+    bare = [table.replace_schema_metadata() for table in tables.values()]
+    joined = pa.concat_tables(bare, promote_options="permissive")
+    return datasets.Dataset(datasets.table.InMemoryTable(joined))
+
+
+def choose_split(found: Mapping[str, datasets.Dataset], split: str | None, source: str) -> datasets.Dataset:
+    """Return the split that is asked for, or parts of several; by default the only one, or ``train``.
+
+    Raises:
+        DataError: there is none, or several and none is asked for.
+    """
     if not found:
         raise DataError(f"{source} has no splits\nchoose another data set")
     if split is None:
@@ -173,8 +233,8 @@ def _choose(found: Mapping[str, datasets.Dataset], split: str | None, source: st
     parts = []
     for part in _instructions(split, lengths, source):
         whole = found[part.splitname]
-        start, stop = part.from_ or 0, len(whole) if part.to is None else part.to
-        parts.append(whole if (start, stop) == (0, len(whole)) else whole.select(range(start, max(start, stop))))
+        inside = range(len(whole))[slice(part.from_, part.to)]
+        parts.append(whole if len(inside) == len(whole) else whole.select(inside if inside else range(0)))
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
@@ -197,7 +257,8 @@ def _unreadable(source: str, what: str, error: BaseException) -> DataError:
         return DataError(
             f"{what} cannot be read: {why}\ncheck the spelling; a private or gated one needs `hf auth login`"
         )
-    cure = "save the file as UTF-8" if "codec can't decode" in why else "check that it is whole and what its name says"
+    decoding = "codec can't decode" in why or "Invalid UTF8" in why
+    cure = "save it as UTF-8" if decoding else "check that it is whole and what its name says"
     return DataError(f"{source} cannot be read as {what}: {why}\n{cure}")
 
 

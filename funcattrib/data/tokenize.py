@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from funcattrib.data.batching import IGNORED, shard_ranges
 from funcattrib.data.columns import Columns
-from funcattrib.data.conversation import has_template, render, renderer
+from funcattrib.data.conversation import has_template, options_read, render, renderer
 from funcattrib.data.encode import Text, encode
 from funcattrib.data.pretokenized import COLUMNS, Tokens, check_columns, read_tokens
 from funcattrib.data.report import TokenizeReport, some_rows
@@ -143,7 +143,7 @@ def _reader(
     vocab_size: int | None,
 ) -> tuple[Callable[[dict[str, list[Any]], int], Tokens], list[str]]:
     """Return the function that turns a batch of rows into tokens, and the columns that it takes."""
-    prompt, completion, conversation = columns.prompt_column, columns.completion_column, columns.conversation_column
+    prompt, completion, conversation = columns.prompt, columns.completion_column, columns.conversation_column
     if columns.ready(dataset):
         check_columns(dataset)
         for name in set(COLUMNS) & set(dataset.column_names):
@@ -168,16 +168,25 @@ def _reader(
             "leave one out"
         )
     names = [conversation] if conversation is not None else [prompt] if completion is None else [prompt, completion]
+    chat = conversation is not None or (completion is not None and all(_are_messages(dataset, name) for name in names))
     for name in names:
-        _check_column(dataset, name, text=conversation is None)
-    if conversation is not None and not has_template(tokenizer):
+        _check_column(dataset, name, text=not chat)
+    if chat and not has_template(tokenizer):
         log.warning("the tokenizer has no chat template; the turns of a conversation are concatenated")
-    write = renderer(tokenizer) if conversation is not None else None
+    write = renderer(tokenizer) if chat else None
+    options = options_read(tokenizer, dataset.column_names) if chat else []
 
     def texts(batch: dict[str, list[Any]], first_row: int) -> Tokens:
         if write is not None:
-            rows = enumerate(batch[names[0]], first_row)
-            documents = [render(value, write, row=row, column=names[0]) for row, value in rows]
+            documents = [
+                render(
+                    {name: batch[name][at] for name in names},
+                    write,
+                    row=first_row + at,
+                    options={name: batch[name][at] for name in options},
+                )
+                for at in range(len(batch[names[0]]))
+            ]
         elif completion is not None:
             pairs = zip(batch[prompt], batch[completion], strict=True)
             documents = [Text(before + after, [(len(before), len(before + after))]) for before, after in pairs]
@@ -193,7 +202,7 @@ def _reader(
         )
         return Tokens(encoded.ids, encoded.labels, None, encoded.truncated)
 
-    return texts, names
+    return texts, [*names, *options]
 
 
 def _check_column(dataset: datasets.Dataset, name: str, *, text: bool) -> None:
@@ -204,14 +213,18 @@ def _check_column(dataset: datasets.Dataset, name: str, *, text: bool) -> None:
             "name the right one with `prompt_column`, `completion_column` or `conversation_column`"
         )
     kind = dataset.features[name]
-    if text and getattr(kind, "dtype", None) not in ("string", "large_string"):
-        messages = isinstance(kind, datasets.List) and isinstance(kind.feature, dict)
-        cure = "pass it as `conversation_column`" if messages else "convert the column to text"
+    if text and getattr(kind, "dtype", None) not in ("string", "large_string", "string_view"):
+        cure = "pass it as `conversation_column`" if _are_messages(dataset, name) else "convert the column to text"
         raise DataError(
             f"expected text in column '{name}', found {_type_name(kind)} (row 0: {dataset[0][name]!r:.60})\n"
             f"{cure}, or name another column"
         )
     _check_nulls(dataset, name, "text" if text else "messages")
+
+
+def _are_messages(dataset: datasets.Dataset, name: str) -> bool:
+    kind = dataset.features.get(name)
+    return isinstance(kind, datasets.List) and isinstance(kind.feature, dict | datasets.Json)
 
 
 def _check_nulls(dataset: datasets.Dataset, name: str, what: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from funcattrib.errors import FuncattribError
 from funcattrib.models.functional import Functional
 
 Inputs = Mapping[str, Tensor]
@@ -69,8 +70,19 @@ def hidden_states(model: LanguageModel, weights: Mapping[str, Tensor], inputs: I
 
 
 def own_logits(model: LanguageModel, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
-    """Compute the model's own logits (1, T, V)."""
-    return torch.func.functional_call(model.parts.skeleton, dict(weights), (), dict(inputs), strict=True).logits
+    """Compute the model's own logits (1, T, V).
+
+    Raises:
+        FuncattribError: a model without them.
+    """
+    output = torch.func.functional_call(model.parts.skeleton, dict(weights), (), dict(inputs), strict=True)
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise FuncattribError(
+            f"expected a model with logits, found {type(model.parts.skeleton).__name__}, which gives "
+            f"{type(output).__name__}\ngive the model with its language-model head (…ForCausalLM), or a custom loss"
+        )
+    return logits
 
 
 def without_adapter(parts: Functional) -> LanguageModel | None:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -20,7 +19,9 @@ from funcattrib.chain import state_tree
 from funcattrib.chain.chain import Chain
 from funcattrib.chain.per_example import per_example_grad, spec
 from funcattrib.data import Columns, Rows, collate, number_columns, plan, tokenize
+from funcattrib.data.records import open_records
 from funcattrib.errors import FuncattribError
+from funcattrib.kernels.safe_norm import as_rows
 from funcattrib.losses.resolve import KINDS
 from funcattrib.models.identity import model_identity
 from funcattrib.models.limits import context_length, vocabulary
@@ -161,8 +162,8 @@ class Attributor:
         """Compute transformed gradients of queries, one row a record, in the store's layout."""
         model, tokenizer = self._loaded()
         columns = columns or self._columns(records)
-        rows = [{columns.prompt_column: r} if isinstance(r, str) else dict(r) for r in records]
-        source = datasets.Dataset.from_list(rows)
+        rows = [{columns.prompt: r} if isinstance(r, str) else dict(r) for r in records]
+        source = open_records(rows)
         tokens, _ = tokenize(
             source,
             tokenizer,
@@ -233,12 +234,13 @@ class Attributor:
             return Columns()
         data = self.store.manifest.data
         names = ("prompt_column", "completion_column", "conversation_column")
-        return Columns(**{name: data[name] for name in names if name in data})
+        named = {name: data[name] for name in names if name in data}
+        return Columns(**{name: value for name, value in named.items() if (name, value) != ("prompt_column", "text")})
 
     def _rows(self, grads: Grads) -> Tensor:
         """Join leaves to rows, (K, D) on the CPU, leaves in the store's order."""
         check_leaves(self.store.leaves, {name: tuple(grad.shape[1:]) for name, grad in grads.items()})
-        return torch.cat([grads[name].flatten(1).float().cpu() for name in self.store.leaves], 1)
+        return torch.cat([as_rows(grads[name]).float().cpu() for name in self.store.leaves], 1)
 
     def _loaded(self) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
         if self._model is None:

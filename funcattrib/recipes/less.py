@@ -29,8 +29,8 @@ from funcattrib.chain.per_example import per_example_grad
 from funcattrib.checkpoints.adam_state import adam_state
 from funcattrib.checkpoints.training_run import Shapes, check_same, shapes_of
 from funcattrib.checkpoints.training_run import learning_rates as rates_of
-from funcattrib.data import Columns, load
-from funcattrib.data.documents import Records
+from funcattrib.data import Columns
+from funcattrib.data.records import Records, open_records
 from funcattrib.errors import FuncattribError
 from funcattrib.runs.collect import collect_gradients
 from funcattrib.runs.config import RowConfig, refuse
@@ -64,8 +64,8 @@ Members = Mapping[str, Sequence[int]]
 
 def less(
     checkpoints: Sequence[str | Path],
-    data: Records | str,
-    query_data: Records | str,
+    data: Records,
+    query_data: Records,
     *,
     path: str | Path,
     learning_rates: Sequence[float] = (),
@@ -124,8 +124,8 @@ def less(
     _check_checkpoints(folders, fraction, score, subtask_column)
     require_shared(path, world())
     weights = rates_of(folders, learning_rates)
-    records = _opened(data, source.split, source.subset)
-    columns = _columns(_opened(query_data, query_split, None), score, subtask_column)
+    records = open_records(data, source.split, subset=source.subset)
+    columns = _columns(open_records(query_data, query_split), score, subtask_column)
     parts: list[Scores] = []
     shapes: Shapes | None = None
     for number, folder in enumerate(folders):
@@ -146,7 +146,7 @@ def less(
 def _score_one(
     model: nn.Module,
     states: Mapping[str, AdamState],
-    sides: tuple[tuple[Records | str, Source], tuple[Records | str, Source]],
+    sides: tuple[tuple[Records, Source], tuple[Records, Source]],
     columns: Members,
     gradients: RowConfig,
     path: Path,
@@ -234,12 +234,6 @@ def _save_selected(records: datasets.Dataset, scores: Scores, fraction: float, f
         records.select(rows).save_to_disk(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-
-
-def _opened(data: Records | str, split: str | None, subset: str | None) -> datasets.Dataset:
-    if isinstance(data, str):
-        return load(data, split, subset=subset)
-    return data if isinstance(data, datasets.Dataset) else datasets.Dataset.from_list([dict(row) for row in data])
 
 
 def _columns(queries: datasets.Dataset, score: str, subtask_column: str | None) -> Members:

@@ -26,9 +26,9 @@ from funcattrib.chain.chain import compose
 from funcattrib.chain.per_example import per_example_grad
 from funcattrib.chain.transform import State, Transform
 from funcattrib.data import Columns
-from funcattrib.data.documents import Records
+from funcattrib.data.records import Records
 from funcattrib.errors import FuncattribError
-from funcattrib.kernels.safe_norm import divisors
+from funcattrib.kernels.safe_norm import as_rows, divisors
 from funcattrib.models.selection import choose
 from funcattrib.runs.collect import collect_both
 from funcattrib.runs.config import FittedConfig
@@ -58,8 +58,8 @@ _BLOCK_ROWS = 1024
 
 def trackstar(
     model: Model,
-    data: Records | str,
-    query_data: Records | str,
+    data: Records,
+    query_data: Records,
     *,
     path: str | Path,
     query_columns: Columns | None = None,
@@ -205,7 +205,7 @@ def _transformed(after: Transform, state: State, names: Sequence[str], store: Gr
     """Precondition the named leaves of rows (n, D), one after the other, float32."""
     if not names:
         return block.new_empty(len(block), 0, dtype=torch.float32)
-    return torch.cat([grad.flatten(1) for grad in after(state, _some(block, store, names)).values()], 1)
+    return torch.cat([as_rows(grad) for grad in after(state, _some(block, store, names)).values()], 1)
 
 
 def _lengths(squares: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ from funcattrib.chain.chain import Chain, compose
 from funcattrib.chain.per_example import per_example_grad
 from funcattrib.checkpoints.training_run import Shapes, check_same, shapes_of
 from funcattrib.data import IGNORED, Columns
-from funcattrib.data.documents import Documents, Records
+from funcattrib.data.documents import Documents
+from funcattrib.data.records import Records
 from funcattrib.errors import FuncattribError
 from funcattrib.runs.collect import collect_both
 from funcattrib.runs.config import GradientConfig, RowConfig, refuse
@@ -53,8 +54,8 @@ _BLOCK_ROWS = 1024
 
 def trak(
     models: Sequence[Model],
-    data: Records | str,
-    query_data: Records | str,
+    data: Records,
+    query_data: Records,
     *,
     path: str | Path,
     sketch_dim: int = 4096,
@@ -198,7 +199,7 @@ def _losses(store: GradientStore, span: range) -> Tensor:
     return torch.tensor(store.examples[span.start : span.stop]["loss"], dtype=torch.float64)
 
 
-def _weights(model: Model, data: Records | str, source: Source, rows: GradientConfig, chain: Chain) -> Tensor:
+def _weights(model: Model, data: Records, source: Source, rows: GradientConfig, chain: Chain) -> Tensor:
     """Return the factors that make −f of every document its tokens' mean, (rows,) float64.
 
     1 / Σ_t a_t over labelled tokens, a_t the weight that the loss gives them; 0 where there is none. 1 for a

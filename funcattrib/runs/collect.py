@@ -13,7 +13,7 @@ from typing import Any, Literal, Unpack
 import numpy as np
 
 from funcattrib.chain.chain import Chain
-from funcattrib.data.documents import Records
+from funcattrib.data.records import Records
 from funcattrib.runs.config import GradientConfig
 from funcattrib.runs.prepare import Model, prepare, shard_rows, state_of
 from funcattrib.runs.run_folder import run_folder
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 def collect_gradients(
     model: Model,
-    data: Records | str,
+    data: Records,
     *,
     path: str | Path,
     chain: Chain | None = None,
@@ -91,8 +91,8 @@ def collect_gradients(
 
 def collect_both(
     model: Model,
-    data: Records | str,
-    query_data: Records | str,
+    data: Records,
+    query_data: Records,
     *,
     path: Path,
     chain: Chain,
@@ -115,7 +115,7 @@ def collect_both(
 
 def fit_chain(
     model: Model,
-    data: Records | str,
+    data: Records,
     *,
     path: str | Path,
     chain: Chain | None = None,

@@ -13,10 +13,11 @@ from funcattrib.chain import per_example, state_tree
 from funcattrib.chain.chain import Chain
 from funcattrib.chain.per_example import per_example_grad
 from funcattrib.chain.transform import State
-from funcattrib.data import Columns, load
+from funcattrib.data import Columns
 from funcattrib.data.corpus import Corpus
-from funcattrib.data.documents import Records, read_documents
+from funcattrib.data.documents import read_documents
 from funcattrib.data.numeric_examples import Examples
+from funcattrib.data.records import Records, open_examples, open_records
 from funcattrib.errors import FuncattribError
 from funcattrib.losses.resolve import KINDS, loss_of
 from funcattrib.models.functional import device_of, parameters_of, sharing
@@ -45,6 +46,13 @@ _SHARD_ROWS = 1024
 _SHARD_BYTES = 256 << 20
 
 
+class Inputs(NamedTuple):
+    """Documents that have been read: tokenised and checked. ``name`` is the manifest's."""
+
+    name: str
+    corpus: Corpus
+
+
 class Prepared(NamedTuple):
     """The work of a run, the manifest of its result, and the store whose state was given.
 
@@ -58,7 +66,7 @@ class Prepared(NamedTuple):
 
 def prepare(
     model: Model,
-    data: Records | str,
+    data: Records | Inputs,
     source: Source,
     gradients: GradientConfig,
     chain: Chain | None,
@@ -70,12 +78,14 @@ def prepare(
         FuncattribError: bad input of any kind.
     """
     model, source = load_named(model, source)
+    inputs = data if isinstance(data, Inputs) else read_inputs(model, data, source, gradients)
+    corpus = inputs.corpus
     reference = source.reference_model
     assert not isinstance(reference, str), "load_named has loaded it"
-    loss, params, module, identity, corpus = (
-        _own_loss(model, data, source, per_example_grad if chain is None else chain.started())
+    loss, params, module, identity = (
+        _own_loss(model, source, per_example_grad if chain is None else chain.started())
         if isinstance(model, tuple)
-        else _language_model(model, data, source, gradients, reference)
+        else _language_model(model, source, gradients, reference)
     )
     chain = chain or chain_of(gradients, module)
     first, spec = chain.init(chain.started().spec(params))
@@ -85,7 +95,7 @@ def prepare(
     manifest = Manifest(
         model=identity,
         data={
-            "id": data if isinstance(data, str) else "in memory",
+            "id": inputs.name,
             "split": source.split,
             "subset": source.subset,
             **corpus.identity(),
@@ -155,7 +165,7 @@ def state_of(prepared: Prepared, writer: StoreWriter, fit_documents: int) -> Sta
     return state
 
 
-_Parts = tuple[Loss, Mapping[str, Tensor], nn.Module | Params, dict[str, Any], Corpus]
+_Parts = tuple[Loss, Mapping[str, Tensor], nn.Module | Params, dict[str, Any]]
 
 
 def load_named(model: Model | Path, source: Source) -> tuple[nn.Module | tuple[Loss, Params], Source]:
@@ -172,6 +182,11 @@ def load_named(model: Model | Path, source: Source) -> tuple[nn.Module | tuple[L
     elif isinstance(source.tokenizer, str):
         options = {"trust_remote_code": source.loading.trust_remote_code}
         source = replace(source, tokenizer=load_tokenizer(source.tokenizer, options))
+    if not isinstance(model, nn.Module | tuple) or (isinstance(model, tuple) and len(model) != 2):
+        cure = "load it into the model first" if isinstance(model, Mapping) else "give one of these"
+        raise FuncattribError(
+            f"expected a model, its name or folder, or (loss, params), found {type(model).__name__}\n{cure}"
+        )
     if isinstance(model, tuple) and (source.loss_function is not None or source.reference_model is not None):
         raise FuncattribError(
             "(loss, params) cannot be combined with `loss` or `reference_model`; give a model, or leave these out"
@@ -181,11 +196,36 @@ def load_named(model: Model | Path, source: Source) -> tuple[nn.Module | tuple[L
     return model, source
 
 
-def _language_model(
-    model: nn.Module, data: Records | str, source: Source, gradients: GradientConfig, reference: nn.Module | None
-) -> _Parts:
-    tokenizer = source.tokenizer
+def read_inputs(
+    model: nn.Module | tuple[Loss, Params], data: Records, source: Source, gradients: GradientConfig
+) -> Inputs:
+    """Read, tokenise and check documents for a model: all that is wrong with them is said before anything is computed.
+
+    Raises:
+        FuncattribError: data that cannot be read, or a document that is too long.
+    """
+    name = str(data) if isinstance(data, str | Path) else "in memory"
+    if isinstance(model, tuple):
+        return Inputs(name, Examples(open_examples(data, source.split, subset=source.subset)))
+    tokenizer, columns = source.tokenizer, source.columns or Columns()
     assert not isinstance(tokenizer, str), "load_named has loaded it"
+    documents = read_documents(
+        open_records(data, source.split, subset=source.subset, text_column=columns.prompt),
+        tokenizer,
+        columns,
+        max_length=context_length(model, tokenizer, asked=source.max_length),
+        truncation=source.truncation,
+        vocab_size=vocabulary(model),
+        own_loss=source.loss_function is not None or gradients.loss not in KINDS,
+        name=name,
+    )
+    if not source.quiet:
+        for line in documents.lines():
+            log.info(line)
+    return Inputs(name, documents)
+
+
+def _language_model(model: nn.Module, source: Source, gradients: GradientConfig, reference: nn.Module | None) -> _Parts:
     loss, params = loss_of(
         model,
         source.loss_function or gradients.loss,
@@ -195,19 +235,7 @@ def _language_model(
         modules=gradients.modules or None,
         exclude=gradients.exclude,
     )
-    documents = read_documents(
-        load(data, source.split, subset=source.subset) if isinstance(data, str) else data,
-        tokenizer,
-        source.columns or Columns(),
-        max_length=context_length(model, tokenizer, asked=source.max_length),
-        truncation=source.truncation,
-        vocab_size=vocabulary(model),
-        own_loss=source.loss_function is not None or gradients.loss not in KINDS,
-    )
-    if not source.quiet:
-        for line in documents.lines():
-            log.info(line)
-    return loss, params, model, model_identity(model, source.model_name, source.revision), documents
+    return loss, params, model, model_identity(model, source.model_name, source.revision)
 
 
 def _described(corpus: Corpus, row: int) -> str:
@@ -223,18 +251,15 @@ def _beside(model: nn.Module, name: str) -> nn.Module:
     return load_model(name, device=str(weight.device), precision=precision).model
 
 
-def _own_loss(
-    model: tuple[Loss, Params], data: Records | str, source: Source, gradients: per_example.GradientSource
-) -> _Parts:
+def _own_loss(model: tuple[Loss, Params], source: Source, gradients: per_example.GradientSource) -> _Parts:
     loss, params = model
     if not callable(loss):
         raise FuncattribError(f"expected a loss function and its parameters, found {type(loss).__name__} for the loss")
     tensors = gradients.named(params)
-    records = load(data, source.split, subset=source.subset) if isinstance(data, str) else data
     name = source.model_name or getattr(loss, "__qualname__", type(loss).__name__)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     identity = {"id": name, "revision": None, "architecture": "own loss", "dtype": dtype}
-    return loss, params, params, {**identity, "fingerprint": fingerprint_tensors(tensors)}, Examples(records)
+    return loss, params, params, {**identity, "fingerprint": fingerprint_tensors(tensors)}
 
 
 def _fitted_on(chain: Chain, first: State, gradients: GradientConfig) -> dict[str, Any]:

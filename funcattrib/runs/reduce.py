@@ -16,7 +16,7 @@ import torch
 
 from funcattrib.chain.chain import Chain
 from funcattrib.chain.transform import State
-from funcattrib.data.documents import Records
+from funcattrib.data.records import Records
 from funcattrib.errors import FuncattribError
 from funcattrib.kernels.safe_norm import divisors
 from funcattrib.runs.config import GradientConfig
@@ -37,7 +37,7 @@ Method = Literal["mean", "sum"]
 
 def reduce_gradients(
     model: Model,
-    data: Records | str,
+    data: Records,
     *,
     path: str | Path,
     method: Method = "mean",

@@ -15,7 +15,7 @@ import torch
 from funcattrib.chain.chain import Chain, compose
 from funcattrib.chain.transform import State, Transform
 from funcattrib.data import Columns
-from funcattrib.data.documents import Records
+from funcattrib.data.records import Records
 from funcattrib.runs.collect import collect_gradients, fit_chain
 from funcattrib.runs.config import GradientConfig, refuse
 from funcattrib.runs.default_chain import chain_of
@@ -46,11 +46,11 @@ Granularity = Literal["example", "module", "token"]
 
 def score_gradients(
     model: Model,
-    data: Records | str,
+    data: Records,
     *,
     path: str | Path,
     query_stores: Sequence[str | Path] | str | Path = (),
-    query_data: Records | str | None = None,
+    query_data: Records | None = None,
     query_columns: Columns | None = None,
     query_split: str | None = None,
     score: How = "individual",

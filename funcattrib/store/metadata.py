@@ -3,6 +3,8 @@
 One Arrow IPC stream a shard, row for row as the shard; read memory-mapped, as one `datasets.Dataset`.
 """
 
+import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,8 +103,15 @@ def example_text(example: Mapping[str, Any], text_columns: Sequence[str] | None)
 
 
 def _as_text(value: Any) -> str:
+    if isinstance(value, str) and value.startswith('[{"'):  # a conversation that Arrow has no type for is kept as JSON
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
     if isinstance(value, list):
-        return "\n".join(
-            f"{turn['role']}: {turn['content']}" if isinstance(turn, Mapping) else str(turn) for turn in value
-        )
+        return "\n".join(_turn(turn) if isinstance(turn, Mapping) else str(turn) for turn in value)
     return str(value)
+
+
+def _turn(message: Mapping[str, Any]) -> str:
+    said = message.get("content")
+    calls = message.get("tool_calls") if said is None else None
+    return f"{message.get('role', '')}: {json.dumps(calls) if calls else said or ''}"

@@ -1,5 +1,6 @@
 """The commands as a user gives them: every input, every mistake, runs that are killed or starved and continued."""
 
+import io
 import os
 import random
 import resource
@@ -460,3 +461,13 @@ def test_check(funcattrib, model_folder: Path) -> None:
     assert ran.out.splitlines()[-1] == "Rows do not depend on their batch."
     assert ran.err == ""
     mistake(funcattrib("check", "--model", model_folder, "--lengths", "5", "65"), "found 5, 65\n", "check")
+
+
+def test_text_that_is_no_unicode_is_refused_line_by_line(funcattrib, store: Path, monkeypatch) -> None:
+    mistake(funcattrib("query", "--index", store, "--text", "caf\udce9"), "half a character, '\\udce9'", "query")
+    typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n" + TEXTS[2].encode() + b"\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", typed)
+    ran = funcattrib("query", "--index", store, "--top-k", 1)
+    assert ran.code == 0
+    assert "half a character" in ran.err
+    assert TEXTS[2] in ran.out

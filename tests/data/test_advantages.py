@@ -5,6 +5,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -179,3 +180,15 @@ def test_numbers_for_a_loss_of_ones_own() -> None:
         "x": "float32",
         "n": "float32",
     }
+
+
+def test_whole_numbers_that_no_float64_holds():
+    ids = [2**60 + at for at in range(3)]
+    columns = {"id_of_post": pa.array(ids), "large": pa.array([2**63 + 1, 1, 2], pa.uint64()), "some": [2**60, None, 1]}
+    rows = datasets.Dataset(pa.table(columns))
+    found = number_columns(rows)
+    assert found["id_of_post"].tolist() == ids
+    assert found["large"].dtype == found["some"].dtype == np.float32
+    ready = rows.add_column("input_ids", [[1, 2]] * 3)
+    values = advantages(ready, ready, Columns(advantage_column="id_of_post"))
+    np.testing.assert_array_equal(values, np.array(ids, np.float32))

@@ -4,9 +4,11 @@ import socket
 import datasets
 import huggingface_hub
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from funcattrib.data import load, read
+from funcattrib.data import Columns, load, read
+from funcattrib.data.documents import read_documents
 from funcattrib.errors import DataError
 from funcattrib.runtime import hub
 from tests.support.waiting import OUTER_LIMIT
@@ -83,6 +85,18 @@ def test_a_saved_slice_is_called_by_its_split(folder):
     assert load("slice", "train[1:]")["text"][:] == ["two"]
 
 
+def _latin() -> pa.Array:
+    """Two texts, of which the second is no UTF-8."""
+    return pa.StringArray.from_buffers(2, pa.py_buffer(b"\0\0\0\0\1\0\0\0\5\0\0\0"), pa.py_buffer(b"acaf\xe9"))
+
+
+def _arrow(texts: pa.Array) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, pa.schema({"text": pa.string()})) as writer:
+        writer.write_table(pa.table({"text": texts}))
+    return sink.getvalue().to_pybytes()
+
+
 BAD_FILES = {
     "empty.csv": b"",
     "empty.jsonl": b"",
@@ -95,6 +109,9 @@ BAD_FILES = {
     "latin.txt": b"caf\xe9\n",
     "latin.csv": b"text\ncaf\xe9\n",
     "text.doc": b"text",
+    "latin.json": b'[{"text": "a"},\n{"text": "caf\xe9"}]',
+    "utf16.jsonl": '{"text": "a"}\n'.encode("utf-16"),
+    "latin.arrow": _arrow(_latin()),
 }
 
 
@@ -109,8 +126,11 @@ BAD_FILES = {
         ("broken.jsonl", None, "JSON parse error"),
         ("broken.parquet", None, "Parquet"),
         ("broken.arrow", None, "arrow data"),
-        ("latin.txt", None, "save the file as UTF-8"),
-        ("latin.csv", None, "save the file as UTF-8"),
+        ("latin.txt", None, "is no UTF-8 in line 1 (row 0): byte 0xe9 after 'caf'\nsave it as UTF-8"),
+        ("latin.csv", None, "is no UTF-8 in line 2 (row 0): byte 0xe9 after 'caf'"),
+        ("latin.json", None, 'is no UTF-8 in line 2: byte 0xe9 after \'{"text": "caf\''),
+        ("utf16.jsonl", None, "is no UTF-8 in line 1 (row 0): byte 0xff"),
+        ("latin.arrow", None, "Invalid UTF8 sequence at string index 1\nsave it as UTF-8"),
         ("text.doc", None, "text.doc"),
         ("[ae]*.[cj]s*", None, "are of several kinds (csv, json)"),
         ("a.[ct]sv", None, "are of several kinds (csv, tsv)"),
@@ -128,6 +148,9 @@ BAD_FILES = {
         ("splits", "train[:x]", "train, test"),
         ("splits", "train[:0]", "train[:0]"),
         ("splits", "train[2:1]", "train[2:1]"),
+        ("a.csv", "train[3:]", "no rows in split 'train[3:]'"),
+        ("a.csv", "train[100:200]", "no rows in split"),
+        ("a.csv", "train[99%:]", "no rows in split"),
     ],
 )
 def test_what_cannot_be_read_is_said_in_two_lines(folder, source, split, says):
@@ -202,3 +225,80 @@ def test_an_unreachable_hub_leaves_the_cached_copy(folder, silent_hub, monkeypat
     ):
         writer.write_table(saved.data.table)
     assert load("owner/name")["text"][:] == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        (
+            "l.jsonl",
+            b'{"text": "a"}\n{"text": "caf\xe9"}\n',
+            r"l.jsonl is no UTF-8 in line 2 \(row 1\): byte 0xe9 after .*caf",
+        ),
+        ("l.jsonl.gz", gzip.compress(b'{"text": "caf\xe9"}\n', mtime=0), r"l.jsonl.gz is no UTF-8 in line 1 \(row 0\)"),
+        ("l.parquet", pa.table({"text": _latin()}), r"no UTF-8 in column 'text' of row 1: byte 0xe9 at position 3"),
+        (
+            "l.parquet",
+            pa.table({"text": pa.ListArray.from_arrays([0, 1, 2], _latin())}),
+            "no UTF-8 in column 'text' of row 1: a text within it",
+        ),
+    ],
+    ids=["jsonl", "gz", "parquet", "lists"],
+)
+def test_bytes_that_no_reader_checks_are_found_before_anything_is_tokenised(folder, name, content, says):
+    if isinstance(content, pa.Table):
+        pq.write_table(content, folder / name)
+    else:
+        (folder / name).write_bytes(content)
+    with pytest.raises(DataError, match=says) as raised:
+        read_documents(load(name), None, Columns(), max_length=9, truncation=True, vocab_size=None, name=name)
+    assert str(raised.value).count("\n") == 1
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+def test_a_byte_order_mark_is_no_text(folder):
+    (folder / "sub").mkdir()
+    for name in ("bom1.txt", "bom2.txt", "sub/a.txt"):
+        (folder / name).write_bytes(BOM + b"one\r\ntwo\r\n")
+    assert load("bom1.txt")["text"][:] == ["one", "two"]
+    assert load("bom?.txt")["text"][:] == ["one", "two"] * 2
+    assert load("sub")["text"][:] == ["one", "two"]
+
+
+FILES = {
+    "mixed objects and a byte order mark": [
+        BOM + b'{"text": "a", "x": {"p": 1}}\n{"text": "b", "x": {"q": "r"}}\n',
+        BOM + b'{"text": "a", "x": {"p": 1}}\n{"text": "b", "x": {"q": "r"}}\n',
+    ],
+    "nulls, then text": [b'{"text": "a", "x": null}\n', b'{"text": "b", "x": "y"}\n'],
+    "a column more": [b'{"text": "a"}\n', b'{"text": "b", "x": [1]}\n'],
+    "a column fewer": [b'{"text": "a", "x": 1}\n', b'{"text": "b"}\n'],
+    "whole numbers, then fractions": [b'{"text": "a", "x": 1}\n', b'{"text": "b", "x": 1.5}\n'],
+    "empty lists, then lists of text": [b'{"text": "a", "x": []}\n', b'{"text": "b", "x": ["y"]}\n'],
+}
+
+
+@pytest.mark.parametrize("name", list(FILES))
+@pytest.mark.parametrize("source", ["many/*.jsonl", "many"])
+def test_files_that_differ_are_joined(folder, name, source):
+    (folder / "many").mkdir()
+    for number, content in enumerate(FILES[name]):
+        (folder / "many" / f"{number}.jsonl").write_bytes(content)
+    texts = [load(folder / "many" / f"{number}.jsonl")["text"][:] for number in (0, 1)]
+    joined = load(source)
+    assert joined["text"][:] == texts[0] + texts[1]
+    assert "x" in joined.column_names
+
+
+def test_a_column_of_two_types_is_named(folder):
+    (folder / "c1.jsonl").write_text('{"text": "a", "n": 1}\n')
+    (folder / "c2.jsonl").write_text('{"text": "b", "n": "x"}\n')
+    with pytest.raises(DataError, match=r"the column 'n' is int64 in .*c1\.jsonl and string in .*c2\.jsonl\n"):
+        load("c?.jsonl")
+
+
+def test_a_subset_is_of_the_hub(folder):
+    with pytest.raises(DataError, match="`subset` is of data sets on the hub"):
+        load("a.csv", subset="x")

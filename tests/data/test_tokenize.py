@@ -299,3 +299,87 @@ def test_rows_are_views_and_not_copies():
     rows = Rows(run(data(text=["hello world", "there"])).dataset)
     assert not rows[0]["input_ids"].flags.owndata
     assert np.shares_memory(rows[0]["input_ids"], rows[0]["labels"])  # every token labelled: kept once
+
+
+CALL = [
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"at": "now"}}}]},
+]
+TOOLS = (
+    "{% if tools %}{{ tools|tojson + '\n' }}{% endif %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.tool_calls %}{{ m.tool_calls[0].function|tojson }}{% endif %}{{ (m.content or '') + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% if shout %}{{ '!' }}{% endif %}"
+)
+
+
+def tool_tokenizer():
+    tokenizer = byte_tokenizer("plain")
+    tokenizer.chat_template = TOOLS
+    return tokenizer
+
+
+def test_a_message_is_written_with_its_own_keys_alone():
+    other = [{"role": "assistant", "tool_calls": [{"type": "function", "function": {"arguments": {"by": 5}}}]}]
+    both = run(data(m=[CALL, other]), tool_tokenizer(), CHAT)
+    alone = run(data(m=[CALL]), tool_tokenizer(), CHAT)
+    assert both.dataset["input_ids"][0] == alone.dataset["input_ids"][0]
+
+
+def test_the_template_is_given_tools_and_values_of_its_own():
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    plain = run(data(m=[CALL]), tool_tokenizer(), CHAT, max_length=200).dataset["input_ids"][0]
+    ways = [{"tools": [tools]}, {"tools": ['[{"type": "function", "function": {"name": "f"}}]']}]
+    told = [run(data(m=[CALL], **way), tool_tokenizer(), CHAT, max_length=200) for way in ways]
+    expected = tool_tokenizer().apply_chat_template(CALL, tools=tools, tokenize=False)
+    assert [tool_tokenizer().decode(each.dataset["input_ids"][0]) for each in told] == [expected] * 2
+    assert labelled_text(told[0]) == labelled_text(run(data(m=[CALL]), tool_tokenizer(), CHAT))
+    shouted = run(data(m=[CALL], chat_template_kwargs=[{"shout": True}]), tool_tokenizer(), CHAT)
+    assert byte_tokenizer().decode(shouted.dataset["input_ids"][0]).endswith("!")
+    assert run(data(m=[CALL], tools=[None]), tool_tokenizer(), CHAT).dataset["input_ids"][0] == plain
+    # a template that writes no tools is given none, whatever the column holds
+    assert run(data(m=CONVERSATIONS, tools=["a", "b"]), byte_tokenizer("plain"), CHAT).report.documents == 2
+
+
+@pytest.mark.parametrize("template", list(TEMPLATES))
+def test_a_message_of_weight_0_does_not_count(template):
+    tokenizer, messages = byte_tokenizer(template), CONVERSATIONS[0]
+    whole = labelled_text(run(data(m=[messages]), tokenizer, CHAT))[0]
+    for turn, left in ((2, whole[1:]), (4, whole[:1])):
+        weighed = [message | ({"weight": 0} if at == turn else {}) for at, message in enumerate(messages)]
+        assert labelled_text(run(data(m=[weighed]), tokenizer, CHAT)) == [left]
+    kept = [message | {"weight": 1.0} for message in messages]
+    assert labelled_text(run(data(m=[kept]), tokenizer, CHAT)) == [whole]
+    with pytest.raises(DataError, match=r"'weight' of 0 or 1, found 0\.5 in row 0"):
+        run(data(m=[[message | {"weight": 0.5} for message in messages]]), tokenizer, CHAT)
+
+
+@pytest.mark.parametrize("template", ["generation", "plain", None])
+def test_a_prompt_and_a_completion_of_messages(template):
+    tokenizer, messages = byte_tokenizer(template), CONVERSATIONS[0]
+    for turns, expected in ((2, " world \n<|im_end|>\n<|im_start|>user\nthere"), (4, "round")):
+        result = run(data(p=[messages[:turns]], c=[messages[turns:]]), tokenizer, Columns("p", "c"))
+        whole = tokenizer.decode(result.dataset["input_ids"][0])
+        assert whole == tokenizer.decode(run(data(m=[messages]), tokenizer, CHAT).dataset["input_ids"][0])
+        (counted,) = labelled_text(result)[0]
+        assert whole.endswith(counted)
+        assert counted.startswith(expected if template else expected.replace("<|im_end|>\n<|im_start|>user\n", ""))
+
+
+@pytest.mark.parametrize("mask", ["completion_mask", "assistant_masks", "loss_mask"])
+@pytest.mark.parametrize("kind", [int, bool])
+def test_the_masks_of_ready_tokens_say_which_count(mask, kind):
+    ids, masks = [[5, 6, 7], [8, 9, 10]], [[kind(k) for k in row] for row in ([0, 1, 1], [0, 0, 1])]
+    result = run(data(input_ids=ids, attention_mask=[[1, 1, 0], [1, 1, 1]], **{mask: masks}))
+    assert result.dataset["labels"][:] == [[-100, 6], [-100, -100, 10]]
+    labelled = run(data(input_ids=ids, labels=ids, **{mask: masks}))  # labels have taken the masks in
+    assert labelled.dataset["labels"][:] == ids
+    with pytest.raises(DataError, match=f"2 in '{mask}'"):
+        run(data(input_ids=ids, **{mask: [[0, 1], [0, 0, 1]]}))
+
+
+def test_a_column_asked_for_is_read_in_place_of_ready_tokens():
+    both = data(text=["hello world"], input_ids=[[5, 6]])
+    assert run(both).dataset["input_ids"][0] == [5, 6]
+    asked = run(both, columns=Columns("text")).dataset["input_ids"][0]
+    assert asked == byte_tokenizer()("hello world")["input_ids"]

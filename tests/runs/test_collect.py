@@ -1,5 +1,6 @@
 """From documents to rows: the store holds what the chain gives for each document alone, whatever stands around it."""
 
+import json
 import logging
 import resource
 import sys
@@ -15,6 +16,7 @@ from funcattrib.data import Columns
 from funcattrib.query.attributor import Attributor
 from funcattrib.runs import collect, workload
 from funcattrib.store import StoreWriter
+from funcattrib.store.metadata import example_text
 from tests.support import cases, tiny
 from tests.support.store_run import contents
 
@@ -292,3 +294,55 @@ def test_an_unused_parameter_gives_zeros_and_is_named_once(tmp_path: Path, caplo
         told = [record.message for record in caplog.records if "have no gradient" in record.message]
         assert len(told) == 1
         assert "1 of 3 leaves have no gradient in the first batch (unused): the loss does not use them" in told[0]
+
+
+def test_messages_with_arguments_of_several_types_are_stored_and_shown(tmp_path: Path) -> None:
+    calls = [{"function": {"name": "f", "arguments": {"at": at}}} for at in ("now", 5, [1, "a"])]
+    chats = [[{"role": "user", "content": "w1 w2"}, {"role": "assistant", "tool_calls": [call]}] for call in calls]
+    chats = [[*chat, {"role": "assistant", "content": f"w{3 + at} w4"}] for at, chat in enumerate(chats)]
+    columns = Columns(conversation_column="m")
+    store = build(tmp_path / "run", [{"m": chat} for chat in chats], columns=columns, rows_per_shard=1)
+    assert [json.loads(kept) for kept in store.examples["m"][:]] == chats
+    shown = example_text(store.examples[1], store.manifest.text_columns)
+    assert shown.splitlines()[::2] == ["user: w1 w2", "assistant: w4 w4"]
+    assert '"at": 5' in shown
+
+
+@pytest.mark.parametrize(
+    "name", ["id", "tokens", "loss", "document", "advantage", "position", "rank", "step", "length"]
+)
+def test_a_text_column_of_any_name_is_shown_beside_its_row(tmp_path: Path, name: str) -> None:
+    store = build(tmp_path / "run", [{name: text} for text in TEXTS[:3]], columns=Columns(name))
+    shown = [example_text(example, store.manifest.text_columns) for example in store.examples]
+    assert shown == TEXTS[:3]
+    assert store.examples["tokens"][:] == [len(text.split()) for text in TEXTS[:3]]
+    assert all(isinstance(loss, float) for loss in store.examples["loss"][:])
+
+
+def test_a_column_called_advantage_is_the_users_where_none_is_asked_for(tmp_path: Path) -> None:
+    model = cases.causal("gpt_neox")
+
+    def factory(model):
+        parts = fa.functionalize(model)
+        return lambda params, example: (
+            parts.call({**parts.params, **params}, input_ids=example["input_ids"][None]).logits[0, 0, 5]
+            * example["labels"].ne(-100).sum()
+        )
+
+    data = [{"text": text, "advantage": float("nan"), "post": 2**60 + at} for at, text in enumerate(TEXTS[:2])]
+    store = build(tmp_path / "run", data, model, loss=factory)
+    assert "advantage" not in store.examples.column_names
+    assert torch.isfinite(store.matrix().tensor()).all()
+    assert (store.matrix().tensor() != 0).any()
+
+
+@pytest.mark.parametrize("model", [{"a": torch.ones(2)}, None, (1, 2, 3), 5])
+def test_what_is_no_model_is_refused(tmp_path: Path, model: object) -> None:
+    with pytest.raises(fa.FuncattribError, match="expected a model, its name or folder, or"):
+        fa.collect_gradients(model, TEXTS, path=tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_a_head_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(fa.FuncattribError, match="expected a model with logits, found GPTNeoXModel"):
+        build(tmp_path / "run", model=cases.causal("gpt_neox").gpt_neox)
