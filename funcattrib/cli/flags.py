@@ -1,7 +1,8 @@
 """The library's messages as a command's reader knows its settings: by their flags.
 
 Messages of the library put the names of arguments in backticks (`token_batch_size`); on the command line the same
-setting is a flag (--token-batch-size).
+setting is a flag (--token-batch-size). The columns of a data set, one object in Python, are flags each:
+`columns=Columns(prompt_column=…)` is --prompt-column.
 """
 
 import re
@@ -18,19 +19,22 @@ _CALLED = {
     "data": "dataset",
 }
 """Arguments that have another name as a flag."""
-_ARGUMENT = re.compile(r"`(?P<name>[a-z_]+)(?:=(?P<value>[^`]+))?`")
+_ARGUMENT = re.compile(r"`(?P<columns>columns=Columns\()?(?P<name>[a-z_]+)(?:=(?P<value>[^`]+?))?(?(columns)\))`")
 
 
 def with_flags(message: str, settings: Collection[str]) -> str:
     """Return a message with the names of a command's settings as flags.
 
     Args:
-        message: with names in backticks, `name` or `name=value`.
+        message: with names in backticks, `name` or `name=value`, or `columns=Columns(name=value)`; a value `…` is
+            the reader's to choose.
         settings: of the command; other names stay as they are.
 
     Example:
         >>> with_flags("use a smaller `projection_dim`, or `dtype='int8'`; see `docs`", {"projection_dim", "dtype"})
         'use a smaller --projection-dim, or --dtype int8; see `docs`'
+        >>> with_flags("name it with `columns=Columns(prompt_column=…)`", {"prompt_column"})
+        'name it with --prompt-column'
     """
 
     def flag(found: re.Match[str]) -> str:
@@ -38,7 +42,7 @@ def with_flags(message: str, settings: Collection[str]) -> str:
         if name not in settings:
             return found[0]
         value = (found["value"] or "True").strip("'\"")
-        return f"--{name.replace('_', '-')}" + ("" if value == "True" else f" {value}")
+        return f"--{name.replace('_', '-')}" + ("" if value in ("True", "…") else f" {value}")
 
     return _ARGUMENT.sub(flag, message)
 

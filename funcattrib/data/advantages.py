@@ -48,7 +48,7 @@ def advantages(dataset: datasets.Dataset, tokens: datasets.Dataset, columns: Col
     values = _numbers(dataset, name)
     missing = ~np.isfinite(values)
     if missing.all() or (missing.any() and not columns.skip_missing_rewards):
-        skip = "" if missing.all() else ", or skip them with `skip_missing_rewards`"
+        skip = "" if missing.all() else ", or skip them with `columns=Columns(skip_missing_rewards=True)`"
         raise DataError(
             f"column '{name}' has no finite number in {some_rows(np.flatnonzero(missing))}\n"
             f"fill or drop these rows{skip}"
@@ -100,7 +100,7 @@ def _numbers(dataset: datasets.Dataset, name: str) -> np.ndarray:
     if name not in dataset.column_names:
         raise DataError(
             f"the data has no column '{name}'; its columns are {', '.join(dataset.column_names)}\n"
-            "name the right one with `reward_column` or `advantage_column`"
+            "name the right one with `columns=Columns(reward_column=…)` or `advantage_column`"
         )
     kind = getattr(dataset.features[name], "dtype", "no number")
     if kind == "null":

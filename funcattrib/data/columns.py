@@ -18,15 +18,16 @@ class Columns:
         prompt_column: text; the loss counts every token, or none where there is a completion. By default ``text``, or
             the tokens of a data set that has ``input_ids``.
         completion_column: text that continues the prompt; the loss counts it alone. Both may be lists of messages.
-        conversation_column: lists of messages (`role`, `content`, and for a turn that does not count `"weight": 0`);
-            the loss counts the assistant's. The template is given the columns ``tools`` and ``chat_template_kwargs``.
+        conversation_column: lists of messages (``role``, ``content``, and for a turn that does not count
+            ``"weight": 0``); the loss counts the assistant's. The template is given the columns ``tools`` and ``chat_template_kwargs``.
         token_weights_column: what each token's loss is multiplied by, one number a row or a list of one a token.
         reward_column: numbers; the loss is multiplied by the reward less its prompt's mean.
         advantage_column: numbers that the loss is multiplied by.
         skip_missing_rewards: rows without one keep their place, with a zero gradient, instead of being an error.
 
     Raises:
-        DataError: both rewards and advantages; ``skip_missing_rewards`` without either.
+        DataError: both a conversation and a completion, or both rewards and advantages; ``skip_missing_rewards``
+            without either of the latter.
 
     Example:
         >>> Columns("question", "answer").completion_column
@@ -43,11 +44,10 @@ class Columns:
 
     def __post_init__(self) -> None:
         """Check what a type cannot say."""
-        if self.reward_column is not None and self.advantage_column is not None:
-            raise DataError(
-                f"`reward_column` ('{self.reward_column}') and `advantage_column` ('{self.advantage_column}') cannot "
-                "be combined; leave one out"
-            )
+        for first, second in (("conversation_column", "completion_column"), ("reward_column", "advantage_column")):
+            one, other = getattr(self, first), getattr(self, second)
+            if one is not None and other is not None:
+                raise DataError(f"`{first}` ('{one}') and `{second}` ('{other}') cannot be combined; leave one out")
         if self.skip_missing_rewards and self.reward_column is None and self.advantage_column is None:
             raise DataError("`skip_missing_rewards` requires `reward_column` or `advantage_column`")
 

@@ -129,7 +129,7 @@ def _checked(conversation: Any, row: int, column: str) -> list[Message]:
         if message.get("weight", 1) not in (0, 1):
             raise DataError(
                 f"expected a message's 'weight' of 0 or 1, found {message['weight']!r} in row {row}\n"
-                "weigh tokens by a column, with `token_weights_column`"
+                "weigh tokens by a column, with `columns=Columns(token_weights_column=…)`"
             )
         messages.append(message)
     return messages

@@ -14,7 +14,7 @@ def check_weights(dataset: datasets.Dataset, name: str) -> None:
     if name not in dataset.column_names:
         raise DataError(
             f"the data has no column '{name}'; its columns are {', '.join(dataset.column_names)}\n"
-            "name the right one with `token_weights_column`"
+            "name the right one with `columns=Columns(token_weights_column=…)`"
         )
     kind = dataset.features.arrow_schema.field(name).type
     number = kind.value_type if is_list(kind) else kind

@@ -162,11 +162,6 @@ def _reader(
             f"the data has no column 'input_ids' and no tokenizer was given; its columns are {dataset.column_names}\n"
             "pass the model's tokenizer"
         )
-    if conversation is not None and completion is not None:
-        raise DataError(
-            f"`conversation_column` ('{conversation}') and `completion_column` ('{completion}') cannot be combined\n"
-            "leave one out"
-        )
     names = [conversation] if conversation is not None else [prompt] if completion is None else [prompt, completion]
     chat = conversation is not None or (completion is not None and all(_are_messages(dataset, name) for name in names))
     for name in names:
@@ -210,11 +205,12 @@ def _check_column(dataset: datasets.Dataset, name: str, *, text: bool) -> None:
     if name not in dataset.column_names:
         raise DataError(
             f"the data has no column '{name}'; its columns are {', '.join(dataset.column_names)}\n"
-            "name the right one with `prompt_column`, `completion_column` or `conversation_column`"
+            "name the right one with `columns=Columns(prompt_column=…)`, `completion_column` or `conversation_column`"
         )
     kind = dataset.features[name]
     if text and getattr(kind, "dtype", None) not in ("string", "large_string", "string_view"):
-        cure = "pass it as `conversation_column`" if _are_messages(dataset, name) else "convert the column to text"
+        passed = f"pass it as `columns=Columns(conversation_column={name!r})`"
+        cure = passed if _are_messages(dataset, name) else "convert the column to text"
         raise DataError(
             f"expected text in column '{name}', found {_type_name(kind)} (row 0: {dataset[0][name]!r:.60})\n"
             f"{cure}, or name another column"

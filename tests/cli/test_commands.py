@@ -155,8 +155,17 @@ def test_documents_without_a_gradient(funcattrib, tmp_path: Path, model_folder: 
     [
         (None, (), "' does not exist; give a hub id"),
         ("", (), "d.jsonl is empty"),
-        ('{"text": "w1 w2"}\n', ("--prompt-column", "body"), "body"),
+        (
+            '{"text": "w1 w2"}\n',
+            ("--prompt-column", "body"),
+            "name the right one with --prompt-column, --completion-column",
+        ),
         ('{"text": "w1 w2"}\n', ("--completion-column", "answer"), "answer"),
+        (
+            '{"text": "w1 w2"}\n',
+            ("--completion-column", "text", "--conversation-column", "text"),
+            "--conversation-column ('text') and --completion-column ('text') cannot be combined",
+        ),
         ('{"text": "w1 w2"}\n', ("--conversation-column", "turns"), "turns"),
         ('{"text": "w1 w2"}\n', ("--conversation-column", "text"), "text"),
         ('{"text": "w1 w2"}\n', ("--split", "dev"), "has no split 'dev'"),

@@ -22,6 +22,10 @@ BUILD, SCORE = setting_names(Build), setting_names(Score)
         ("`overwrite=True` starts over", BUILD, "--overwrite starts over"),
         ("give `query_stores` or `query_data`", SCORE, "give --query-path or --query-dataset"),
         ("give `query_stores` or `query_data`", BUILD, "give `query_stores` or `query_data`"),  # no setting of build
+        ("name `columns=Columns(prompt_column=…)` or `seed`", BUILD, "name --prompt-column or --seed"),
+        ("`columns=Columns(conversation_column='m')`", BUILD, "--conversation-column m"),
+        ("`columns=Columns(skip_missing_rewards=True)`", BUILD, "--skip-missing-rewards"),
+        ("`columns=Columns(prompt_column=…)`", [], "`columns=Columns(prompt_column=…)`"),
         ("run `funcattrib fit` or see `docs/store.md`", BUILD, "run `funcattrib fit` or see `docs/store.md`"),
     ],
 )

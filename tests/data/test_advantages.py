@@ -72,7 +72,9 @@ def test_missing_rewards_are_named_or_left_out(
     tmp_path: Path, hole: float | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     rewards = [1.0, hole, 3.0, -2.0, hole, 4.0]
-    with pytest.raises(fa.DataError, match=r"'r' has no finite number in 2 rows: 1, 4\n.*`skip_missing_rewards`"):
+    with pytest.raises(
+        fa.DataError, match=r"'r' has no finite number in 2 rows: 1, 4\n.*Columns\(skip_missing_rewards=True\)`"
+    ):
         build(tmp_path / "run", rows(r=rewards), Columns("q", "a", reward_column="r"))
     assert not (tmp_path / "run").exists()
     columns = Columns("q", "a", reward_column="r", skip_missing_rewards=True)
@@ -136,6 +138,10 @@ def test_columns_that_exclude_each_other() -> None:
         fa.DataError, match=r"`reward_column` \('r'\) and `advantage_column` \('a'\) cannot be combined"
     ):
         Columns(reward_column="r", advantage_column="a")
+    with pytest.raises(
+        fa.DataError, match=r"`conversation_column` \('m'\) and `completion_column` \('c'\) cannot be combined"
+    ):
+        Columns(conversation_column="m", completion_column="c")
     with pytest.raises(fa.DataError, match="`skip_missing_rewards` requires `reward_column` or `advantage_column`"):
         Columns(skip_missing_rewards=True)
 

@@ -200,12 +200,13 @@ CHAT = Columns(conversation_column="m")
     [
         (data(text=[]), None, "no rows to tokenise"),
         (data(body=["a"]), None, "no column 'text'; its columns are body"),
-        (data(text=["a"]), Columns(completion_column="c"), "column 'c'"),
+        (data(text=["a"]), Columns(completion_column="c"), r"column 'c'.*\n.*`columns=Columns\(prompt_column=…\)`"),
+        (data(text=["a"]), Columns(token_weights_column="w"), r"`columns=Columns\(token_weights_column=…\)`"),
         (data(text=["a", None, None]), None, r"2 rows: 1, 2"),
         (data(text=[None, None]), None, "found null"),
         (data(text=[1.5, float("nan")]), None, r"found double|found float64"),
         (data(text=[["a"]]), None, "found List"),
-        (data(m=CONVERSATIONS), Columns("m"), "`conversation_column`"),
+        (data(m=CONVERSATIONS), Columns("m"), r"`columns=Columns\(conversation_column='m'\)`"),
         (
             data(text=["a", "hello " * 120]),
             None,
@@ -216,7 +217,6 @@ CHAT = Columns(conversation_column="m")
         (data(m=[[{"role": "user", "content": None}]]), CHAT, "'content'"),
         (data(m=[[{"from": "user", "value": "a"}]]), CHAT, "'role'"),
         (data(m=[[{"role": "user", "content": ["a"]}]]), CHAT, "row 0"),
-        (data(m=CONVERSATIONS, c=["a", "b"]), Columns("m", "c", "m"), "cannot be combined\nleave one out"),
         (data(input_ids=[[1, 2]], labels=[[1]]), None, "row 0"),
         (data(input_ids=[[1], [5, 9999]]), None, "below .* found 9999 in row 1"),
         (data(input_ids=[[5, -1]]), None, "found -1"),
