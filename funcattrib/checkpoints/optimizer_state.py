@@ -9,6 +9,7 @@ recorded, the Trainer's order (weights that decay, then the rest), matrices befo
 counts where the groups have its sizes and every shape fits.
 """
 
+import os
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -83,9 +84,9 @@ def saved_states(
 
 def _read(path: Path) -> dict[str, Any]:
     """Read an optimizer's state dict, from its file or the folder that holds it."""
-    file = path / "optimizer.pt" if path.is_dir() else path
-    if not file.is_file():
-        inside = sorted(each.name for each in path.glob("checkpoint-*")) if path.is_dir() else []
+    file = path / "optimizer.pt" if os.path.isdir(path) else path
+    if not os.path.isfile(file):
+        inside = sorted(each.name for each in path.glob("checkpoint-*")) if os.path.isdir(path) else []
         hint = f"give one of its checkpoints, e.g. {path / inside[-1]}" if inside else "give an optimizer's state_dict"
         raise FuncattribError(f"the optimizer's state {file} does not exist; {hint}")
     try:

@@ -10,15 +10,16 @@
 
 import dataclasses
 import difflib
+import reprlib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
-import yaml
 
 from funcattrib.errors import FuncattribError
+from funcattrib.runtime.yaml_mapping import read_mapping
 
 _Config = TypeVar("_Config")
 
@@ -84,15 +85,7 @@ def load_defaults(config_type: type[_Config], path: Path, *, command: str) -> _C
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FuncattribError(f"{path}: this file cannot be read ({error.strerror}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FuncattribError(f"{path}: this file is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict):
-        raise FuncattribError(f"{path}: expected lines of `setting: value`, found {type(found).__name__}.")
-    return {str(key).replace("-", "_"): value for key, value in found.items()}
+    return {key.replace("-", "_"): value for key, value in read_mapping(path).items()}
 
 
 def _carrier(config_type: type[_Config], values: dict[str, Any], path: Path) -> _Config:
@@ -156,7 +149,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         fits = isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool))
         result = value
     if not fits:
-        raise FuncattribError(f"{where}: expected {_name(hint)}, found {value!r}.")
+        raise FuncattribError(f"{where}: expected {_name(hint)}, found {reprlib.repr(value)}.")
     return result
 
 
@@ -166,7 +159,7 @@ def _first_that_fits(hints: Sequence[Any], value: Any, where: str) -> Any:
             return _typed(hint, value, where)
         except FuncattribError:
             continue
-    raise FuncattribError(f"{where}: expected {' or '.join(map(_name, hints))}, found {value!r}.")
+    raise FuncattribError(f"{where}: expected {' or '.join(map(_name, hints))}, found {reprlib.repr(value)}.")
 
 
 def _as_float(value: int | str) -> tuple[bool, float]:

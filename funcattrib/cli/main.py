@@ -94,6 +94,8 @@ COMMANDS: dict[str, Command] = {
     ),
 }
 
+_LONGEST = 200  # characters of a file's name in an error
+
 
 def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = COMMANDS) -> int:
     """Run one command line.
@@ -103,9 +105,9 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
         commands: Name -> command.
 
     Returns:
-        The exit code: 0, or what the command returned; 2 for an error that is the reader's to mend (its message goes
-        to stderr); 130 after Ctrl-C; 143 after SIGTERM; 141 when nobody reads the output. Any other exception is a bug,
-        and keeps its traceback.
+        The exit code: 0, or what the command returned; 2 for an error that is the reader's to mend, of the operating
+        system about a file too (its message goes to stderr); 130 after Ctrl-C; 143 after SIGTERM; 141 when nobody reads
+        the output. Any other exception is a bug, and keeps its traceback.
 
     Raises:
         SystemExit: After `--help` of a command (code 0) and for flags that do not parse (code 2).
@@ -137,6 +139,13 @@ def _dispatch(name: str = "", *args: str, commands: Mapping[str, Command]) -> in
             return _run(name, commands[name], args)
     except FuncattribError as error:
         print(f"funcattrib {name}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"funcattrib {name}: {_short(str(error.filename))}: {error.strerror}.{cure}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nfuncattrib {name}: interrupted.{cure}", file=sys.stderr)
@@ -173,6 +182,10 @@ def _overview(commands: Mapping[str, Command]) -> str:
             "`funcattrib COMMAND --help` says more; `--config RUN/config.yaml` repeats an earlier run.",
         ]
     )
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST else f"{name[:_LONGEST]}…"
 
 
 def _not_a_command(name: str, commands: Mapping[str, Command]) -> str:

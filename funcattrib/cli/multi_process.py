@@ -25,7 +25,8 @@ def run_distributed(run: Callable[[Any], int | None], config: Any) -> int:
     """
     output = getattr(config, "output", None)
     folder = None if output is None else output.run
-    missing = [] if folder is None else [each for each in (Path(folder), *Path(folder).parents) if not each.exists()]
+    above = [] if folder is None else [Path(folder), *Path(folder).parents]
+    missing = [each for each in above if not os.path.exists(each)]
     with init_distributed() as world, ExitStack() as apart:
         if world.is_rank_zero:
             apart.callback(_remove_empty, missing)
@@ -98,7 +99,7 @@ class Log(TextIOBase):
         super().close()
 
     def _begin(self) -> None:
-        if not (self.run / MANIFEST_FILE).exists() and next((self.run / PARTS).rglob(MANIFEST_FILE), None) is None:
+        if not os.path.exists(self.run / MANIFEST_FILE) and next((self.run / PARTS).rglob(MANIFEST_FILE), None) is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a", encoding="utf-8", buffering=1)

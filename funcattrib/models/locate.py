@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 def locate(name: str) -> Path | str:
     """Return a folder's path, or a hub id as it is."""
     folder = Path(name).expanduser()
-    if folder.exists():
+    if os.path.exists(folder):  # False too where the name is one that the system refuses
         if not folder.is_dir() or not any(folder.glob("*.json")):
             found = "no config.json there" if folder.is_dir() else "a file"
             raise FuncattribError(f"expected a Hugging Face model in {name}, found {found}; give its folder")

@@ -13,6 +13,7 @@ Reference: LESS, arXiv 2402.04333.
 """
 
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -264,7 +265,7 @@ def _check_checkpoints(folders: Sequence[Path], fraction: float, score: str, sub
         ),
     )
     for folder in folders:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise FuncattribError(f"the checkpoint {folder} is not a folder; check its path")
         if not (folder / "optimizer.pt").is_file():
             raise FuncattribError(

@@ -14,6 +14,7 @@ most seconds and bytes, the least room. Where memory is short for one it is shor
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -122,7 +123,7 @@ def token_budget(
 
 def _before(work: Work, path: str | Path | None, key: str, room: int) -> int | None:
     """Return the budget of the run at ``path`` that is continued, or one found in an earlier run that fits now."""
-    begun = None if path is None or not (Path(path) / MANIFEST_FILE).exists() else read_manifest(path)
+    begun = None if path is None or not os.path.exists(Path(path) / MANIFEST_FILE) else read_manifest(path)
     if begun is not None and isinstance(number := begun.computed_with.get("token_batch_size"), int):
         return number
     found = known(key)

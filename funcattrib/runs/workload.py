@@ -21,6 +21,7 @@ from funcattrib.chain.fitting import finite_rows, passes, rows_at
 from funcattrib.chain.transform import State
 from funcattrib.data import plan, some_rows
 from funcattrib.data.corpus import Corpus
+from funcattrib.errors import StoreError
 from funcattrib.kernels.safe_norm import as_rows
 from funcattrib.models.functional import device_of
 from funcattrib.runs.blockwise_fit import by_owner, forget_parts
@@ -85,6 +86,8 @@ def fit_state(work: Work, most: int, writer: StoreWriter) -> State:
     state, done = start, 0
     if (progressed := writer.load_progress()) is not None:
         kept, done = progressed
+        if not 0 < done <= len(fitted):
+            raise StoreError(f"the progress kept in {writer.path} is damaged: pass {done} of {len(fitted)}; delete it")
         reached = fitted[done - 1]
         state = (*state_tree.restore(start[:reached], kept), *start[reached:])
     lengths = work.corpus.lengths

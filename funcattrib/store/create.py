@@ -1,7 +1,9 @@
 """Begin a store, or continue one that the same command began."""
 
 import logging
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from funcattrib.errors import StoreError
@@ -9,6 +11,7 @@ from funcattrib.store import lock, progress_files, shards
 from funcattrib.store.atomic import TEMPORARY, explain
 from funcattrib.store.compatibility import check_continues
 from funcattrib.store.manifest import MANIFEST_FILE, Manifest, check_manifest, read_manifest, unfinished
+from funcattrib.store.verify import check_state_file
 from funcattrib.store.writer import CONFIG, PROGRESS, STATE, StoreWriter, save_manifest
 
 log = logging.getLogger(__name__)
@@ -80,6 +83,9 @@ def _begin(path: Path, wanted: Manifest, overwrite: bool, held: lock.Lock) -> St
         found = wanted
     else:
         check_continues(path, wanted, found)
+        if found.state is not None and not (path / STATE).exists():  # it is fitted again
+            found = replace(found, state=None)
+        check_state_file(path, found)
     finished = shards.recorded(path, found)
     for number, wrong in shards.misfits(path, finished).items():
         log.warning("%s; shard %d is written again", wrong, number)
@@ -91,7 +97,7 @@ def _begin(path: Path, wanted: Manifest, overwrite: bool, held: lock.Lock) -> St
         # Back to unfinished: first the side files that then count, the manifest last.
         for number, shard in finished.items():
             shards.record(path, number, shard)
-        found = unfinished(found)
+        found = replace(unfinished(found), state=found.state)
         save_manifest(path, found)
     keep = [facts.file for shard in finished.values() for facts in shards.files_of(shard)]
     shards.sweep(path, keep=[*keep, *(shards.side_file(number) for number in finished)])
@@ -102,12 +108,12 @@ def _existing(path: Path) -> Manifest | None:
     """Read the manifest of the store at `path`; None for a folder that is new, or that a run stopped in before its
     manifest.
     """
-    if (path / MANIFEST_FILE).exists():
+    if os.path.exists(path / MANIFEST_FILE):
         return read_manifest(path)
-    if path.exists() and not path.is_dir():
+    if os.path.isfile(path):
         raise StoreError(f"{path} is a file; choose another folder as RUN")
     known = {lock.LOCK_FILE, MANIFEST_FILE + TEMPORARY, "lost+found", PARTS, LOGS}
-    others = [entry.name for entry in path.iterdir()] if path.exists() else []
+    others = [entry.name for entry in path.iterdir()] if os.path.isdir(path) else []
     others = sorted(name for name in others if name not in known and not name.startswith("."))
     others = [name for name in others if name not in shards.FOLDERS or any((path / name).iterdir())]
     if others:

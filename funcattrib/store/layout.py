@@ -58,17 +58,3 @@ def shard_to_json(shard: Shard) -> dict[str, Any]:
     """Convert a shard's facts to JSON values."""
     scale = shard.scale._asdict() if shard.scale else None
     return {**shard._asdict(), "examples": shard.examples._asdict(), "scale": scale}
-
-
-def shard_from_json(values: dict[str, Any]) -> Shard:
-    """Convert back what `shard_to_json` gave; a KeyError or TypeError where a fact is missing."""
-    examples = file_facts_from_json(values["examples"])
-    if examples is None:
-        raise TypeError("shard without examples")
-    known = {name: values[name] for name in Shard._fields}
-    return Shard(**{**known, "examples": examples, "scale": file_facts_from_json(values["scale"])})
-
-
-def file_facts_from_json(values: dict[str, Any] | None) -> FileFacts | None:
-    """Convert a file's facts from JSON values; None stays None."""
-    return None if values is None else FileFacts(values["file"], values["bytes"], values["sha256"])

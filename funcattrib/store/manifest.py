@@ -5,18 +5,18 @@ Two runs may share a store when their `identity` agrees; `differences` says in w
 
 import json
 import math
+import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
 from funcattrib.errors import StoreError
+from funcattrib.store.json_values import check_checksum, typed, with_checksum
 from funcattrib.store.layout import (
     FileFacts,
     LeafColumns,
     Shard,
-    file_facts_from_json,
     lay_out,
-    shard_from_json,
     shard_to_json,
 )
 from funcattrib.version import __version__
@@ -51,6 +51,16 @@ _IDENTITY = (
     "rows_per_shard",
 )
 _NOTHING = object()  # of a key that one side lacks
+STATE_FILE = "state.safetensors"
+
+# Types of what the library reads in a manifest's objects, where it is there.
+_INSIDE: dict[str, dict[str, Any]] = {
+    "model": {"id": str, "revision": str | None, "architecture": str, "dtype": str, "fingerprint": str},
+    "data": {"fingerprint": str | None},
+    "loss": {"kind": str, "modules": list[str] | None, "exclude": list[str] | None},
+    "computed_with": {"state": str | None, "token_batch_size": int, "top_k": int, "scored": int, "shard": int},
+    "extra": {"queries": list[dict[str, Any]], "query_text_columns": list[str] | None},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +87,7 @@ class Manifest:
         complete: every shard is written and listed.
         clipped: entries that were beyond the stored dtype's range.
         nonfinite: entries that were NaN or infinite.
-        state: the chain's fitted state, where there is one.
+        state: the chain's fitted state, from when it is saved on, where there is one.
     """
 
     kind: Kind = "gradients"
@@ -123,7 +133,7 @@ class Manifest:
         Raises:
             StoreError: A setting is no JSON value.
         """
-        values = {"format": FORMAT, **_plain(self)}
+        values = with_checksum({"format": FORMAT, **_plain(self)})
         return (
             "{\n" + ",\n".join(f" {json.dumps(key)}: {_lines(key, value)}" for key, value in values.items()) + "\n}\n"
         )
@@ -136,8 +146,8 @@ class Manifest:
             StoreError: Not a store's manifest, of a newer format, or not consistent in itself.
         """
         try:
-            values = json.loads(text)
-        except ValueError as error:
+            given = values = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise StoreError(f"this file is not valid JSON ({error}); is the folder a store?") from error
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise StoreError(
@@ -151,17 +161,19 @@ class Manifest:
             )
         try:
             values = {"kind": _older_kind(values), "text_columns": None, **values}  # an older store's lacks these
-            known = {f.name: values[f.name] for f in fields(cls)}
-            known["text_columns"] = None if known["text_columns"] is None else tuple(known["text_columns"])
-            known["leaves"] = [
-                LeafColumns(leaf["name"], tuple(leaf["shape"]), leaf["start"], leaf["stop"]) for leaf in known["leaves"]
-            ]
-            known["shards"] = [shard_from_json(shard) for shard in known["shards"]]
-            known["state"] = file_facts_from_json(known["state"])
-            manifest = cls(**known)
+            hints = {**get_type_hints(cls), "kind": str}
+            if missing := [f.name for f in fields(cls) if f.name not in values]:
+                raise ValueError(f"{missing[0]} is missing")
+            manifest = cls(**{f.name: typed(hints[f.name], values[f.name], f.name) for f in fields(cls)})
+            for name, inside in _INSIDE.items():
+                for key in inside.keys() & values[name].keys():
+                    typed(inside[key], values[name][key], f"{name}.{key}")
+            for number, stage in enumerate(manifest.chain):
+                typed(str, stage.get("name"), f"chain[{number}].name")
             check_manifest(manifest)
-        except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"the manifest is damaged at {error}; restore it or build the store again") from error
+            check_checksum(given)
+        except (ValueError, RecursionError) as error:
+            raise StoreError(f"the manifest is damaged: {error}; restore it or build the store again") from error
         return manifest
 
 
@@ -172,8 +184,8 @@ def read_manifest(path: str | Path) -> Manifest:
         StoreError: No folder, no store, or one of a newer format.
     """
     file = Path(path) / MANIFEST_FILE
-    if not file.is_file():
-        wrong = "does not exist" if not Path(path).exists() else f"has no {MANIFEST_FILE}"
+    if not os.path.isfile(file):  # False too where the name is one that the system refuses
+        wrong = "does not exist" if not os.path.exists(path) else f"has no {MANIFEST_FILE}"
         raise StoreError(f"{path} is not a store: it {wrong}; build one with `funcattrib build {path} …`")
     try:
         return Manifest.from_json(file.read_text(encoding="utf-8"))
@@ -210,9 +222,16 @@ def check_manifest(manifest: Manifest) -> None:
         raise StoreError("the rows have no leaves; check that `modules` matches a parameter")
     if [*manifest.leaves] != lay_out({leaf.name: leaf.shape for leaf in manifest.leaves}):
         raise StoreError("the leaves have gaps, overlaps or repeated names")
-    if manifest.complete and [shard.start for shard in manifest.shards] != [
-        manifest.shard_range(i).start for i in range(manifest.shard_count)
-    ]:
+    counts = [manifest.clipped, manifest.nonfinite, *(n for shard in manifest.shards for n in shard[-2:])]
+    if any(size < 0 for leaf in manifest.leaves for size in leaf.shape) or any(count < 0 for count in counts):
+        raise StoreError("a shape or a count is below zero")
+    if manifest.state is not None and manifest.state.file != STATE_FILE:
+        raise StoreError(f"expected the state in {STATE_FILE}, found {manifest.state.file}")
+    if manifest.complete and (
+        len(manifest.shards) != manifest.shard_count
+        or [range(shard.start, shard.stop) for shard in manifest.shards]
+        != [manifest.shard_range(i) for i in range(manifest.shard_count)]
+    ):
         raise StoreError(f"expected all {manifest.shard_count} shards listed in order, found {len(manifest.shards)}")
 
 
@@ -223,9 +242,9 @@ def unfinished(manifest: Manifest) -> Manifest:
 
 def _older_kind(values: dict[str, Any]) -> Kind:
     """Return the kind of a store whose manifest does not say it."""
-    if "queries" in values["extra"]:
+    if "queries" in (values.get("extra") or {}):
         return "scores"
-    return "gradients" if values["rows"] else "state"
+    return "gradients" if values.get("rows") else "state"
 
 
 def _plain(manifest: Manifest) -> dict[str, Any]:

@@ -185,10 +185,12 @@ def map_rows(file: Path, dtype: str, shape: tuple[int, int]) -> Tensor:
             offset = check_header(opened, STORAGE[dtype], shape)
             size = opened.seek(0, 2)
     except (OSError, ValueError) as error:
-        raise StoreError(f"{file} cannot be read as the rows of a shard: {error}") from error
+        raise StoreError(f"{file} is damaged and cannot be read as the rows of a shard: {error}") from error
     count = shape[0] * shape[1]
     if size != offset + count * TORCH[dtype].itemsize:
-        raise StoreError(f"expected {offset + count * TORCH[dtype].itemsize:,} bytes in {file}, found {size:,}")
+        raise StoreError(
+            f"{file} is damaged: expected {offset + count * TORCH[dtype].itemsize:,} bytes, found {size:,}"
+        )
     # Torch's mapping keeps no file descriptor, NumPy's does: with one for every shard they would run out.
     mapped = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
     return mapped[offset:].view(TORCH[dtype]).view(shape)
@@ -197,12 +199,14 @@ def map_rows(file: Path, dtype: str, shape: tuple[int, int]) -> Tensor:
 def read_scale(file: Path, rows: int) -> np.ndarray:
     """Read the scale of every row of an int8 shard."""
     try:
-        scale: np.ndarray = np.load(file, allow_pickle=False)
+        with open(file, "rb") as opened:
+            check_header(opened, STORAGE["float32"], (rows,))
+            content = opened.read()
+        if len(content) != 4 * rows:
+            raise ValueError(f"expected {4 * rows:,} bytes of scales, found {len(content):,}")
     except (OSError, ValueError) as error:
-        raise StoreError(f"{file} cannot be read as the scales of a shard: {error}") from error
-    if scale.shape != (rows,) or scale.dtype != np.float32:
-        raise StoreError(f"expected {rows} float32 scales in {file}, found {scale.dtype} of shape {scale.shape}")
-    return scale
+        raise StoreError(f"{file} is damaged and cannot be read as the scales of a shard: {error}") from error
+    return np.frombuffer(content, STORAGE["float32"])
 
 
 def check_header(file: Any, descr: str, shape: tuple[int, ...]) -> int:
@@ -210,7 +214,10 @@ def check_header(file: Any, descr: str, shape: tuple[int, ...]) -> int:
     version = np.lib.format.read_magic(file)
     if version != (1, 0):
         raise ValueError(f"a .npy file of version {version}")
-    found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    try:
+        found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception as error:  # NumPy reads it as Python's text, whose errors are of many kinds
+        raise ValueError(f"its header is damaged ({type(error).__name__})") from error
     if found != shape or fortran or dtype != np.dtype(descr):
         raise ValueError(
             f"{dtype} of shape {found}{' in Fortran order' if fortran else ''}, expected {descr} of {shape}"

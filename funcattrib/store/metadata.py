@@ -14,6 +14,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from funcattrib.errors import StoreError
+from funcattrib.store.atomic import hash_file
 from funcattrib.store.layout import FileFacts
 
 if TYPE_CHECKING:
@@ -55,35 +56,47 @@ def to_bytes(table: pa.Table) -> pa.Buffer:
 
 
 def read_table(path: Path) -> pa.Table:
-    """Read a shard's table, memory-mapped.
+    """Read a shard's table, memory-mapped, and check all of it: Arrow would follow a damaged offset anywhere.
 
     Raises:
         StoreError: It cannot be read as Arrow.
     """
     try:
         with pa.memory_map(str(path)) as file:  # closed at once: the mapping lives on in the buffers, the file need not
-            return pa.ipc.open_stream(file).read_all()
-    except (pa.ArrowException, OSError) as error:
-        raise StoreError(f"{path} cannot be read as an Arrow stream: {error}") from error
+            table = pa.ipc.open_stream(file).read_all()
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise StoreError(f"{path} is damaged and cannot be read as an Arrow stream: {error}") from error
+    return table
 
 
 def read_examples(path: Path, files: Sequence[FileFacts]) -> "Dataset":
-    """Read all shards' tables as one data set, in their order, memory-mapped.
+    """Read all shards' tables as one data set, in their order, memory-mapped; each is compared with its hash.
 
     A column that holds nothing but None in one shard, or whole numbers where another has fractions, takes the type
     of the others.
+
+    Raises:
+        StoreError: a table is not as it was written.
     """
     from datasets import Dataset
     from datasets.fingerprint import Hasher
     from datasets.table import InMemoryTable
 
-    tables = [read_table(path / facts.file) for facts in files]
+    tables = [_checked(path / facts.file, facts) for facts in files]
     try:
         table = pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
     except pa.ArrowException as error:
         raise StoreError(f"the examples' columns differ between the shards of {path}: {error}") from error
     # The fingerprint is given, as to compute one would read every column.
     return Dataset(InMemoryTable(table), fingerprint=Hasher.hash([facts.sha256 for facts in files]))
+
+
+def _checked(path: Path, facts: FileFacts) -> pa.Table:
+    table = read_table(path)
+    if hash_file(path) != facts.sha256:
+        raise StoreError(f"{path} is damaged: its content hash does not match; build its shard again")
+    return table
 
 
 def example_text(example: Mapping[str, Any], text_columns: Sequence[str] | None) -> str:

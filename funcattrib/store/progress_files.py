@@ -7,11 +7,11 @@ them, whatever the number of processes then.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from funcattrib.store.tensors import save_tensors
+from funcattrib.errors import StoreError
+from funcattrib.store.tensors import load_tensors, save_tensors
 
 FILES = "progress-*.safetensors"
 _MADE_OF = "parts"  # among the tensors
@@ -19,15 +19,22 @@ _MADE_OF = "parts"  # among the tensors
 
 def save_parts(folder: Path, rank: int, tensors: Mapping[str, Tensor], parts: Sequence[int]) -> None:
     """Save what a process has computed of some parts, in the place of what it had before."""
-    save_tensors(_file(folder, rank), {**tensors, _MADE_OF: torch.tensor(parts, dtype=torch.int64)})
+    made_of = torch.tensor(parts, dtype=torch.int64)
+    save_tensors(_file(folder, rank), {**tensors, _MADE_OF: made_of}, hashed=True)
 
 
 def load_parts(folder: Path) -> list[tuple[dict[str, Tensor], list[int]]]:
-    """Load what the processes of earlier runs have computed, each with its parts; no part twice."""
+    """Load what the processes of earlier runs have computed, each with its parts; no part twice.
+
+    Raises:
+        StoreError: a file is damaged.
+    """
     found: list[tuple[dict[str, Tensor], list[int]]] = []
     seen: set[int] = set()
     for file in sorted(folder.glob(FILES), key=lambda file: (len(file.name), file.name)):
-        tensors = safetensors.torch.load_file(file)
+        tensors = load_tensors(file)
+        if _MADE_OF not in tensors:
+            raise StoreError(f"{file} is damaged: it does not say which parts it is made of; delete it")
         parts = [int(part) for part in tensors.pop(_MADE_OF)]
         if seen.isdisjoint(parts):
             found.append((tensors, parts))

@@ -6,17 +6,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
-import yaml
 from jaxtyping import Float32
 from torch import Tensor
 
 from funcattrib.errors import StoreError
+from funcattrib.runtime.yaml_mapping import read_mapping
 from funcattrib.store import shards
 from funcattrib.store.layout import LeafColumns, Shard
 from funcattrib.store.manifest import Manifest, read_manifest
 from funcattrib.store.matrix import LazyMatrix, ShardBlock
 from funcattrib.store.metadata import read_examples
+from funcattrib.store.tensors import load_tensors
+from funcattrib.store.verify import check_state_file
 from funcattrib.store.verify import verify as find_problems
 from funcattrib.store.writer import CONFIG, STATE
 
@@ -54,8 +55,13 @@ def open_store(path: str | Path, *, verify: bool = False) -> "GradientStore":
         finished = shards.recorded(path, manifest) if manifest.complete else finished
     wrong = list(shards.misfits(path, finished).values())
     state = path / STATE
-    if manifest.state and (not state.exists() or state.stat().st_size != manifest.state.bytes):
-        wrong.append(f"{STATE}: expected {manifest.state.bytes:,} bytes, found another size or no file")
+    size = state.stat().st_size if state.exists() else None
+    if manifest.state and size != manifest.state.bytes and (manifest.complete or size is not None):
+        found = "no file" if size is None else f"{size:,} bytes"
+        raise StoreError(
+            f"the fitted state of {path} is damaged: {STATE}: expected {manifest.state.bytes:,} bytes, found {found}\n"
+            "restore it, or use `overwrite` to compute the run again"
+        )
     if not wrong and verify:
         wrong = find_problems(path)
     if wrong:
@@ -89,6 +95,7 @@ class GradientStore:
         self.manifest = manifest
         self.leaves: dict[str, LeafColumns] = {leaf.name: leaf for leaf in manifest.leaves}
         self.shards = finished
+        self._state_checked = False
         self._parts: list[ShardBlock] = []
         rows = 0
         for shard in finished:
@@ -115,9 +122,13 @@ class GradientStore:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Return the settings that replay the run; empty where none were saved."""
+        """Return the settings that replay the run; empty where none were saved.
+
+        Raises:
+            StoreError: the file is damaged.
+        """
         file = self.path / CONFIG
-        return yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return dict(read_mapping(file)) if file.exists() else {}
 
     def matrix(self) -> LazyMatrix:
         """Return all rows, (rows, width), read on demand."""
@@ -142,6 +153,15 @@ class GradientStore:
         return self[name].tensor()
 
     def state(self) -> dict[str, Tensor]:
-        """Load the chain's fitted state; empty where the chain has none."""
+        """Load the chain's fitted state; empty where the chain has none.
+
+        Raises:
+            StoreError: it is not as it was written.
+        """
         file = self.path / STATE
-        return safetensors.torch.load_file(file) if file.exists() else {}
+        if not file.exists():
+            return {}
+        if not self._state_checked:
+            check_state_file(self.path, self.manifest)
+            self._state_checked = True
+        return load_tensors(file)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from funcattrib.errors import StoreError
 from funcattrib.store.atomic import TEMPORARY, write_file
-from funcattrib.store.layout import FileFacts, Shard, shard_from_json, shard_to_json
+from funcattrib.store.json_values import check_checksum, typed, with_checksum
+from funcattrib.store.layout import FileFacts, Shard, shard_to_json
 from funcattrib.store.manifest import Manifest
 
 FOLDERS = ("shards", "examples")
@@ -47,7 +48,7 @@ def files_of(shard: Shard) -> list[FileFacts]:
 
 def record(path: Path, number: int, shard: Shard) -> None:
     """Mark a shard finished: its files are in place, now its side file is written."""
-    text = json.dumps(shard_to_json(shard), ensure_ascii=False) + "\n"
+    text = json.dumps(with_checksum(shard_to_json(shard)), ensure_ascii=False) + "\n"
     write_file(path, side_file(number), lambda sink: sink.write(text.encode()))
 
 
@@ -101,8 +102,10 @@ def sweep(path: Path, keep: Iterable[str]) -> None:
 def _read_side_file(path: Path, manifest: Manifest, number: int) -> Shard | None:
     """Read the facts, or None where they cannot be this shard's: it is then written again."""
     try:
-        shard = shard_from_json(json.loads((path / side_file(number)).read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError):
+        values = json.loads((path / side_file(number)).read_text(encoding="utf-8"))
+        shard: Shard = typed(Shard, values, side_file(number))
+        check_checksum(values)
+    except (ValueError, RecursionError):
         return None
     right = range(shard.start, shard.stop) == manifest.shard_range(number) and _names_its_own(shard, number)
     return shard if right else None

@@ -39,6 +39,19 @@ def verify(path: str | Path, *, progress: Callable[[int], None] | None = None) -
     return problems
 
 
+def check_state_file(path: Path, manifest: Manifest) -> None:
+    """Compare the fitted state of a store, where there is one, with its hash.
+
+    Raises:
+        StoreError: it is not as it was written.
+    """
+    problem = _altered(path, manifest.state, None) if manifest.state else None
+    if problem:
+        raise StoreError(
+            f"the fitted state of {path} is damaged: {problem}\nrestore it, or use `overwrite` to compute the run again"
+        )
+
+
 def _altered(path: Path, facts: FileFacts, progress: Callable[[int], None] | None) -> str | None:
     file = path / facts.file
     try:

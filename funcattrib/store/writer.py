@@ -20,14 +20,14 @@ from funcattrib.store import shards
 from funcattrib.store.atomic import hash_file, write_file
 from funcattrib.store.layout import FileFacts, Shard
 from funcattrib.store.lock import Lock
-from funcattrib.store.manifest import MANIFEST_FILE, Manifest, read_manifest
+from funcattrib.store.manifest import MANIFEST_FILE, STATE_FILE, Manifest, read_manifest
 from funcattrib.store.metadata import Column, to_table
 from funcattrib.store.progress_files import FILES as PARTS
 from funcattrib.store.tensors import DELAY, save_tensors
 from funcattrib.store.write_shard import Job, write_shard
 from funcattrib.store.writer_role import WriterRole, kept
 
-STATE = "state.safetensors"
+STATE = STATE_FILE
 PROGRESS = "progress.safetensors"  # what a pass over the data has so far, until it is done
 CONFIG = "config.yaml"
 FITTING = "fitting"  # folder of the parts of a state that is being put together
@@ -149,17 +149,22 @@ class StoreWriter:
         """Save the chain's fitted state as `state.safetensors`; on a complete store, do nothing."""
         if self._saves:
             save_tensors(self.path / STATE, state)
+            self._record_state()
             (self.path / PROGRESS).unlink(missing_ok=True)
 
     def save_progress(self, tensors: Mapping[str, Tensor], done: int) -> None:
         """Save what unfinished work has so far, to go on with: after `done` passes, or `done` parts of one."""
         if self._saves:
-            save_tensors(self.path / PROGRESS, {**tensors, _DONE: torch.tensor(done)})
+            save_tensors(self.path / PROGRESS, {**tensors, _DONE: torch.tensor(done)}, hashed=True)
 
     def load_progress(self) -> tuple[dict[str, Tensor], int] | None:
         """Load what `save_progress` kept, the same for all processes; None where there is none."""
         tensors = kept(self.path / PROGRESS, self.role)
-        return None if tensors is None else (tensors, int(tensors.pop(_DONE)))
+        if tensors is None:
+            return None
+        if _DONE not in tensors:
+            raise StoreError(f"{self.path / PROGRESS} is damaged: it does not say what is done; delete it")
+        return tensors, int(tensors.pop(_DONE))
 
     def load_state(self) -> dict[str, Tensor] | None:
         """Load the state that this run or the one it continues has saved, for all processes; None where there is none
@@ -167,13 +172,24 @@ class StoreWriter:
 
         It is mapped: read where it is used, and no memory of the process's own.
         """
-        return kept(self.path / STATE, self.role)
+        state = kept(self.path / STATE, self.role)
+        if state is not None and self._saves and self.manifest.state is None:  # this machine's copy, or an older run's
+            self._record_state()
+        return state
 
     def save_config(self, config: Mapping[str, Any]) -> None:
         """Save the settings that replay the run as `config.yaml`; on a complete store, do nothing."""
         if self._saves:
             text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
             write_file(self.path, CONFIG, lambda sink: sink.write(text.encode()))
+
+    def _record_state(self) -> None:
+        """Put the hash of the state into the manifest, so that what happens to the file from now on is noticed."""
+        file = self.path / STATE
+        facts = FileFacts(STATE, file.stat().st_size, hash_file(file))
+        if facts != self.manifest.state:
+            self.manifest = replace(self.manifest, state=facts)
+            save_manifest(self.path, self.manifest)
 
     @property
     def _saves(self) -> bool:
@@ -213,14 +229,14 @@ class StoreWriter:
             )
         if wrong := shards.misfits(self.path, self._finished):
             raise StoreError(f"{next(iter(wrong.values()))}; run the same command again to write this shard")
-        state = self.path / STATE
+        if (self.path / STATE).exists() and self.manifest.state is None:
+            self._record_state()
         complete = replace(
             self.manifest,
             shards=[self._finished[i] for i in self.finished],
             complete=True,
             clipped=self.clipped,
             nonfinite=self.nonfinite,
-            state=FileFacts(STATE, state.stat().st_size, hash_file(state)) if state.exists() else None,
         )
         save_manifest(self.path, complete)
         self.manifest = complete

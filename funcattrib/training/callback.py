@@ -7,6 +7,7 @@
 leaves `runs/example/epoch_0`, `epoch_1`, …: gradient stores with a row an example, in the data set's order.
 """
 
+import os
 import shutil
 from collections.abc import Container, Sequence
 from dataclasses import replace
@@ -285,7 +286,7 @@ class GradientCollectorCallback(TrainerCallback):
 
 
 def _finished(folder: Path) -> bool:
-    if not (folder / "manifest.json").exists():
+    if not os.path.exists(folder / "manifest.json"):
         return False
     found = read_manifest(folder)
     return found.complete and not found.extra.get("partial")

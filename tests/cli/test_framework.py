@@ -226,6 +226,12 @@ def test_checks_of_the_configuration_hold_for_a_file_too(toy, config_file):
         ("run: 3", "run: expected Path, found 3."),
         ("- a\n- b", "expected lines of `setting: value`, found list."),
         ("a: [", "this file is not valid YAML"),
+        ("model: m\ntoken_batch_size: 2001-13-45", "config.yaml, line 2: this value cannot be read: month must be in"),
+        ("token_batch_size: 2001-12-24", "token_batch_size: expected int, found datetime.date(2001, 12, 24)."),
+        ("model: !!int x", "line 1: this value cannot be read: invalid literal for int()"),
+        ("a: &a [*a]", "line 1: this value cannot be read: found unconstructable recursive node"),
+        ("model: m\nmodules: " + 9000 * "[", "line 2: more than 20 lists or mappings are inside one another."),
+        ("model: !!python/object/apply:os.getcwd []", "line 1: this value cannot be read: could not determine a"),
     ],
 )
 def test_wrong_files(toy, config_file, text, says):

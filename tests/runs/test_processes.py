@@ -1,7 +1,6 @@
 """Several processes at one run, under torchrun: what they make, and what remains when one of them is killed."""
 
 import hashlib
-import json
 import shutil
 import signal
 from pathlib import Path
@@ -378,14 +377,13 @@ def test_only_parts_that_fit_are_merged(two_parts: list[Path], tmp_path: Path) -
     assert content(merge_stores(tmp_path / "merged", two_parts).path) == content(tmp_path / "whole")
 
     other = shutil.copytree(two_parts[1], tmp_path / "other")
-    manifest = json.loads((other / "manifest.json").read_text())
-    (other / "manifest.json").write_text(json.dumps({**manifest, "seed": 7}))
+    store_run.edit_manifest(other, seed=7)
     with pytest.raises(fa.StoreError, match=r"other is a part of another run than .*: seed: expected 0, found 7"):
         merge_stores(tmp_path / "no", [two_parts[0], other])
 
     state = open_store(tmp_path / "whole").state()
     save_file({name: tensor * 2 for name, tensor in state.items()}, other / "state.safetensors")
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    store_run.edit_manifest(other, seed=0)
     with pytest.raises(fa.StoreError, match="other has another fitted state than"):
         merge_stores(tmp_path / "no", [two_parts[0], other])
 

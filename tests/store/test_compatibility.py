@@ -47,9 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def forget_kind(run: Path) -> None:
     """Make a run's manifest one of an earlier release."""
-    values = json.loads((run / "manifest.json").read_text())
-    del values["kind"]
-    (run / "manifest.json").write_text(json.dumps(values))
+    store_run.edit_manifest(run, "kind")
 
 
 @pytest.mark.parametrize("run", ["state", "gradients", "scores", "best scores"])

@@ -1,6 +1,5 @@
 """The text of an example: which columns the manifest says hold it, and the rule for stores that do not say."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -38,9 +37,7 @@ def test_names_stay_apart() -> None:
 def test_the_manifest_keeps_the_columns(tmp_path: Path) -> None:
     run = store_run.write(tmp_path / "run", text_columns=("text",))
     assert fa.open_store(run).manifest.text_columns == ("text",)
-    older = json.loads((run / "manifest.json").read_text())
-    del older["text_columns"]
-    (run / "manifest.json").write_text(json.dumps(older))
+    store_run.edit_manifest(run, "text_columns")
     store = fa.open_store(run, verify=True)
     assert store.manifest.text_columns is None
     assert example_text(store.examples[3], store.manifest.text_columns) == "document 3"

@@ -84,8 +84,8 @@ def test_a_failure_at_every_write_can_be_continued(tmp_path: Path, monkeypatch: 
         assert contents(run) == whole
         if calls <= step:
             break
-    # manifest, state, configuration, five shards, the manifest again
-    assert len(messages) - 1 == 3 + 5 * (4 if dtype == "int8" else 3) + 1
+    # manifest, state, the manifest with its hash, configuration, five shards, the manifest again
+    assert len(messages) - 1 == 4 + 5 * (4 if dtype == "int8" else 3) + 1
     assert messages.pop() == ""
     assert all("the disk is full" in message and "run the same command again" in message for message in messages)
 

@@ -34,12 +34,19 @@ def manifest(**changes: object) -> Manifest:
     return Manifest(**{**settings, **changes})
 
 
+def edit_manifest(run: Path, *without: str, **changes: object) -> None:
+    """Change or remove entries of a manifest, which then is one of a release that had no checksums."""
+    values = {**json.loads((run / "manifest.json").read_text()), **changes}
+    kept = {name: value for name, value in values.items() if name not in ("checksum", *without)}
+    (run / "manifest.json").write_text(json.dumps(kept))
+
+
 def take_apart(whole: Path, parts: Sequence[Path]) -> list[Path]:
     """Parts as machines without a shared folder leave them: shard i in part i mod n, and none of them finished."""
     manifest = json.loads((whole / "manifest.json").read_text())
     for which, part in enumerate(parts):
         shutil.copytree(whole, part)
-        (part / "manifest.json").write_text(json.dumps({**manifest, "shards": [], "complete": False, "state": None}))
+        edit_manifest(part, shards=[], complete=False, state=None)
         for number, shard in enumerate(manifest["shards"]):
             if number % len(parts) == which:
                 (part / f"shards/{number:05d}.json").write_text(json.dumps(shard))
