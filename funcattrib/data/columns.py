@@ -19,7 +19,8 @@ class Columns:
             the tokens of a data set that has ``input_ids``.
         completion_column: text that continues the prompt; the loss counts it alone. Both may be lists of messages.
         conversation_column: lists of messages (``role``, ``content``, and for a turn that does not count
-            ``"weight": 0``); the loss counts the assistant's. The template is given the columns ``tools`` and ``chat_template_kwargs``.
+            ``"weight": 0``); the loss counts the assistant's. The template is given the columns ``tools`` and
+            ``chat_template_kwargs``.
         token_weights_column: what each token's loss is multiplied by, one number a row or a list of one a token.
         reward_column: numbers; the loss is multiplied by the reward less its prompt's mean.
         advantage_column: numbers that the loss is multiplied by.

@@ -14,6 +14,7 @@ import numpy as np
 
 from funcattrib.chain.chain import Chain
 from funcattrib.data.records import Records
+from funcattrib.losses.script import in_script
 from funcattrib.runs.config import GradientConfig
 from funcattrib.runs.prepare import Model, prepare, shard_rows, state_of
 from funcattrib.runs.run_folder import run_folder
@@ -74,6 +75,12 @@ def collect_gradients(
     """
     source, gradients = resolve(source, gradients or GradientConfig(), settings)
     prepared = prepare(model, data, source, gradients, chain, state)
+    if in_script(prepared.manifest.loss["kind"]) and not source.quiet and prepared.work.world.is_rank_zero:
+        log.warning(
+            "the loss `%s` is defined in a script (__main__), where `funcattrib query` cannot find it; "
+            "move it to a module, or ask from Python with Attributor, in this script",
+            prepared.manifest.loss["kind"].partition(":")[2],
+        )
     tried, filled = prepared.work, fill
     if granularity == "token":
         rows = gradients.rows_per_shard or shard_rows(prepared.manifest.width, MOST_ROWS)

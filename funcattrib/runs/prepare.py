@@ -19,7 +19,8 @@ from funcattrib.data.documents import read_documents
 from funcattrib.data.numeric_examples import Examples
 from funcattrib.data.records import Records, open_examples, open_records
 from funcattrib.errors import FuncattribError
-from funcattrib.losses.resolve import KINDS, loss_of
+from funcattrib.losses.resolve import KINDS, find_loss, loss_of
+from funcattrib.losses.script import code_digest, in_script
 from funcattrib.models.functional import device_of, parameters_of, sharing
 from funcattrib.models.identity import fingerprint_tensors, model_identity
 from funcattrib.models.limits import context_length, vocabulary
@@ -116,7 +117,7 @@ def prepare(
         rows=len(corpus.lengths),
         rows_per_shard=rows_per_shard,
         text_columns=corpus.text_columns,
-        extra=corpus.notes(),
+        extra={**corpus.notes(), **({} if isinstance(model, tuple) else _script_notes(source, gradients))},
     )
     pieces = Pieces(partial(_described, corpus))
     step = Lockstep(sharing(*map(_parameters, (module, reference))), partial(_shortest, corpus, params))
@@ -236,6 +237,13 @@ def _language_model(model: nn.Module, source: Source, gradients: GradientConfig,
         exclude=gradients.exclude,
     )
     return loss, params, model, model_identity(model, source.model_name, source.revision)
+
+
+def _script_notes(source: Source, gradients: GradientConfig) -> dict[str, Any]:
+    """Return the digest of a loss that is defined in the script, which no query can import."""
+    if not in_script(gradients.loss):
+        return {}
+    return {"loss_code": code_digest(source.loss_function or find_loss(gradients.loss))}
 
 
 def _described(corpus: Corpus, row: int) -> str:

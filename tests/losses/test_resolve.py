@@ -3,6 +3,7 @@
 import copy
 import itertools
 import logging
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +113,39 @@ def test_a_callable(module: str, tmp_path: Path) -> None:
     store = build(tmp_path / "run", function)
     torch.testing.assert_close(store.matrix().tensor(), margins(), rtol=1e-4, atol=1e-3)
     assert store.manifest.loss["kind"] == loss_name(function) == f"{module}:margin"
+
+
+def define_in_script(monkeypatch: pytest.MonkeyPatch, source: str = SOURCE) -> Callable:
+    """``margin`` as the script that runs defines it."""
+    names = {"__name__": "__main__"}
+    exec(source, names)
+    monkeypatch.setattr(sys.modules["__main__"], "margin", names["margin"], raising=False)
+    return names["margin"]
+
+
+def test_a_loss_of_a_script_is_known_by_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "funcattrib"):
+        store = build(tmp_path / "run", define_in_script(monkeypatch), quiet=False)
+    assert caplog.text.count("the loss `margin` is defined in a script (__main__)") == 1
+
+    def ask() -> Tensor:
+        attributor = Attributor(tmp_path / "run", model=cases.causal("gpt_neox"), tokenizer=tiny.make_tokenizer())
+        return attributor.gradients([dict(row) for row in data()])
+
+    define_in_script(monkeypatch, f"# the same script, run again\n{SOURCE}")
+    torch.testing.assert_close(ask(), store.matrix().tensor(), rtol=1e-4, atol=1e-3)
+    define_in_script(monkeypatch, SOURCE.replace("logits[last, 3]", "logits[last, 2]"))
+    with pytest.raises(
+        fa.FuncattribError, match=r"`margin` was defined in a script .* in this one is another\nmove it"
+    ):
+        ask()
+    monkeypatch.delattr(sys.modules["__main__"], "margin")
+    with pytest.raises(
+        fa.FuncattribError, match=r"loss `margin` was defined in a script \(__main__\)\nmove it to a module"
+    ):
+        ask()
 
 
 def test_a_plain_loss_and_a_factory_with_parameters(module: str) -> None:
