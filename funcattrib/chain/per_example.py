@@ -66,11 +66,11 @@ def rows(loss: Loss, params: Params, batch: Batch, lowered: Readouts | None = No
     params = {name: tensor.detach() for name, tensor in params.items()}
     if lowered is None:
         # What is differentiated is the dense weight: all of them at a time, which the lowered form never has.
-        grads, losses = vmap(grad_and_value(loss), in_dims=(None, 0))(dense(params), dict(batch))
+        grads, losses = vmap(grad_and_value(partial(_scalar, loss)), in_dims=(None, 0))(dense(params), dict(batch))
         return PerExample(grads, losses)
 
     def of_probes(probes: Params, example: Example) -> Tensor:
-        return loss(lift(params, lowered, probes), example)
+        return _scalar(loss, lift(params, lowered, probes), example)
 
     # One probe an example: the losses are independent of each other's probes, so one ordinary backward pass gives
     # every example's gradient, and frees what it has used as it goes (torch.func.grad keeps its graph).
@@ -88,6 +88,18 @@ def rows(loss: Loss, params: Params, batch: Batch, lowered: Readouts | None = No
     )
     coordinates = {name: grad[:, 0] for name, grad in zip(probes, read, strict=True)}
     return PerExample(unpack(lowered, coordinates), losses.detach())
+
+
+def _scalar(loss: Loss, params: Params, example: Example) -> Tensor:
+    """Compute the loss of one example, which must be one number: of several, gradients would be those of their sum."""
+    value: Any = loss(params, example)
+    if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
+        found = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise FuncattribError(
+            f"expected a loss that returns a scalar tensor of floating point for one example, found {found}\n"
+            "add up or average over what it returns"
+        )
+    return value
 
 
 def spec(params: Params) -> Spec:

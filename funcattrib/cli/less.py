@@ -6,7 +6,7 @@ from typing import Literal
 from funcattrib.cli.config_file import settings
 from funcattrib.cli.output import reports_on_stderr
 from funcattrib.cli.settings import CheckpointConfig, DataConfig, QueryColumns, RunConfig
-from funcattrib.runs.config import RowConfig
+from funcattrib.runs.config import RowConfig, at_least
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class Less:
     gradients: RowConfig = field(default_factory=lambda: RowConfig(loss_reduction="mean"))
     show: int = 3
     """Number of the selected examples that are shown."""
+
+    def __post_init__(self) -> None:
+        """Check what a type cannot say."""
+        at_least(self, show=1)
 
 
 @reports_on_stderr

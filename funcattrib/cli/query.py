@@ -42,8 +42,8 @@ class Query:
     """Search through a FAISS index of this factory string (Flat, IVF1,SQfp16, HNSW32, …) instead of exactly."""
     mmap_index: bool = False
     """Leave the FAISS index on the disk and map it."""
-    nprobe: int = 16
-    """Inverted lists that FAISS visits."""
+    nprobe: int | None = None
+    """Inverted lists that FAISS visits; by default 16."""
     device: str = "auto"
     """cpu, cuda or cuda:N; auto takes a GPU where there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"] | None = None
@@ -58,6 +58,11 @@ class Query:
         """Check what a type cannot say."""
         if self.top_k < 1:
             raise FuncattribError(f"expected --top-k of at least 1, found {self.top_k}")
+        if self.nprobe is not None and self.nprobe < 1:
+            raise FuncattribError(f"expected --nprobe of at least 1, found {self.nprobe}")
+        for flag, given in (("--nprobe", self.nprobe is not None), ("--mmap-index", self.mmap_index)):
+            if given and self.faiss is None:
+                raise FuncattribError(f"{flag} requires --faiss")
         if self.completion is not None and self.text is None:
             raise FuncattribError("--completion requires --text")
 
@@ -92,7 +97,7 @@ def run(config: Query) -> int | None:
         shards=shards_from(config.shards, config.device),
     )
     faiss_cfg = (
-        FaissConfig(config.faiss, mmap_index=config.mmap_index, nprobe=config.nprobe, device=str(device))
+        FaissConfig(config.faiss, mmap_index=config.mmap_index, nprobe=config.nprobe or 16, device=str(device))
         if config.faiss and here.is_rank_zero
         else None
     )

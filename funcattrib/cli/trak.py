@@ -6,7 +6,7 @@ from typing import Literal
 from funcattrib.cli.config_file import settings
 from funcattrib.cli.output import reports_on_stderr
 from funcattrib.cli.settings import CheckpointConfig, DataConfig, QueryColumns, RunConfig
-from funcattrib.runs.config import RowConfig
+from funcattrib.runs.config import RowConfig, at_least
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class Trak:
     gradients: RowConfig = field(default_factory=lambda: RowConfig(projection_dim=0, loss="log_odds", dtype="float32"))
     show: int = 3
     """Number of training examples that are shown for the first queries."""
+
+    def __post_init__(self) -> None:
+        """Check what a type cannot say."""
+        at_least(self, show=1)
 
 
 @reports_on_stderr

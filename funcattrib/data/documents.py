@@ -141,7 +141,13 @@ def read_documents(
     read = (columns.prompt, columns.completion_column, columns.conversation_column, "id", *OPTIONS)
     check_text(source, filter(None, read), name, files_of(name))
     tokens, report = tokenize(
-        source, tokenizer, columns, max_length=max_length, truncation=truncation, vocab_size=vocab_size
+        source,
+        tokenizer,
+        columns,
+        max_length=max_length,
+        truncation=truncation,
+        vocab_size=vocab_size,
+        name=name,
     )
     rows = Rows(tokens)
     pad = getattr(tokenizer, "pad_token_id", None)

@@ -48,6 +48,10 @@ def encode(
         max_length: most tokens in a document.
         truncation: whether a longer one is cut, as the tokenizer cuts, or is an error.
         first_row: number of the first document, for messages.
+
+    Raises:
+        DataError: the tokenizer refuses a document.
+        TooLong: documents that are too long.
     """
     offsets_wanted = any(document.spans is not None for document in documents) and tokenizer.is_fast
     # Without offsets the labels need the whole text, so there the cut comes afterwards.
@@ -98,16 +102,16 @@ def encode(
         return Encoded(ids, labels, sum(_was_cut(documents[n], found, n, tokenizer, settings) for n in full))
     long = [number for number, length in enumerate(lengths) if length > max_length]
     if long and not truncation:
-        raise too_long(lengths[long[0]], first_row + long[0], max_length)
+        raise TooLong([(first_row + number, lengths[number]) for number in long])
     return Encoded([row[:max_length] for row in ids], [row[:max_length] for row in labels], len(long))
 
 
-def too_long(length: int, row: int, max_length: int) -> DataError:
-    """Return the error for a document above the longest length, where truncation was not asked for."""
-    return DataError(
-        f"expected documents of at most {max_length:,} tokens, found {length:,} in row {row}\n"
-        "cut such documents with `truncation`, or split or drop them in the data"
-    )
+class TooLong(Exception):
+    """Documents above the longest length, where truncation was not asked for: the number and the length of each."""
+
+    def __init__(self, rows: list[tuple[int, int]]) -> None:
+        super().__init__(rows)
+        self.rows = rows
 
 
 def _covered(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from funcattrib.data.batching import IGNORED
-from funcattrib.data.encode import too_long
+from funcattrib.data.encode import TooLong
 from funcattrib.errors import DataError
 
 
@@ -56,6 +56,7 @@ def read_tokens(
         first_row: number of the first row, for messages.
     """
     ids, labels, weights, truncated = [], [], [], 0
+    long: list[tuple[int, int]] = []
     for number, tokens in enumerate(batch["input_ids"]):
         row = first_row + number
         columns = {name: _array(batch[name][number], name, row) for name in COLUMNS if name in batch}
@@ -71,7 +72,7 @@ def read_tokens(
             )
         columns = {name: values[visible] for name, values in columns.items()}
         if len(positions) > max_length and not truncation:
-            raise too_long(len(positions), row, max_length)
+            long.append((row, len(positions)))
         truncated += len(positions) > max_length
         columns = {name: values[:max_length] for name, values in columns.items()}
         if "labels" not in columns:
@@ -83,6 +84,8 @@ def read_tokens(
         labels.append(columns["labels"].astype(np.int32))
         if "token_weights" in columns:
             weights.append(columns["token_weights"].astype(np.float32))
+    if long:
+        raise TooLong(long)
     return Tokens(ids, labels, weights if "token_weights" in batch else None, truncated)
 
 

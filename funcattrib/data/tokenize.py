@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from funcattrib.data.batching import IGNORED, shard_ranges
 from funcattrib.data.columns import Columns
 from funcattrib.data.conversation import has_template, options_read, render, renderer
-from funcattrib.data.encode import Text, encode
+from funcattrib.data.encode import Text, TooLong, encode
 from funcattrib.data.pretokenized import COLUMNS, Tokens, check_columns, read_tokens
 from funcattrib.data.report import TokenizeReport, some_rows
 from funcattrib.data.rows import Rows
@@ -48,6 +48,7 @@ def tokenize(
     vocab_size: int | None = None,
     scratch: Path | None = None,
     advance: Callable[[int], object] | None = None,
+    name: str = "",
 ) -> Tokenized:
     """Tokenise a data set, and say which tokens count in the loss.
 
@@ -63,6 +64,7 @@ def tokenize(
         vocab_size: the model's, which no token may reach; for ready tokens the tokenizer's by default.
         scratch: folder for the tokens (4 bytes each, 8 with labels of their own); by default the temporary folder.
         advance: called with the number of documents done since the last call.
+        name: what messages call the data.
 
     Raises:
         DataError: naming the row or the columns, what was expected and what to do.
@@ -83,13 +85,18 @@ def tokenize(
         dataset, tokenizer, columns, max_length=max_length, truncation=truncation, vocab_size=vocab_size
     )
 
-    report = TokenizeReport()
+    report, long = TokenizeReport(), list[tuple[int, int]]()
     all_labelled = (
         columns.completion_column is None and columns.conversation_column is None and "input_ids" not in names
     )
     with ScratchTable(scratch) as written:
         for first_row, batch in _batches(dataset, names):
-            tokens = read(batch, first_row)
+            try:
+                tokens = read(batch, first_row)
+            except TooLong as error:  # all of them are found before it is said
+                long += error.rows
+            if long:
+                continue
             if weights_column is not None:
                 rows = dataset.select_columns([weights_column]).with_format(None)
                 values = rows[first_row : first_row + len(tokens.ids)][weights_column]
@@ -109,6 +116,13 @@ def tokenize(
             written.write(arrays)
             if advance is not None:
                 advance(len(tokens.ids))
+        if long:
+            (row, length), more = long[0], f", and {len(long) - 1:,} more that are longer" if long[1:] else ""
+            where = f"{f' of {name}' if name else ''}{more}"
+            raise DataError(
+                f"expected documents of at most {max_length:,} tokens, found {length:,} in row {row}{where}\n"
+                "cut such documents with `truncation`, or split or drop them in the data"
+            )
         table = written.table()
     if all_labelled:  # one copy on disk serves both
         table = table.append_column("labels", table.column("input_ids"))

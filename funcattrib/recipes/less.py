@@ -37,7 +37,7 @@ from funcattrib.runs.collect import collect_gradients
 from funcattrib.runs.config import RowConfig, refuse
 from funcattrib.runs.default_chain import projection_of
 from funcattrib.runs.error_hints import explained
-from funcattrib.runs.prepare import load_named, prepare, shard_rows
+from funcattrib.runs.prepare import load_named, prepare, read_inputs, shard_rows
 from funcattrib.runs.query_rows import as_leaves, query_rows
 from funcattrib.runs.run_folder import run_folder
 from funcattrib.runs.score import ending_in, opened_scores
@@ -48,7 +48,7 @@ from funcattrib.runtime.hub import quiet
 from funcattrib.runtime.world import world
 from funcattrib.scores import Scores, check_gradients, open_scores, scores_manifest
 from funcattrib.store import require_shared
-from funcattrib.store.create import PARTS
+from funcattrib.store.create import PARTS, check_free
 from funcattrib.transforms import AdamState, adam_update, inner_products
 
 ScoreKind = Literal["nearest", "mean"]
@@ -124,6 +124,7 @@ def less(
     source, gradients = resolve(source, gradients, settings)
     _check_checkpoints(folders, fraction, score, subtask_column)
     require_shared(path, world())
+    check_free(path, "scores", overwrite=overwrite)
     weights = rates_of(folders, learning_rates)
     records = open_records(data, source.split, subset=source.subset)
     columns = _columns(open_records(query_data, query_split), score, subtask_column)
@@ -156,11 +157,13 @@ def _score_one(
     """Return one checkpoint's cosines, (documents, columns); ``sides`` are the data and the queries."""
     (data, source), (query_data, query_source) = sides
     rows_config, projection = as_gradient_config(gradients), projection_of(gradients)
+    inputs = read_inputs(model, data, source, rows_config)  # both sides, before anything is computed
+    queries = read_inputs(model, query_data, query_source, rows_config)
     of_queries = compose(per_example_grad, *projection)
     of_documents = compose(per_example_grad, adam_update(states, *projection))
     store = collect_gradients(
         model,
-        query_data,
+        queries,
         path=path / PARTS / "query",
         chain=of_queries,
         source=query_source,
@@ -169,7 +172,7 @@ def _score_one(
     )
     rows, _ = query_rows([store], unit_norm=True)
     wanted = torch.stack([rows[list(members)].mean(0) for members in columns.values()])
-    prepared = prepare(model, data, source, rows_config, of_documents, None)
+    prepared = prepare(model, inputs, source, rows_config, of_documents, None)
     last = inner_products(as_leaves(wanted, store, prepared.work.device), unit_norm=True)
     # the update is on one side alone; in all else the two sides must agree
     check_gradients(replace(prepared.manifest, chain=of_queries.describe()), store.manifest)

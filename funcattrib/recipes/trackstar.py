@@ -42,7 +42,7 @@ from funcattrib.runtime.assignment import owned
 from funcattrib.runtime.world import world
 from funcattrib.scores import Scores, scores_manifest
 from funcattrib.store import GradientStore, require_shared
-from funcattrib.store.create import PARTS
+from funcattrib.store.create import PARTS, check_free
 from funcattrib.store.nonfinite import nonfinite_rows
 from funcattrib.transforms import adafactor_norm, precondition, split_experts
 from funcattrib.transforms.gram import gram_matrices
@@ -101,6 +101,7 @@ def trackstar(
     """
     path, here = Path(path), world()
     require_shared(path, here)
+    check_free(path, "scores", overwrite=overwrite)
     source, gradients = resolve(source, gradients, settings)
     model, source = load_named(model, source)  # once, for the documents and for the queries
     if isinstance(model, nn.Module) and not gradients.modules:

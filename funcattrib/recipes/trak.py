@@ -20,17 +20,18 @@ from typing import Any, Literal, Unpack, get_args
 import torch
 from torch import Tensor
 
-from funcattrib.chain.chain import Chain, compose
+from funcattrib.chain.chain import compose
 from funcattrib.chain.per_example import per_example_grad
 from funcattrib.checkpoints.training_run import Shapes, check_same, shapes_of
 from funcattrib.data import IGNORED, Columns
+from funcattrib.data.corpus import Corpus
 from funcattrib.data.documents import Documents
 from funcattrib.data.records import Records
 from funcattrib.errors import FuncattribError
 from funcattrib.runs.collect import collect_both
-from funcattrib.runs.config import GradientConfig, RowConfig, refuse
+from funcattrib.runs.config import RowConfig, refuse
 from funcattrib.runs.default_chain import projection_of
-from funcattrib.runs.prepare import Model, load_named, prepare, shard_rows
+from funcattrib.runs.prepare import Model, load_named, read_inputs, shard_rows
 from funcattrib.runs.query_rows import query_rows
 from funcattrib.runs.run_folder import run_folder
 from funcattrib.runs.score import opened_scores
@@ -38,7 +39,7 @@ from funcattrib.runs.settings import RowSettings, Source, as_gradient_config, re
 from funcattrib.runtime.world import world
 from funcattrib.scores import Scores, scores_manifest
 from funcattrib.store import GradientStore, require_shared
-from funcattrib.store.create import PARTS
+from funcattrib.store.create import PARTS, check_free
 from funcattrib.transforms import sketch
 from funcattrib.transforms.damping import inverse_power
 
@@ -101,6 +102,7 @@ def trak(
     """
     path = Path(path)
     require_shared(path, world())
+    check_free(path, "scores", overwrite=overwrite)
     source, gradients = resolve(source, gradients, settings)
     _check_models(models, gradients, score, sketch_dim, damping)
     rows_config = as_gradient_config(gradients)
@@ -115,10 +117,11 @@ def trak(
         check_same(shapes, found, f"model {number + 1}")
         seed, part = gradients.seed + number, path / PARTS / str(number)
         chain = compose(per_example_grad, *projection_of(gradients, seed), sketch(sketch_dim, seed=seed))
-        per_token = _weights(model, data, here, rows_config, chain) if per_token is None else per_token
+        inputs = read_inputs(model, data, here, rows_config)
+        per_token = _weights(inputs.corpus) if per_token is None else per_token
         both = collect_both(
             model,
-            data,
+            inputs,
             query_data,
             path=part,
             chain=chain,
@@ -199,13 +202,12 @@ def _losses(store: GradientStore, span: range) -> Tensor:
     return torch.tensor(store.examples[span.start : span.stop]["loss"], dtype=torch.float64)
 
 
-def _weights(model: Model, data: Records, source: Source, rows: GradientConfig, chain: Chain) -> Tensor:
+def _weights(corpus: Corpus) -> Tensor:
     """Return the factors that make −f of every document its tokens' mean, (rows,) float64.
 
     1 / Σ_t a_t over labelled tokens, a_t the weight that the loss gives them; 0 where there is none. 1 for a
     user's loss: it is that of one label.
     """
-    corpus = prepare(model, data, replace(source, quiet=True), rows, chain, None).work.corpus
     count = len(corpus.lengths)
     if not isinstance(corpus, Documents):
         return torch.ones(count, dtype=torch.float64)

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Literal, Unpack
 
 import numpy as np
+from torch import nn
 
 from funcattrib.chain.chain import Chain
 from funcattrib.data.records import Records
 from funcattrib.losses.script import in_script
 from funcattrib.runs.config import GradientConfig
-from funcattrib.runs.prepare import Model, prepare, shard_rows, state_of
+from funcattrib.runs.prepare import Inputs, Model, prepare, read_inputs, shard_rows, state_of
 from funcattrib.runs.run_folder import run_folder
 from funcattrib.runs.settings import GradientSettings, Source, resolve
 from funcattrib.runs.token_budget import with_budget
@@ -24,13 +25,14 @@ from funcattrib.runs.token_rows import MOST_ROWS, as_tokens, by_token, fill_toke
 from funcattrib.runs.workload import fill, fit_state
 from funcattrib.store import GradientStore, open_store
 from funcattrib.store.nonfinite import named_rows, nonfinite_rows
+from funcattrib.types import Loss, Params
 
 log = logging.getLogger(__name__)
 
 
 def collect_gradients(
     model: Model,
-    data: Records,
+    data: Records | Inputs,
     *,
     path: str | Path,
     chain: Chain | None = None,
@@ -97,8 +99,8 @@ def collect_gradients(
 
 
 def collect_both(
-    model: Model,
-    data: Records,
+    model: nn.Module | tuple[Loss, Params],
+    data: Records | Inputs,
     query_data: Records,
     *,
     path: Path,
@@ -116,13 +118,16 @@ def collect_both(
         FuncattribError: as ``collect_gradients``, whose other arguments these are.
     """
     collect = partial(collect_gradients, model, chain=chain, gradients=gradients, overwrite=overwrite)
+    if not isinstance(data, Inputs):
+        data = read_inputs(model, data, sources[0], gradients)
+    queries = read_inputs(model, query_data, sources[1], gradients)  # both, before anything is computed
     train = collect(data, path=path / "train", source=sources[0])
-    return train, collect(query_data, path=path / "query", source=sources[1], state=train.path)
+    return train, collect(queries, path=path / "query", source=sources[1], state=train.path)
 
 
 def fit_chain(
     model: Model,
-    data: Records,
+    data: Records | Inputs,
     *,
     path: str | Path,
     chain: Chain | None = None,

@@ -38,7 +38,7 @@ class RowConfig:
 
     def __post_init__(self) -> None:
         """Check what a type cannot say."""
-        at_least(self, projection_dim=0, rows_per_shard=1)
+        at_least(self, projection_dim=0, rows_per_shard=1, seed=0)
         if self.token_batch_size != "auto":
             if not isinstance(self.token_batch_size, int):
                 raise FuncattribError(

@@ -218,7 +218,7 @@ def read_inputs(
         truncation=source.truncation,
         vocab_size=vocabulary(model),
         own_loss=source.loss_function is not None or gradients.loss not in KINDS,
-        name=name,
+        name=name if isinstance(data, str | Path) else "the data",
     )
     if not source.quiet:
         for line in documents.lines():

@@ -20,7 +20,7 @@ from funcattrib.runs.collect import collect_gradients, fit_chain
 from funcattrib.runs.config import GradientConfig, refuse
 from funcattrib.runs.default_chain import chain_of
 from funcattrib.runs.fold import Fold, Totals, fold_parts
-from funcattrib.runs.prepare import Model, Prepared, load_named, prepare, shard_rows, state_of, with_state
+from funcattrib.runs.prepare import Model, Prepared, load_named, prepare, read_inputs, shard_rows, state_of, with_state
 from funcattrib.runs.query_rows import as_leaves, query_rows
 from funcattrib.runs.run_folder import run_folder
 from funcattrib.runs.settings import GradientSettings, Source, resolve
@@ -33,7 +33,7 @@ from funcattrib.scores import Scores, check_gradients, open_scores, scores_manif
 from funcattrib.scores.top_k import Best, best_of, keep_best, nothing, save_best
 from funcattrib.store import GradientStore, StoreWriter, open_store, require_shared
 from funcattrib.store.compatibility import check_kind, loss_differences
-from funcattrib.store.create import PARTS
+from funcattrib.store.create import PARTS, check_free
 from funcattrib.store.nonfinite import named_rows, nonfinite_rows
 from funcattrib.transforms import inner_products, max_score, self_influence
 from funcattrib.types import Batch, PerExample
@@ -98,27 +98,37 @@ def score_gradients(
     _check_queries(score, paths, query_data, unit_norm, granularity, top_k)
     source, gradients = resolve(source, gradients or GradientConfig(), settings)
     model, source = load_named(model, source)  # once, for the documents and for the queries
+    check_free(path, "scores", overwrite=overwrite)
+    inputs = read_inputs(model, data, source, gradients)
     if query_data is not None:
+        query_source = source.for_queries(query_columns, query_split)
+        query_inputs = read_inputs(model, query_data, query_source, gradients)  # before anything is computed
         require_shared(path, world())
         parts = path / PARTS
         stages = (chain or chain_of(gradients, model[1] if isinstance(model, tuple) else model)).stages
         if state is None and any(stage.fitted for stage in stages):
             state = fit_chain(
-                model, data, path=parts / "state", chain=chain, source=source, gradients=gradients, overwrite=overwrite
+                model,
+                inputs,
+                path=parts / "state",
+                chain=chain,
+                source=source,
+                gradients=gradients,
+                overwrite=overwrite,
             ).path
         of_queries = collect_gradients(
             model,
-            query_data,
+            query_inputs,
             path=parts / "query",
             chain=chain,
             state=state,
-            source=source.for_queries(query_columns, query_split),
+            source=query_source,
             gradients=gradients,
             overwrite=overwrite,
         )
         paths = [of_queries.path]
     stores = [_gradients_at(each) for each in paths]
-    prepared = prepare(model, data, source, gradients, chain, state)
+    prepared = prepare(model, inputs, source, gradients, chain, state)
     for store in stores:
         check_gradients(prepared.manifest, store.manifest)
         _say_other_loss(prepared, store)

@@ -74,6 +74,20 @@ def create_store(path: str | Path, manifest: Manifest, *, overwrite: bool = Fals
         raise
 
 
+def check_free(path: str | Path, kind: str, *, overwrite: bool = False) -> None:
+    """Check, before anything is computed, that a run that writes a store of this kind can have a folder.
+
+    Raises:
+        StoreError: the folder holds something else, or a store of another kind that is not to be overwritten.
+    """
+    found = _existing(Path(path))
+    if found is not None and found.kind != kind and not overwrite:
+        raise StoreError(
+            f"{path} holds another run: of {found.kind}, not of {kind}\n"
+            "choose another RUN, or start over with `overwrite`"
+        )
+
+
 def _begin(path: Path, wanted: Manifest, overwrite: bool, held: lock.Lock) -> StoreWriter:
     found = _existing(path)  # once more: before the lock was ours, another writer may have changed it
     if found is None or overwrite:

@@ -480,3 +480,30 @@ def test_text_that_is_no_unicode_is_refused_line_by_line(funcattrib, store: Path
     assert ran.code == 0
     assert "half a character" in ran.err
     assert TEXTS[2] in ran.out
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "says"),
+    [
+        ("less", ("--checkpoint", "m", "--dataset", "d", "--query-dataset", "q", "--show", 0), "--show"),
+        ("trak", ("--checkpoint", "m", "--dataset", "d", "--query-dataset", "q", "--show", 0), "--show"),
+        ("trackstar", ("--model", "m", "--dataset", "d", "--query-dataset", "q", "--show", 0), "--show"),
+        ("score", ("--model", "m", "--dataset", "d", "--score", "self", "--top-k", 0), "top"),
+        ("build", ("--model", "m", "--dataset", "d", "--seed", -1), "seed"),
+    ],
+)
+def test_flags_out_of_range_are_refused_first(funcattrib, tmp_path: Path, command: str, words, says: str) -> None:
+    ran = funcattrib(command, tmp_path / "run", *words)
+    assert ran.code == 2
+    assert says in ran.err
+    assert "of at least" in ran.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_that_nothing_would_read_are_refused(funcattrib, tmp_path: Path, model_folder: Path, store, data) -> None:
+    for words in (("--nprobe", 4), ("--mmap-index",)):
+        ran = funcattrib("query", "--index", store, "--text", "w1 w2", *words)
+        assert ran.code == 2
+        assert f"{words[0]} requires --faiss" in ran.err
+    words = ("--model", model_folder, "--dataset", data / "d.jsonl", "--subset", "x")
+    mistake(funcattrib("build", tmp_path / "run", *words), "--subset is of data sets on the hub")

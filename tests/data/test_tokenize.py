@@ -383,3 +383,10 @@ def test_a_column_asked_for_is_read_in_place_of_ready_tokens():
     assert run(both).dataset["input_ids"][0] == [5, 6]
     asked = run(both, columns=Columns("text")).dataset["input_ids"][0]
     assert asked == byte_tokenizer()("hello world")["input_ids"]
+
+
+def test_all_documents_that_are_too_long_are_counted():
+    for columns, word in (({"text": ["hello " * 120, "a", *["hello " * 130] * 2500]}, "row 0"), ({}, "row 1")):
+        rows = data(**columns) if columns else data(input_ids=[[5], *[[5] * 101] * 2501])
+        with pytest.raises(DataError, match=rf"in {word} of d\.jsonl, and 2,500 more that are longer\n"):
+            run(rows, name="d.jsonl")
