@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from funcattrib.checkpoints.optimizer_state import dequantised, saved_states
+from funcattrib.checkpoints.optimizer_state import check_moment, dequantised, saved_states
 from funcattrib.errors import FuncattribError
 from funcattrib.models.functional import a_shard, parameters_of
 from funcattrib.transforms.adam_update import AdamState
@@ -58,6 +58,10 @@ def adam_state(path: str | Path, model: nn.Module | Mapping[str, Tensor]) -> dic
                 f"expected Adam's first and second moments of {where}, found "
                 f"{', '.join(map(str, state)) or 'nothing'}; give the state of an Adam or AdamW optimizer"
             )
+        if "betas" not in group or "eps" not in group or "step" not in state or first.shape != second.shape:
+            raise FuncattribError(f"the optimizer's state of {where} is damaged: it is not Adam's")
+        check_moment(first, where)
+        check_moment(second, where, squares=True)
         beta1, beta2 = group["betas"][:2]
         shared = like if isinstance(params[name], Stored) else None
         first, second = _kept(first, shared), _kept(second, shared)

@@ -1,32 +1,33 @@
 """Second moments read from a saved optimizer.
 
-    torch.optim.Adam, AdamW, others with ``exp_avg_sq``    v / (1 − β₂^step)
-    bitsandbytes' Adam, 8 bits                            qmap₂[state₂] · absmax₂ of each block, likewise
-    transformers' and torch's Adafactor                   r and c as they are: their decay has no bias
-
-A state is numbered in the order in which the optimizer was given the parameters, over its groups: the names that it
-recorded, the Trainer's order (weights that decay, then the rest), matrices before vectors, or the model's own. An order
-counts where the groups have its sizes and every shape fits.
+torch.optim.Adam, AdamW, others with ``exp_avg_sq``    v / (1 − β₂^step)
+bitsandbytes' Adam, 8 bits                            qmap₂[state₂] · absmax₂ of each block, likewise
+transformers' and torch's Adafactor                   r and c as they are: their decay has no bias
 """
 
+import math
 import os
-import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from funcattrib.checkpoints.parameter_order import match_parameters, parameters_in_order
 from funcattrib.errors import FuncattribError
 from funcattrib.transforms.moments import Moment
 
 _WRAPPED = "__bnb_optimizer_quant_state__"
 _INSIDE = ("optimizer", "optimizer_state_dict", "optim")
 """Keys under which training scripts put the optimizer in a checkpoint of several things."""
-_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
-"""The Trainer's rule by name; layer norms' weights have no decay either."""
+_TENSORS = {
+    **dict.fromkeys(("exp_avg", "exp_avg_sq", "variance", "state1", "state2"), 0),
+    **dict.fromkeys(("absmax1", "absmax2", "qmap1", "qmap2", "exp_avg_sq_row", "exp_avg_sq_col"), 1),
+    **dict.fromkeys(("row_var", "col_var"), 2),
+}
+"""Entries of a parameter's state that are tensors, and the axes that each has at least."""
 
 
 def optimizer_state(path: str | Path, model: nn.Module | Mapping[str, Tensor]) -> dict[str, Moment]:
@@ -58,7 +59,12 @@ def optimizer_state(path: str | Path, model: nn.Module | Mapping[str, Tensor]) -
 
     References: Adam, arXiv 1412.6980; Adafactor, arXiv 1804.04235; 8-bit optimizers, arXiv 2110.02861.
     """
-    moments = {name: moment_of(*saved, f"{name} in {path}") for name, saved in saved_states(path, model).items()}
+    moments: dict[str, Moment] = {}
+    for name, saved in saved_states(path, model).items():
+        where = f"{name} in {path}"
+        moments[name] = moment = moment_of(*saved, where)
+        for part in (moment,) if isinstance(moment, Tensor) else moment:
+            check_moment(part, where, squares=True)
     if not moments:
         raise FuncattribError(f"the optimizer in {path} has made no step and has no moments; give a later checkpoint")
     return moments
@@ -70,15 +76,16 @@ def saved_states(
     """Read parameter name → its state and the settings of its group, in the model's order; arguments as above."""
     saved = _read(Path(path).expanduser())
     groups = saved["param_groups"]
+    check_state_dict(saved, path)
     numbered = {number: group for group in groups for number in group["params"]}
     states = {number: _unwrapped(state) for number, state in saved["state"].items()}
-    names = _match(path, model, groups, {number: _shape_of(state) for number, state in states.items()})
+    names = match_parameters(path, model, groups, {number: _shape_of(state) for number, state in states.items()})
     found = {
         name: (states[number], group)
         for (number, group), name in zip(numbered.items(), names, strict=True)
         if number in states
     }
-    order = {name: place for place, name in enumerate(_parameters(model))}
+    order = {name: place for place, name in enumerate(parameters_in_order(model))}
     return dict(sorted(found.items(), key=lambda item: order[item[0]]))
 
 
@@ -146,6 +153,8 @@ def dequantised(state: Mapping[str, Any], which: int, where: str) -> Tensor:
         raise FuncattribError(
             f"expected a blockwise state ({absmax_name} and {map_name}) of {where}, found {', '.join(state)}"
         )
+    if codes.dtype != torch.uint8 or state[map_name].shape != (256,) or not state[absmax_name].numel():
+        raise FuncattribError(f"the 8-bit state of {where} is damaged: it is no map of 256 values with scales")
     absmax, values = state[absmax_name].float(), state[map_name].float()[codes.flatten().long()]
     size = 1 << max(0, -(-codes.numel() // absmax.numel()) - 1).bit_length()  # a power of two, whatever the version
     if -(-codes.numel() // size) != absmax.numel():
@@ -153,6 +162,53 @@ def dequantised(state: Mapping[str, Any], which: int, where: str) -> Tensor:
             f"the 8-bit state of {where} is damaged: {absmax.numel()} scales do not fit blocks of {size} values"
         )
     return (values * absmax.repeat_interleave(size)[: codes.numel()]).reshape(codes.shape)
+
+
+def check_state_dict(saved: Mapping[str, Any], path: str | Path) -> None:
+    """Check that an optimizer's state dict has numbers and tensors where it must.
+
+    Raises:
+        FuncattribError: naming the first entry that is something else.
+    """
+    groups, states = saved["param_groups"], saved["state"]
+    wrong = f"the optimizer's state in {path} is damaged: "
+    fits = isinstance(groups, list) and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
+    if not fits or not isinstance(states, dict) or not all(isinstance(state, dict) for state in states.values()):
+        raise FuncattribError(f"{wrong}its groups or states are not what torch.optim saves")
+    for group in groups:
+        betas, eps = group.get("betas", (0.9, 0.999)), group.get("eps", 0.0)
+        numbers = [*betas] if isinstance(betas, list | tuple) else [math.nan]
+        numbers += [] if isinstance(eps, list | tuple) else [eps]  # of Adafactor two, unused here
+        if any(_number(n) is None or n < 0 for n in numbers) or any(beta >= 1 for beta in numbers[: len(betas)]):
+            raise FuncattribError(f"{wrong}its betas are {betas}, and its eps {eps}")
+    for number, state in states.items():
+        for key, value in _unwrapped(state).items():
+            if key in _TENSORS and not isinstance(value, Tensor):
+                raise FuncattribError(f"{wrong}{key} of parameter {number} is a {type(value).__name__}, no tensor")
+            if key in _TENSORS and value.ndim < _TENSORS[key]:
+                raise FuncattribError(f"{wrong}{key} of parameter {number} has {value.ndim} axes")
+            if key == "step" and not (_number(value) or 0) > 0:
+                raise FuncattribError(f"{wrong}the step of parameter {number} is {value}")
+
+
+def check_moment(moment: Tensor, where: str, *, squares: bool = False) -> None:
+    """Refuse a moment that is not finite, or a mean of ``squares`` below zero.
+
+    Raises:
+        FuncattribError: naming the parameter.
+    """
+    low, high = torch.aminmax(moment) if moment.numel() else (torch.zeros(()), torch.zeros(()))
+    if not bool(low.isfinite() & high.isfinite()):
+        raise FuncattribError(f"the optimizer's state of {where} is NaN or infinite; give an earlier checkpoint")
+    if squares and low < 0:
+        raise FuncattribError(f"the optimizer's state of {where} is damaged: a second moment is below zero")
+
+
+def _number(value: Any) -> float | None:
+    """Return a finite number, also out of a tensor of one; None where it is something else."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        value = value.item()
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _shape_of(state: Mapping[str, Any]) -> tuple[int, ...] | None:
@@ -163,83 +219,3 @@ def _shape_of(state: Mapping[str, Any]) -> tuple[int, ...] | None:
         return (*state["row_var"].shape[:-1], state["col_var"].shape[-1])
     found = next((state[key] for key in ("exp_avg_sq", "state2", "variance") if key in state), None)
     return None if found is None else tuple(found.shape)
-
-
-def _parameters(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return dict(model.named_parameters() if isinstance(model, nn.Module) else model)
-
-
-def _match(
-    path: str | Path,
-    model: nn.Module | Mapping[str, Tensor],
-    groups: list[dict[str, Any]],
-    shapes: Mapping[Any, tuple[int, ...] | None],
-) -> list[str]:
-    """Match the parameter of every number in the groups, by the first order that fits."""
-    params = _parameters(model)
-    numbers = [number for group in groups for number in group["params"]]
-    sizes = [len(group["params"]) for group in groups if group["params"]]
-    problems: list[tuple[int, str]] = []
-    for order in _orders(model, params, groups):
-        names = [name for part in order for name in part]
-        if [len(part) for part in order if part] != sizes and (len(order) > 1 or len(names) != len(numbers)):
-            continue
-        problem = _misfit(path, names, numbers, params, shapes)
-        if problem is None:
-            return names
-        problems.append(problem)
-    if problems:  # of the order that fits furthest
-        raise FuncattribError(max(problems)[1])
-    beyond = list(params)[len(numbers) :]
-    raise FuncattribError(
-        f"expected the state of the model's {len(params)} parameters, found {len(numbers)} in {path}"
-        + (f"; {beyond[0]} would have none" if beyond else f"; the last parameter is {list(params)[-1]}")
-        + "\ngive the model as it was trained, with the same parameters frozen"
-    )
-
-
-def _orders(
-    model: nn.Module | Mapping[str, Tensor], params: Mapping[str, Tensor], groups: list[dict[str, Any]]
-) -> Iterator[list[list[str]]]:
-    """Yield names as an optimizer may have been given them, by group; a single list goes over all groups."""
-    recorded = [group.get("param_names", group["params"]) for group in groups]
-    if all(isinstance(name, str) for part in recorded for name in part):
-        yield recorded
-        return
-    norms = {f"{name}." for name, module in _modules(model) if isinstance(module, nn.LayerNorm)}
-
-    def trainer(name: str) -> bool:
-        return not _NO_DECAY.search(name.lower()) and name.rpartition(".")[0] + "." not in norms
-
-    def matrix(name: str) -> bool:
-        return params[name].ndim >= 2
-
-    trained = [name for name, tensor in params.items() if tensor.requires_grad]
-    for names in (list(params), trained) if 0 < len(trained) < len(params) else (list(params),):
-        for decays in (trainer, matrix):
-            yield [[name for name in names if decays(name)], [name for name in names if not decays(name)]]
-        yield [names]
-
-
-def _modules(model: nn.Module | Mapping[str, Tensor]) -> Iterable[tuple[str, nn.Module]]:
-    return model.named_modules() if isinstance(model, nn.Module) else ()
-
-
-def _misfit(
-    path: str | Path,
-    names: list[str],
-    numbers: list[Any],
-    params: Mapping[str, Tensor],
-    shapes: Mapping[Any, tuple[int, ...] | None],
-) -> tuple[int, str] | None:
-    """Find the first parameter that a state does not fit: its place, and the message."""
-    for place, (name, number) in enumerate(zip(names, numbers, strict=True)):
-        if name not in params:
-            return place, f"{path} has a state of {name}, which the model does not have; give the model it trained"
-        shape = shapes.get(number)
-        if shape is not None and shape != tuple(params[name].shape):
-            return place, (
-                f"expected the state of {name} to have shape {tuple(params[name].shape)}, found {shape} in {path}\n"
-                "give the model that this optimizer trained"
-            )
-    return None

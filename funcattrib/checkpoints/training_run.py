@@ -1,6 +1,8 @@
 """Checkpoints of a training run, one after the other: comparing them, and the learning rates between them."""
 
 import json
+import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,8 @@ def learning_rates(checkpoints: Sequence[Path], given: Sequence[float] = ()) -> 
         given: the rates themselves, one a checkpoint.
 
     Raises:
-        FuncattribError: another number of rates than checkpoints, a rate that is not positive, or none to be found.
+        FuncattribError: another number of rates than checkpoints, a rate that is not positive, or none to be found; a
+            log that is damaged.
     """
     if given:
         if len(given) != len(checkpoints):
@@ -73,11 +76,24 @@ def learning_rates(checkpoints: Sequence[Path], given: Sequence[float] = ()) -> 
 
 
 def _trainer_state(path: Path) -> dict[str, Any]:
-    try:
-        state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """Read the Trainer's log; nothing where there is none.
+
+    Raises:
+        FuncattribError: it is damaged.
+    """
+    file = path / "trainer_state.json"
+    if not os.path.isfile(file):
         return {}
-    return state if isinstance(state, dict) else {}
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        history = state.get("log_history", [])
+        numbers = [state.get("global_step", 0), *(entry.get("step", 0) for entry in history)]
+        rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
+        if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers + rates):
+            raise ValueError("a step or a learning rate is no number")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise FuncattribError(f"{file} is damaged: {error}; give `learning_rates`, one for each checkpoint") from error
+    return dict(state)
 
 
 def _scheduled(path: Path) -> float:

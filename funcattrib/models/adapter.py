@@ -30,9 +30,12 @@ def base_of(source: Path | str, revision: str | None) -> Base | None:
     file = find_adapter_config_file(str(source), revision=revision)
     if file is None:
         return None
-    config = json.loads(Path(file).read_text(encoding="utf-8"))
-    name = config.get("base_model_name_or_path")
-    if not name:
+    try:
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FuncattribError(f"{source}/adapter_config.json is damaged: {error}; save the adapter again") from error
+    name = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(name, str) or not name:
         raise FuncattribError(
             f"{source}/adapter_config.json does not name its base model\nwrite it there as base_model_name_or_path"
         )
@@ -40,7 +43,7 @@ def base_of(source: Path | str, revision: str | None) -> Base | None:
 
 
 def adapter_on(base: nn.Module, source: Path | str, revision: str | None) -> nn.Module:
-    """Return ``base`` with the adapter of a folder or hub id on it.
+    """Return ``base`` with the adapter of a folder or hub id on it; what it trains requires grad, as in training.
 
     Raises:
         FuncattribError: peft is not installed; an adapter of prompts, or one that is not kept as safetensors.
@@ -60,7 +63,8 @@ def adapter_on(base: nn.Module, source: Path | str, revision: str | None) -> nn.
         raise FuncattribError(
             f"{source} has no adapter_model.safetensors\nsave the adapter with safe_serialization=True"
         )
-    return peft.PeftModel.from_pretrained(base, str(source), config=config, is_trainable=False, **options)
+    # as trainable: which parameters an optimizer's state belongs to is known by them
+    return peft.PeftModel.from_pretrained(base, str(source), config=config, is_trainable=True, **options).eval()
 
 
 def adapter_names(model: nn.Module) -> list[str]:

@@ -10,7 +10,10 @@ from torch import nn
 
 import funcattrib as fa
 from funcattrib import testing as laws
-from tests.support import cases
+from funcattrib.checkpoints.adam_state import adam_state
+from funcattrib.checkpoints.training_run import learning_rates
+from funcattrib.models.loading import load_model
+from tests.support import cases, tiny
 
 
 class Small(nn.Module):
@@ -213,7 +216,9 @@ def test_frozen_and_unused_parameters(tmp_path) -> None:
     model, optimizer, grads = trained(lambda m: torch.optim.Adam([p for p in m.parameters() if p.requires_grad]), model)
     moments = fa.optimizer_state(saved(optimizer, tmp_path), model)
     assert list(moments) == ["ln.weight", "ln.bias", "second.weight", "second.bias"]
-    with pytest.raises(fa.FuncattribError, match=r"of the model's 6 parameters, found 4 .*second.weight would have"):
+    with pytest.raises(
+        fa.FuncattribError, match=r"trained 4 of the model's 6 parameters, and their shapes do not show"
+    ):
         fa.optimizer_state(tmp_path, Small())
     unused = Small()
     optimizer = torch.optim.Adam(unused.parameters())
@@ -226,6 +231,64 @@ def test_a_checkpoint_of_several_things(tmp_path) -> None:
     model, optimizer, _ = trained(OPTIMIZERS["adam"])
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 3}, tmp_path / "last.ckpt")
     laws.same(fa.optimizer_state(tmp_path / "last.ckpt", model), fa.optimizer_state(saved(optimizer, tmp_path), model))
+
+
+@pytest.mark.parametrize("make", ["adam", "adamw, Trainer's groups"])
+def test_frozen_parameters_of_a_loaded_model_are_told_by_shapes_that_fit_in_one_way(make, tmp_path) -> None:
+    model = cases.causal("llama")
+    model = copy.deepcopy(model)
+    model.model.embed_tokens.requires_grad_(False)
+    model.lm_head.requires_grad_(False)
+    optimizer = OPTIMIZERS[make](model)
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if p.requires_grad]
+    for p in model.parameters():
+        p.grad = None if not p.requires_grad else torch.randn_like(p)
+    optimizer.step()
+    expected = {name: optimizer.state[p]["exp_avg"] for name, p in model.named_parameters() if p.requires_grad}
+    found = adam_state(saved(optimizer, tmp_path), cases.causal("llama"))  # all of whose parameters require grad
+    assert list(found) == list(expected)
+    laws.same({name: state.first for name, state in found.items()}, expected)
+
+
+ADAPTERS = {
+    "lora": {"target_modules": ["q_proj", "down_proj"]},
+    "dora": {"target_modules": ["q_proj"], "use_dora": True},
+    "modules to save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "biases": {"target_modules": ["query_key_value"], "bias": "all"},
+}
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["one group", "Trainer's groups"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_the_optimizer_of_an_adapter(kind, grouped, tmp_path) -> None:
+    """Its checkpoint says what was trained: the matrices, magnitudes, copies and biases of its own configuration."""
+    peft = pytest.importorskip("peft")
+    name = "gpt_neox" if kind == "biases" else "llama"
+    base = tiny.save_model(tmp_path / "base", name)
+    model = peft.get_peft_model(copy.deepcopy(cases.causal(name)), peft.LoraConfig(r=2, **ADAPTERS[kind]))
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    trains = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    bare = [p for name, p in trains if name.endswith("bias")]
+    groups = [[p for _, p in trains if not any(p is b for b in bare)], bare] if grouped else [[p for _, p in trains]]
+    optimizer = torch.optim.AdamW([{"params": group} for group in groups], betas=(0.8, 0.95))
+    torch.manual_seed(0)
+    for _ in range(2):
+        for _, p in trains:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    model.save_pretrained(tmp_path / "checkpoint")
+    saved(optimizer, tmp_path / "checkpoint")
+    loaded = load_model(str(tmp_path / "checkpoint"), device="cpu").model
+    assert not loaded.training
+    states = adam_state(tmp_path / "checkpoint", loaded)
+    assert list(states) == [name for name, _ in trains]
+    for name, p in trains:
+        kept, found = optimizer.state[p], states[name]
+        assert (found.step, found.betas) == (2.0, (0.8, 0.95))
+        assert torch.equal(found.first, kept["exp_avg"])
+        assert torch.equal(found.second, kept["exp_avg_sq"])
+    assert set(fa.causal_lm_loss(loaded)[1]) <= states.keys()  # what LESS asks for
 
 
 class Other(Small):
@@ -279,6 +342,88 @@ REFUSED = {
         "cannot be read as an optimizer's state_dict",
     ),
 }
+
+
+def edited(group=(), **changes):
+    """The state of Adam with entries of the first parameter's state, or of its group, changed."""
+
+    def make(folder):
+        state = trained(OPTIMIZERS["adam"])[1].state_dict()
+        state["state"][0].update(changes)
+        state["param_groups"][0].update(group)
+        torch.save(state, folder / "optimizer.pt")
+
+    return make
+
+
+BAD = torch.full((4, 4), float("nan"))
+EIGHT_BITS = {"state1": torch.zeros(4, 4).byte(), "state2": torch.zeros(4, 4).byte(), "absmax2": torch.ones(1)}
+DAMAGED = {
+    "NaN": (edited(exp_avg_sq=BAD), "first.weight in .* is NaN or infinite; give an earlier checkpoint"),
+    "infinity": (edited(exp_avg_sq=-BAD / 0), "first.weight in .* is NaN or infinite"),
+    "below zero": (edited(exp_avg_sq=torch.full((4, 4), -1.0)), "first.weight .*a second moment is below zero"),
+    "no tensor": (edited(exp_avg_sq=[1.0]), "exp_avg_sq of parameter 0 is a list, no tensor"),
+    "a text for a step": (edited(step="three"), "the step of parameter 0 is three"),
+    "no step yet": (edited(step=torch.tensor(0.0)), "the step of parameter 0 is 0.0"),
+    "a NaN for a step": (edited(step=float("nan")), "the step of parameter 0 is nan"),
+    "betas of 1": (edited(group={"betas": (0.9, 1.0)}), r"its betas are \(0.9, 1.0\)"),
+    "a number for betas": (edited(group={"betas": 3}), "its betas are 3"),
+    "a text for eps": (edited(group={"eps": "small"}), "its eps small"),
+    "groups of numbers": (edited(group={"params": 3}), "its groups or states are not what"),
+    "states of numbers": (write({"state": {0: 3}, "param_groups": []}), "its groups or states are not what"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_what_is_damaged_is_named(case, tmp_path) -> None:
+    make, message = DAMAGED[case]
+    make(tmp_path)
+    for read in (fa.optimizer_state, adam_state):
+        with pytest.raises(fa.FuncattribError, match=message):
+            read(tmp_path, Small())
+
+
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [
+        ({"exp_avg": BAD}, "is NaN or infinite"),
+        ({"exp_avg": torch.ones(4)}, "is damaged: it is not Adam's"),
+    ],
+)
+def test_a_first_moment_that_is_damaged(first, message, tmp_path) -> None:
+    edited(**first)(tmp_path)
+    with pytest.raises(fa.FuncattribError, match=message):
+        adam_state(tmp_path, Small())
+
+
+@pytest.mark.parametrize("qmap", [torch.ones(200), torch.ones(2, 128)])
+def test_eight_bits_with_a_map_of_another_size(qmap, tmp_path) -> None:
+    edited(**EIGHT_BITS, qmap2=qmap)(tmp_path)
+    with pytest.raises(fa.FuncattribError, match=r"the 8-bit state of first\.weight .* is damaged"):
+        fa.optimizer_state(tmp_path, Small())
+    edited(**EIGHT_BITS)(tmp_path)
+    with pytest.raises(fa.FuncattribError, match=r"expected a blockwise state \(absmax2 and qmap2\)"):
+        fa.optimizer_state(tmp_path, Small())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"global_step": "many"}',
+        '{"log_history": 3}',
+        '{"log_history": [3]}',
+        '{"global_step": 3, "log_history": [{"step": 1, "learning_rate": "high"}]}',
+        '{"global_step": 3, "log_history": [{"step": 1, "learning_rate": NaN}]}',
+        "[" * 100_000,
+    ],
+)
+def test_a_log_that_is_damaged(text, tmp_path) -> None:
+    (tmp_path / "trainer_state.json").write_text(text)
+    with pytest.raises(fa.FuncattribError, match=r"trainer_state\.json is damaged: .*; give `learning_rates`"):
+        learning_rates([tmp_path])
+    assert learning_rates([tmp_path], [0.1]) == [0.1]
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -151,3 +151,10 @@ def test_refused(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) ->
     refused(pickled, "has no adapter_model.safetensors")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refused(str(adapter), "requires peft, which is not installed")
+
+
+@pytest.mark.parametrize("config", ["{", "[]", '{"base_model_name_or_path": 3}', '{"base_model_name_or_path": ""}'])
+def test_an_adapter_whose_base_is_no_name(config: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(fa.FuncattribError, match=r"adapter_config\.json (is damaged|does not name its base model)"):
+        load_model(str(tmp_path), device="cpu")
