@@ -51,7 +51,9 @@ def rebuild(source: GradientSource, description: Sequence[Mapping[str, Any]]) ->
         settings = {key: value for key, value in entry.items() if key != "name"}
         if entry["name"] not in FACTORIES:
             raise ChainError(
-                f"{entry['name']!r} is not one of the built-in stages ({', '.join(FACTORIES)}); pass the chain itself"
+                f"the store's stage {entry['name']!r} is a transform of the user's, which no manifest can rebuild\n"
+                "ask in Python with the chain that made the store, Attributor(run, chain=chain); the command line has "
+                f"the built-in stages alone: {', '.join(FACTORIES)}"
             )
         stages.append(FACTORIES[entry["name"]](**settings))
     return compose(source, *stages)
