@@ -9,23 +9,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from funcattrib.errors import ChainError
 from funcattrib.lift.maps.base import GradientMap
 
 
 @dataclass(frozen=True)
 class Scale(GradientMap):
-    """C(G) = D ⊙ G."""
+    """C(G) = D ⊙ G, with D a tensor of the gradient's shape, or one number."""
 
-    factor: Tensor
+    factor: Tensor | float
+
+    def __post_init__(self) -> None:
+        """Check what would fail in the backward pass."""
+        if not isinstance(self.factor, Tensor | int | float):
+            raise ChainError(
+                f"expected a tensor or a number as the factor of Scale, found {type(self.factor).__name__}"
+            )
 
     def from_gradient(self, gradient: Tensor) -> Tensor:
-        return gradient * self.factor.to(gradient.dtype)
+        return gradient * self._factor(gradient.dtype)
 
     def adjoint(self, theta: Tensor) -> Tensor:
-        return theta * self.factor.to(theta.dtype)
+        return theta * self._factor(theta.dtype)
 
     def to(self, dtype: torch.dtype) -> "Scale":
-        return Scale(self.factor.to(dtype))
+        return Scale(self._factor(dtype))
+
+    def _factor(self, dtype: torch.dtype) -> Tensor | float:
+        return self.factor.to(dtype) if isinstance(self.factor, Tensor) else self.factor
 
 
 @dataclass(frozen=True)
