@@ -185,8 +185,10 @@ def read_manifest(path: str | Path) -> Manifest:
     """
     file = Path(path) / MANIFEST_FILE
     if not os.path.isfile(file):  # False too where the name is one that the system refuses
-        wrong = "does not exist" if not os.path.exists(path) else f"has no {MANIFEST_FILE}"
-        raise StoreError(f"{path} is not a store: it {wrong}; build one with `funcattrib build {path} …`")
+        if not os.path.exists(path):
+            raise StoreError(f"{path} is not a store: it does not exist; build one with `funcattrib build {path} …`")
+        wrong = f"has no {MANIFEST_FILE}" if os.path.isdir(path) else "is a file"
+        raise StoreError(f"{path} is not a store: it {wrong}; give the folder of a run")
     try:
         return Manifest.from_json(file.read_text(encoding="utf-8"))
     except (StoreError, UnicodeDecodeError, OSError) as error:

@@ -102,8 +102,12 @@ def test_a_manifest_cannot_point_outside_its_folder(tmp_path: Path) -> None:
 def test_what_is_no_store_says_so(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="none is not a store: it does not exist; build one"):
         open_store(tmp_path / "none")
-    with pytest.raises(StoreError, match=r"is not a store: it has no manifest\.json"):
+    with pytest.raises(StoreError, match=r"is not a store: it has no manifest\.json; give the folder of a run$"):
         open_store(tmp_path)
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(StoreError, match="file is not a store: it is a file; give the folder of a run$"):
+        open_store(file)
     for text, found in (
         ("{", "not valid JSON"),
         ("[]", "not the manifest of a store"),
