@@ -43,6 +43,14 @@ def dense_along(side: Side, x: Tensor) -> Tensor:
     return x * side if side.ndim == 1 else x @ side.T
 
 
+def alike(rows: Factor, cols: Tensor) -> tuple[Factor, Tensor]:
+    """Return both factors in the wider type of the two: under autocast gradients are narrower than inputs."""
+    if isinstance(rows, OneHot) or rows.dtype == cols.dtype:
+        return rows, cols
+    dtype = torch.promote_types(rows.dtype, cols.dtype)
+    return rows.to(dtype), cols.to(dtype)
+
+
 def outer(rows: Factor, cols: Tensor | None) -> Tensor:
     """Compute Σ_n rows_n colsᵀ_n, (E, P, Q), or Σ_n rows_n, (E, P), without columns."""
     if cols is None:

@@ -9,6 +9,7 @@ never mistaken for this one. A folder appears whole, by a rename.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -63,11 +64,11 @@ def read(folder: Path, store: GradientStore, *, mmap: bool) -> tuple[Any, dict[s
     return index, meta
 
 
-def write(index: Any, folder: Path, meta: dict[str, Any]) -> None:
-    """Cache an index in `folder`: all of it, or nothing.
+def write(index: Any, folder: Path, meta: dict[str, Any]) -> bool:
+    """Cache an index in `folder`: all of it, or nothing. Return whether it could be: a run may be read-only.
 
     Raises:
-        FuncattribError: the folder cannot be written.
+        FuncattribError: the disk is full, or the folder is none.
     """
     import faiss
 
@@ -85,7 +86,10 @@ def write(index: Any, folder: Path, meta: dict[str, Any]) -> None:
         (part / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         if not folder.exists():  # otherwise another process was faster
             part.rename(folder)
+        return True
     except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return False
         free = shutil.disk_usage(folder.parent).free >> 20 if folder.parent.exists() else 0
         raise FuncattribError(
             f"the FAISS index could not be written to {folder.parent} ({free:,} MiB free): {reason(error)}; "

@@ -98,7 +98,7 @@ def build_or_load(
         say: takes a line when an index is built (with its recall) or a broken one replaced; by default the log.
 
     Returns:
-        FaissIndex.
+        FaissIndex. Where the cache is read-only it is in memory alone, and a line says so.
 
     Raises:
         FuncattribError: FAISS is not installed, does not know the factory string, or has too few rows to train on.
@@ -124,13 +124,15 @@ def build_or_load(
     index = _build(faiss, store, config, metric, left_out)
     recall = _recall(FaissIndex(index, metric, config, 0.0, True, folder, left_out), store)
     facts = {"rows": len(store), "width": store.width, "recall": recall, "left_out": left_out.tolist()}
-    faiss_cache.write(index, folder, {**settings, **facts})
+    kept = faiss_cache.write(index, folder, {**settings, **facts})
+    if not kept:
+        (say or _LOG.warning)(f"{folder.parent} is read-only: the index is in memory, and is built again each time")
     queries = min(_RECALL_QUERIES, len(store) - len(left_out))
     (say or _LOG.info)(
         f"built FAISS index {config.index_factory} of {len(store):,} rows: "
         f"recall@{_RECALL_K} {recall:.3f} against exact search ({queries} rows as queries)"
     )
-    if config.mmap_index:  # give the memory back
+    if config.mmap_index and kept:  # give the memory back
         index, _ = faiss_cache.read(folder, store, mmap=True)
     return FaissIndex(_place(faiss, index, config), metric, config, recall, True, folder, left_out)
 

@@ -117,7 +117,13 @@ class Scores:
             yield block.unflatten(1, (-1, count)).sum(1) if self.modules else block
 
     def to_parquet(self, path: str | Path) -> None:
-        """Write the examples with a column ``score_K`` for every query K."""
+        """Write the examples with a column ``score_K`` for every query K.
+
+        Raises:
+            FuncattribError: a path with the suffix of another format, or one that cannot be written.
+        """
+        if Path(path).suffix.lower() not in ("", ".parquet", ".pq"):
+            raise FuncattribError(f"{path} is no name of a Parquet file\nend it in .parquet")
         matrix = np.asarray(self)
         scored = {f"score_{number}": matrix[:, number] for number in range(matrix.shape[1])}
         columns = {shown_name(name, scored): self.examples[name][:] for name in self.examples.column_names} | scored

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,26 @@ def test_a_cache_that_cannot_be_written_says_so(store: GradientStore, tmp_path: 
     (tmp_path / "file").touch()
     with pytest.raises(FuncattribError, match="could not be written to"):
         build_or_load(store, cache=tmp_path / "file" / "cache")
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_a_store_that_is_read_only_is_searched_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mmap: bool
+) -> None:
+    store = make_store(tmp_path / "run", rows_of(60))
+    made = Path.mkdir
+
+    def refuse(path: Path, *given: Any, **named: Any) -> None:
+        if tmp_path in path.parents:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        made(path, *given, **named)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    lines: list[str] = []
+    index = build_or_load(store, FaissConfig(mmap_index=mmap), say=lines.append)
+    assert torch.equal(search(index, queries_of(), 3).rows, topk(store_blocks(store), queries_of(), 3).rows)
+    assert "faiss is read-only: the index is in memory, and is built again each time" in lines[0]
+    assert not (tmp_path / "run/faiss").exists()
 
 
 def test_without_faiss_the_extra_is_named(store: GradientStore, monkeypatch: pytest.MonkeyPatch) -> None:

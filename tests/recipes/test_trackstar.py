@@ -86,6 +86,9 @@ def test_scores_are_those_of_the_formulas(name, kind, tmp_path) -> None:
     assert again.topk(2).rows[:, 0].tolist() == expected.argmax(0).tolist()
     again.to_parquet(tmp_path / "scores.parquet")
     assert (tmp_path / "scores.parquet").stat().st_size > 0
+    with pytest.raises(fa.FuncattribError, match=r"scores\.csv is no name of a Parquet file"):
+        again.to_parquet(tmp_path / "scores.csv")
+    assert not (tmp_path / "scores.csv").exists()
 
 
 def test_the_mean_of_the_queries_is_one_column(tmp_path) -> None:

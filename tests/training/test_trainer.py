@@ -10,6 +10,8 @@ from torch import nn
 
 import funcattrib as fa
 from funcattrib import testing as laws
+from funcattrib.chain.per_example import spec
+from funcattrib.training.capture import collecting
 from tests.support import cases, tiny
 from tests.support.training import check, examples, gradient, make, train
 from tests.training.test_collect import fresh
@@ -97,12 +99,34 @@ def test_experts(tmp_path: Path) -> None:
     assert ran.trainer.model.config._experts_implementation != "funcattrib"
 
 
-def test_bf16_autocast(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stages", [[fa.project(4)], []], ids=["project", "whole"])
+def test_bf16_autocast(tmp_path: Path, stages: list[fa.Transform]) -> None:
+    chain = fa.compose(fa.per_example_grad, *stages)
     plain = train(tmp_path, None, bf16=True)
-    ran = train(tmp_path, callback(tmp_path), bf16=True)
+    ran = train(tmp_path, callback(tmp_path, chain=chain), bf16=True)
     same(plain, ran)
     for epoch in (0, 1):  # bfloat16 has 8 bits
-        check(ran, fa.open_store(tmp_path / f"run/epoch_{epoch}"), CHAIN, tolerance=6e-2)
+        check(ran, fa.open_store(tmp_path / f"run/epoch_{epoch}"), chain, tolerance=6e-2)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("stages", [[], [fa.project(3)], [fa.sketch(16)], [fa.self_influence]])
+def test_layers_under_autocast(stages: list[fa.Transform], frozen: bool) -> None:
+    """Factors of two types: the input is in float32, the gradient of the output in bfloat16."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv1d(3, 4, 2), torch.nn.LayerNorm(5), torch.nn.Linear(5, 6))
+    model.requires_grad_(not frozen)
+    x, chain = torch.randn(4, 3, 6, requires_grad=True), fa.compose(fa.per_example_grad, *stages)
+    weights = {name: p for name, p in model.named_parameters() if name in ("0.weight", "2.weight")}
+    found = []
+    for narrow in (False, True):
+        with collecting(model, set(weights), chain, chain.init(spec(weights))[0]) as rows:
+            with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+                y = model(x)
+            y.float().square().sum().backward()
+        found.append(rows.grads())
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name].float(), grad, rtol=5e-2, atol=5e-2 * float(grad.abs().max()))
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from funcattrib.lift.factors import outer
+from funcattrib.lift.factors import alike, outer
 from funcattrib.lift.lifted import Lifted, Rule, plain
 from funcattrib.lift.maps.base import GradientMap
 from funcattrib.lift.maps.conv import patches
@@ -53,13 +53,14 @@ def _tap_weight(x: Tensor, y: Tensor, weight: Lifted, axes: int, options: dict[s
 
 
 def _read_factors(gradient_map: GradientMap, examples: int, g: Tensor, cols: Tensor) -> Tensor:
-    return gradient_map.from_factors(gradient_map.reduce_rows(_by_position(g, examples)), cols)
+    return gradient_map.from_factors(*alike(gradient_map.reduce_rows(_by_position(g, examples)), cols))
 
 
 def _read_formed(gradient_map: GradientMap, shape: tuple[int, ...], g: Tensor, cols: Tensor) -> Tensor:
     examples, _, groups, _ = cols.shape
     rows = _by_position(g, examples).unflatten(-1, (groups, -1))
-    formed = outer(rows.movedim(2, 1).flatten(0, 1), cols.movedim(2, 1).flatten(0, 1))  # (E·g, O/g, I)
+    by_group = alike(rows.movedim(2, 1).flatten(0, 1), cols.movedim(2, 1).flatten(0, 1))
+    formed = outer(*by_group)  # (E·g, O/g, I)
     return gradient_map.from_gradient(formed.reshape(examples, *shape))
 
 

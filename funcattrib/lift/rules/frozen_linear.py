@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from funcattrib.kernels.fold import fold, unfold
+from funcattrib.lift.factors import alike
 from funcattrib.lift.maps.base import GradientMap
 from funcattrib.weights.stored import WeightSource, dense, made, source
 
@@ -80,13 +81,13 @@ class _FrozenLinearBackward(torch.autograd.Function):
         g_MO = g.reshape(-1, g.shape[-1])
         g_ENO = g.reshape(kept.shape[0], -1, g.shape[-1])
         d_theta = (
-            gradient_map.from_factors(kept, gradient_map.reduce_cols(g_ENO))
+            gradient_map.from_factors(*alike(kept, gradient_map.reduce_cols(g_ENO)))
             if in_out
-            else gradient_map.from_factors(gradient_map.reduce_rows(g_ENO), kept)
+            else gradient_map.from_factors(*alike(gradient_map.reduce_rows(g_ENO), kept))
         )
         if not wanted:
             return g.new_empty(0).expand(*g.shape[:-1], 0), d_theta
-        w = made(weight)
+        w = made(weight).to(g.dtype)  # under autocast, as the product was computed
         return (g_MO @ (w.T if in_out else w)).reshape(*g.shape[:-1], -1), d_theta
 
     @staticmethod

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from funcattrib.errors import ChainError
+from funcattrib.lift.factors import alike
 from funcattrib.lift.lifted import Lifted, Rule, plain
 from funcattrib.lift.maps.base import GradientMap
 from funcattrib.lift.maps.per_token import summed
@@ -86,11 +87,13 @@ def _matmul(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _read_rows(gradient_map: GradientMap, examples: int, g: Tensor, cols: Tensor) -> Tensor:
-    return gradient_map.from_factors(gradient_map.reduce_rows(g.reshape(examples, -1, g.shape[-1])), cols)
+    rows = gradient_map.reduce_rows(g.reshape(examples, -1, g.shape[-1]))
+    return gradient_map.from_factors(*alike(rows, cols))
 
 
 def _read_cols(gradient_map: GradientMap, examples: int, g: Tensor, rows: Tensor) -> Tensor:
-    return gradient_map.from_factors(rows, gradient_map.reduce_cols(g.reshape(examples, -1, g.shape[-1])))
+    cols = gradient_map.reduce_cols(g.reshape(examples, -1, g.shape[-1]))
+    return gradient_map.from_factors(*alike(rows, cols))
 
 
 def _read_bias(gradient_map: GradientMap, examples: int, g: Tensor) -> Tensor:
