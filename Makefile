@@ -90,6 +90,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 		echo "$$found -m venv .venv"; \
 		$$found -m venv --clear .venv; \
 	fi
-	@echo "Installing the pinned versions into .venv (once, a minute or two)"
+	@echo "Installing the pinned versions into .venv (once, some minutes)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,dev,docs]'
 	@touch $@

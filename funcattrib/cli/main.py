@@ -90,7 +90,8 @@ COMMANDS: dict[str, Command] = {
         "funcattrib.cli.plan", "Estimate the time, storage and memory of a build from the model's configuration."
     ),
     "quickstart": Command(
-        "funcattrib.cli.quickstart", "Train a tiny model on invented facts and ask where it has them from."
+        "funcattrib.cli.quickstart",
+        "Train a tiny model on invented facts, and find the sentences that its answers come from.",
     ),
 }
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -17,8 +18,10 @@ class Merge:
 
     run: tyro.conf.Positional[Path]
     """The run's folder: a new one, or one of the parts."""
-    parts: tyro.conf.Positional[tuple[Path, ...]]
-    """The parts' folders."""
+    parts: tyro.conf.Positional[
+        Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PARTS [PARTS ...]", help_behavior_hint="(required)")]
+    ]
+    """The parts' folders, one or more."""
 
 
 @reports_on_stderr

@@ -23,7 +23,7 @@ class Plan:
     model: str
     """A hub id or a folder with a config.json."""
     tokens: float
-    """Tokens of the data set, e.g. 1e9."""
+    """Tokens of the data set, e.g. 1e9; --device-flops or --tokens-per-second is required too."""
     devices: int = 1
     """Devices that compute."""
     device_flops: float | None = None

@@ -10,7 +10,7 @@ from funcattrib.errors import FuncattribError
 
 @dataclass(frozen=True)
 class Quickstart:
-    """Train a tiny model on invented facts and ask where it has them from.
+    """Train a tiny model on invented facts, and find the sentences that its answers come from.
 
     Nothing is downloaded. RUN gets the facts and the questions as jsonl, the model, and the gradient store, which
     `funcattrib query --index RUN/store` searches.

@@ -88,8 +88,7 @@ class DataConfig:
     subset: str | None = None
     """The hub data set's configuration."""
     prompt_column: str | None = None
-    """Column of text; its tokens count in the loss unless there is a completion. By default text, or the tokens of data
-    with input_ids."""
+    """Column of text; its tokens count unless there is a completion. By default text, or the tokens of input_ids."""
     completion_column: str | None = None
     """Column that continues the prompt; its tokens alone count in the loss."""
     conversation_column: str | None = None

@@ -16,8 +16,7 @@ class RowConfig:
     projection_type: Literal["rademacher", "normal"] = "rademacher"
     """Distribution of the projections' entries."""
     loss: str = "ce"
-    """ce (cross-entropy), log_odds (negative log-odds of each token), kl (divergence from --reference-model), or a
-    function, package.module:function."""
+    """ce (cross-entropy), log_odds (negative, of tokens), kl (from --reference-model), or package.module:function."""
     loss_reduction: Literal["sum", "mean"] = "sum"
     """Sum or mean over an example's labelled tokens."""
     label_smoothing: float = 0.0
@@ -27,8 +26,7 @@ class RowConfig:
     exclude: tuple[str, ...] = ()
     """Globs of parameter names to leave out."""
     token_batch_size: int | Literal["auto"] = 4096
-    """Tokens in a batch, padding included; not tied to the model's context. auto finds the fastest that fits, by trial,
-    once for a model, chain, longest document and device."""
+    """Tokens in a batch with its padding, whatever the model's context; auto finds the fastest that fits, by trial."""
     dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16"
     """Type of the stored rows; int8 with one scale a row."""
     rows_per_shard: int | None = None

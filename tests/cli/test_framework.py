@@ -109,7 +109,19 @@ def test_help_of_a_command(toy):
         "Of its weights",
     ):
         assert words in ran.out
+    assert "--damping FLOAT" in ran.out  # and no {None}|
+    assert "(default: none)" in ran.out
+    assert "\n\n\n" not in ran.out
     assert seen == []
+
+
+def test_none_takes_a_setting_back(toy, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("command: toy\ndamping: 0.5\nmodules: [a, b]\n")
+    assert toy("R", "--model", "m", "--config", file).code == 0
+    assert seen[0].gradient == Gradient(("a", "b"), damping=0.5)
+    assert toy("R", "--model", "m", "--config", file, "--damping", "None", "--modules").code == 0
+    assert seen[0].gradient == Gradient()
 
 
 def test_exit_codes(toy):

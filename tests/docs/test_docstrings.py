@@ -131,6 +131,19 @@ def test_functions_begin_with_a_verb() -> None:
     assert not wrong
 
 
+def test_flags_are_described_in_one_line() -> None:
+    """``--help`` would keep the line breaks."""
+    broken = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in (*(ROOT / "funcattrib/cli").glob("*.py"), ROOT / "funcattrib/runs/config.py")
+        for config in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(config, ast.ClassDef)
+        for field, node in pairwise(config.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(node, ast.Expr) and node.end_lineno != node.lineno
+    ]
+    assert not broken
+
+
 def test_no_docstring_begins_with_a_question() -> None:
     """Of modules, classes, fields and values either; private ones too."""
     wrong = [

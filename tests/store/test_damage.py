@@ -106,7 +106,7 @@ def test_what_is_no_store_says_so(tmp_path: Path) -> None:
         open_store(tmp_path)
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(StoreError, match="file is not a store: it is a file; give the folder of a run$"):
+    with pytest.raises(StoreError, match=r"file is not a store: it is a file; give the folder of a run$"):
         open_store(file)
     for text, found in (
         ("{", "not valid JSON"),
