@@ -31,7 +31,7 @@ def tap(y: Tensor, theta: Tensor, read: Read, *kept: Tensor | None) -> Tensor:
 class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(y: Tensor, theta: Tensor, read: Read, *kept: Tensor | None) -> Tensor:
-        return y.view_as(y)
+        return y.detach()  # not a view, which the model could not modify in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -50,11 +50,10 @@ class _Tap(torch.autograd.Function):
     ) -> tuple[Tensor, int]:
         size, dims = info.batch_size, in_dims[3:]
         y = y.movedim(in_dims[0], 0) if in_dims[0] is not None else y.expand(size, *y.shape)
-        if in_dims[1] is None:  # one probe for all: a grad transform outside reads it, forward has nothing to do
-            return y.view_as(y), 0
         front = [k if axis is None or k is None else k.movedim(axis, 0) for k, axis in zip(kept, dims, strict=True)]
         over = (0, *(None if axis is None or k is None else 0 for k, axis in zip(kept, dims, strict=True)))
-        return _Tap.apply(y, theta.movedim(in_dims[1], 0), partial(_read_each, read, over), *front), 0
+        theta = theta.movedim(in_dims[1], 0) if in_dims[1] is not None else theta.expand(size, *theta.shape)
+        return _Tap.apply(y, theta, partial(_read_each, read, over), *front), 0
 
 
 def _read_each(read: Read, over: tuple[int | None, ...], g: Tensor, *kept: Tensor | None) -> Tensor:

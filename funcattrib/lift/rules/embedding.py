@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from funcattrib.errors import ChainError
 from funcattrib.lift.factors import OneHot
 from funcattrib.lift.lifted import Rule
 from funcattrib.lift.maps.base import GradientMap
@@ -22,6 +23,7 @@ def _embedding(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return NotImplemented
     y = F.embedding(ids, leaf.weight, options.get("padding_idx"))
     examples, size = leaf.theta.shape[0], leaf.weight.shape[0]
+    _check(ids, leaf)
     index = ids.reshape(examples, -1)
     counted = None
     if (padding := options.get("padding_idx")) is not None:  # torch gives the padding row no gradient
@@ -30,6 +32,17 @@ def _embedding(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if isinstance(rows, Tensor):
         return tap(y, leaf.theta, partial(_read, leaf.map, examples), rows)
     return tap(y, leaf.theta, partial(_read_onehot, leaf.map, examples, size), rows.ids, rows.weight)
+
+
+def _check(ids: Tensor, leaf: Any) -> None:
+    """Refuse ids that no example owns (positions, common to all) where there is one probe an example."""
+    examples = leaf.theta.shape[0]
+    flattened = leaf.tokens is not None and ids.numel() == examples * leaf.tokens
+    if examples > 1 and not flattened and (ids.ndim < 2 or ids.shape[0] != examples):
+        raise ChainError(
+            f"expected ids of {examples} examples for an attributed embedding, found shape {tuple(ids.shape)}: they "
+            "are common to the batch; leave this parameter out, or collect with per_example_grad"
+        )
 
 
 def _read(gradient_map: GradientMap, examples: int, g: Tensor, rows: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class _FrozenLinear(torch.autograd.Function):
         y = x_MI @ w_IO if bias is None else torch.addmm(bias, x_MI, w_IO)
         x_ENI = x.reshape(examples, -1, x.shape[-1])
         kept = gradient_map.reduce_rows(x_ENI) if in_out else gradient_map.reduce_cols(x_ENI)
-        return y.reshape(*x.shape[:-1], -1), kept
+        return y.reshape(*x.shape[:-1], -1).detach(), kept  # not a view: the model may modify it in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
