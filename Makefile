@@ -7,7 +7,8 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 # One torch thread per pytest worker: on few cores that is faster than workers whose threads compete. Files stay whole, so
 # that what a file makes once is made on one worker; in their order, for the last take few tests and all cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 
 help:
 	@echo "make quickstart   train a tiny model, build a gradient store, find the training examples that matter"
@@ -50,7 +51,7 @@ test-isa: $(INSTALLED)
 		for isa in "" "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2" \
 			"ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2"; do \
 			echo "threads: $$threads, instruction set: $${isa:-the processor's own}"; \
-			env OMP_NUM_THREADS=$$threads $$isa $(BIN)/python -m pytest -q $(NUMERICAL) || exit 1; \
+			env OMP_NUM_THREADS=$$threads $$isa $(BIN)/python -m pytest -q $(WORKERS) $(NUMERICAL) || exit 1; \
 		done; \
 	done
 
