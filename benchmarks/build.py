@@ -50,7 +50,7 @@ def main() -> None:
 
     loss, params = fa.causal_lm_loss(model)
     step = fa.compose(fa.per_example_grad, fa.project(a.projection_dim)).bind(loss, params)
-    described = loss.args[0]
+    described = loss.model
     weights = {**described.parts.frozen, **described.parts.params}
     base = described.parts.skeleton.get_submodule(described.prefix)
     inside = {n.removeprefix(f"{described.prefix}."): w for n, w in weights.items() if n.startswith(described.prefix)}

@@ -1,22 +1,19 @@
-"""Per-example gradients: ``vmap(grad(loss))`` of the parameters, or one backward pass to a probe an example.
+"""Per-example gradients of the parameters, or of a probe an example that reads a linear map of them.
 
 plain     g_b      = ∂ loss(W, example_b) / ∂W                    (B, *shape of W)
 lifted    C(g_b)   = ∂ loss(W + C*(θ), example_b) / ∂θ at θ = 0    (B, *coordinates)
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-from torch.func import grad_and_value, vmap
 
+from funcattrib.chain.evaluation import Way, find_way
 from funcattrib.errors import FuncattribError
-from funcattrib.lift import Readouts, lift, unpack, zero_probes
+from funcattrib.lift import Readouts
 from funcattrib.lift.single_use import single_use
-from funcattrib.types import Batch, Example, Grads, Leaf, Loss, Params, PerExample, Spec
-from funcattrib.weights.stored import dense
+from funcattrib.types import Batch, Grads, Leaf, Loss, Params, PerExample, Spec
 
 _OTHERS = "\nof JAX, begin the chain at funcattrib.jax.per_example_grad"
 
@@ -49,8 +46,18 @@ class GradientSource(NamedTuple):
 
 
 def bind(loss: Loss, params: Params, lowered: Readouts | None) -> Callable[[Batch], PerExample]:
-    """Return ``rows`` as a function of the batch."""
-    return partial(rows, loss, params, lowered=lowered)
+    """Return ``rows`` as a function of the batch, which goes on in the way that its first batch was computed."""
+    params = {name: tensor.detach() for name, tensor in params.items()}
+    way: Way | None = None
+
+    def compute(batch: Batch) -> PerExample:
+        nonlocal way
+        if way is not None:
+            return way(loss, params, lowered, batch)
+        way, result = find_way(loss, params, lowered, batch)
+        return result
+
+    return compute
 
 
 def rows(loss: Loss, params: Params, batch: Batch, lowered: Readouts | None = None) -> PerExample:
@@ -63,43 +70,7 @@ def rows(loss: Loss, params: Params, batch: Batch, lowered: Readouts | None = No
         lowered: linear maps to read off the gradients, by name; parameters without one are left out.
             None gives the gradients themselves.
     """
-    params = {name: tensor.detach() for name, tensor in params.items()}
-    if lowered is None:
-        # What is differentiated is the dense weight: all of them at a time, which the lowered form never has.
-        grads, losses = vmap(grad_and_value(partial(_scalar, loss)), in_dims=(None, 0))(dense(params), dict(batch))
-        return PerExample(grads, losses)
-
-    def of_probes(probes: Params, example: Example) -> Tensor:
-        return _scalar(loss, lift(params, lowered, probes), example)
-
-    # One probe an example: the losses are independent of each other's probes, so one ordinary backward pass gives
-    # every example's gradient, and frees what it has used as it goes (torch.func.grad keeps its graph).
-    size = next(iter(batch.values())).shape[0]
-    probes = {
-        name: probe.expand(size, *probe.shape).clone().requires_grad_()
-        for name, probe in zero_probes(params, lowered).items()
-    }
-    with torch.enable_grad():
-        losses = vmap(of_probes)(probes, dict(batch))
-    if not losses.requires_grad:  # the loss uses none of them
-        return PerExample(unpack(lowered, {name: probe.detach()[:, 0] for name, probe in probes.items()}), losses)
-    read = torch.autograd.grad(
-        losses, list(probes.values()), torch.ones_like(losses), allow_unused=True, materialize_grads=True
-    )
-    coordinates = {name: grad[:, 0] for name, grad in zip(probes, read, strict=True)}
-    return PerExample(unpack(lowered, coordinates), losses.detach())
-
-
-def _scalar(loss: Loss, params: Params, example: Example) -> Tensor:
-    """Compute the loss of one example, which must be one number: of several, gradients would be those of their sum."""
-    value: Any = loss(params, example)
-    if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
-        found = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-        raise FuncattribError(
-            f"expected a loss that returns a scalar tensor of floating point for one example, found {found}\n"
-            "add up or average over what it returns"
-        )
-    return value
+    return bind(loss, params, lowered)(batch)
 
 
 def spec(params: Params) -> Spec:
@@ -133,6 +104,7 @@ per_example_grad = GradientSource("torch", bind, named, measurable)
 """``per_example_grad(loss, params, batch)``: ``vmap(grad(loss))``, the first link of a chain.
 
 Example:
+    >>> import torch
     >>> loss = lambda params, example: (params["w"] * example["x"]).sum() ** 2
     >>> per_example_grad(loss, {"w": torch.ones(2)}, {"x": torch.eye(2)})["w"]
     tensor([[2., 0.],

@@ -14,7 +14,6 @@ tokens; what is linear still adds up to the example's gradient.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 
@@ -24,6 +23,25 @@ from funcattrib.errors import FuncattribError
 from funcattrib.lift import Readout, Readouts, TwoSided, readout, unpack
 from funcattrib.lift.maps.per_token import PerToken
 from funcattrib.types import Batch, Loss, Params, PerExample
+
+
+def bind(loss: Loss, params: Params, lowered: Readouts | None) -> Callable[[Batch], PerExample]:
+    """Return ``rows`` as a function of the batch."""
+    lowered = {name: readout(name, TwoSided()) for name in params} if lowered is None else lowered
+    by_length: dict[int, Callable[[Batch], PerExample]] = {}
+
+    def compute(batch: Batch) -> PerExample:
+        if "input_ids" not in batch or batch["input_ids"].ndim != 2:
+            raise FuncattribError("per-token gradients require input_ids of shape (examples, tokens) in the batch")
+        tokens = batch["input_ids"].shape[1]
+        if tokens not in by_length:
+            each = {name: Readout(PerToken(how.map, tokens), how.probe, (how.probe,)) for name, how in lowered.items()}
+            by_length[tokens] = per_example.bind(loss, params, each)
+        whole = by_length[tokens](batch)  # probe → (B, T, …)
+        flat = {probe: grad.flatten(0, 1) for probe, grad in whole.grads.items()}
+        return PerExample(unpack(lowered, flat), torch.repeat_interleave(whole.losses, tokens))
+
+    return compute
 
 
 def rows(loss: Loss, params: Params, batch: Batch, lowered: Readouts | None = None) -> PerExample:
@@ -43,19 +61,7 @@ def rows(loss: Loss, params: Params, batch: Batch, lowered: Readouts | None = No
         FuncattribError: a batch without ``input_ids``.
         ChainError: a parameter that is not used once at each token.
     """
-    if "input_ids" not in batch or batch["input_ids"].ndim != 2:
-        raise FuncattribError("per-token gradients require input_ids of shape (examples, tokens) in the batch")
-    tokens = batch["input_ids"].shape[1]
-    lowered = {name: readout(name, TwoSided()) for name in params} if lowered is None else lowered
-    each = {name: Readout(PerToken(how.map, tokens), how.probe, (how.probe,)) for name, how in lowered.items()}
-    whole = per_example.rows(loss, params, batch, each)  # probe → (B, T, …)
-    flat = {probe: grad.flatten(0, 1) for probe, grad in whole.grads.items()}
-    return PerExample(unpack(lowered, flat), torch.repeat_interleave(whole.losses, tokens))
-
-
-def bind(loss: Loss, params: Params, lowered: Readouts | None) -> Callable[[Batch], PerExample]:
-    """Return ``rows`` as a function of the batch."""
-    return partial(rows, loss, params, lowered=lowered)
+    return bind(loss, params, lowered)(batch)
 
 
 per_token_grad = GradientSource("torch per token", bind, named, measurable)

@@ -25,7 +25,9 @@ def shard_ranges(count: int, rows_per_shard: int) -> list[range]:
     return [range(start, min(start + rows_per_shard, count)) for start in range(0, count, rows_per_shard)]
 
 
-def plan(lengths: Sequence[int] | np.ndarray, token_budget: int, *, multiple: int = 1) -> list[list[int]]:
+def plan(
+    lengths: Sequence[int] | np.ndarray, token_budget: int, *, multiple: int = 1, equal_lengths: bool = False
+) -> list[list[int]]:
     """Group documents into batches whose padded size stays within a token budget.
 
     Documents are taken longest first (ties by index), so those in a batch are of nearly one length. A batch costs its
@@ -35,6 +37,7 @@ def plan(lengths: Sequence[int] | np.ndarray, token_budget: int, *, multiple: in
         lengths: tokens of each document; an empty one counts as 1, the padding token it becomes.
         token_budget: the most tokens in a batch, padding included.
         multiple: lengths are rounded up to this, for hardware that likes it, or to have fewer shapes.
+        equal_lengths: a batch holds documents of one length, and no padding.
 
     Returns:
         Indices into `lengths`, batch by batch; each index once.
@@ -53,8 +56,11 @@ def plan(lengths: Sequence[int] | np.ndarray, token_budget: int, *, multiple: in
     start = 0
     while start < len(order):
         size = max(1, token_budget // int(padded[order[start]]))
-        batches.append(order[start : start + size])
-        start += size
+        batch = order[start : start + size]
+        if equal_lengths:
+            batch = batch[: int((tokens[batch] == tokens[batch[0]]).sum())]
+        batches.append(batch)
+        start += len(batch)
     return batches
 
 

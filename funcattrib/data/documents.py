@@ -150,9 +150,21 @@ def read_documents(
         name=name,
     )
     rows = Rows(tokens)
-    pad = getattr(tokenizer, "pad_token_id", None)
     numbers = number_columns(source) if own_loss else {}
     numbers = {name: values for name, values in numbers.items() if name not in tokens.column_names}
     if (advantage := advantages(source, tokens, columns)) is not None:
         numbers["advantage"] = advantage
-    return Documents(source, tokens, rows, rows.lengths, report, columns, pad or 0, tokenizer, numbers)
+    return Documents(
+        source, tokens, rows, rows.lengths, report, columns, padding_id(tokenizer, vocab_size), tokenizer, numbers
+    )
+
+
+def padding_id(tokenizer: Any, vocab_size: int | None) -> int:
+    """Return the token that fills a batch: the tokenizer's padding, or 0 where the model has no such token.
+
+    Example:
+        >>> padding_id(None, 10)
+        0
+    """
+    pad = getattr(tokenizer, "pad_token_id", None) or 0
+    return pad if vocab_size is None or pad < vocab_size else 0

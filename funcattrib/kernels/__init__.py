@@ -4,7 +4,8 @@ Each is an ``autograd.Function`` whose ``vmap`` rule folds the vmapped axis into
 kernel serves ``vmap(grad(...))`` and ordinary batched autograd.
 """
 
-from funcattrib.kernels.attention import attention, register_attention
+from funcattrib.kernels.attention import attention
+from funcattrib.kernels.attention_interface import register_attention
 from funcattrib.kernels.experts import expert_linear, register_experts
 from funcattrib.kernels.linear_cross_entropy import linear_cross_entropy
 

@@ -2,7 +2,7 @@
 
 PyTorch's attention kernels have no batching rule on CPU (a slow loop and a warning) and their backward has
 none anywhere. Here the vmapped axis is folded into the batch axis before the kernel is called, forward and
-backward. ``register_attention`` makes it known to transformers under the name ``funcattrib``.
+backward.
 
 Shapes: E examples, H query heads, G key/value heads (H a multiple of G), T queries, S keys, D head width.
 """
@@ -13,12 +13,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from funcattrib.kernels.fold import fold, unfold
-
-NAME = "funcattrib"
+from funcattrib.kernels.safe_norm import float32_at_least
 
 
 def attention(
@@ -42,66 +39,11 @@ def attention(
         torch.Size([1, 2, 3, 4])
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if value.shape[-1] != query.shape[-1]:  # the fused kernels want one head width
-        return _maths(query, key, value, mask, scale, causal)
+    # The fused kernels want one head width, and give no gradient to a float mask, which may depend on parameters.
+    if value.shape[-1] != query.shape[-1] or (mask is not None and mask.is_floating_point()):
+        return attention_formula(query, key, value, mask, scale, causal)
     out, _ = _Attention.apply(query, key, value, mask, scale, causal)
     return out
-
-
-def register_attention() -> str:
-    """Register the kernel and its mask with transformers; return the name for ``attn_implementation``."""
-    AttentionInterface.register(NAME, _interface)
-    AttentionMaskInterface.register(NAME, _mask)
-    return NAME
-
-
-def _interface(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    is_causal: bool | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Adapt to the calling convention of transformers; return (E, T, H, D)."""
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = bool(causal) and attention_mask is None and query.shape[2] > 1
-    if dropout or softcap is not None or s_aux is not None or position_bias is not None:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out = _maths(query, key, value, attention_mask, scale, causal, softcap, s_aux, position_bias, dropout)
-    else:
-        out = attention(query, key, value, attention_mask, scale=scaling, causal=causal)
-    return out.transpose(1, 2), None
-
-
-def _mask(
-    q_length: int,
-    kv_length: int,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    allow_is_bidirectional_skip: bool = False,
-    **rest: Any,
-) -> Tensor | None:
-    """Return the mask that transformers asks for, built without looking at the padding's values (vmap forbids that)."""
-    whole = attention_mask is None and q_length == kv_length and (local_size is None or kv_length <= local_size)
-    if whole and (allow_is_causal_skip or allow_is_bidirectional_skip):
-        return None
-    return sdpa_mask(
-        q_length=q_length,
-        kv_length=kv_length,
-        attention_mask=attention_mask,
-        local_size=local_size,
-        allow_is_causal_skip=False,
-        allow_is_bidirectional_skip=False,
-        **rest,
-    )
 
 
 class _Attention(torch.autograd.Function):
@@ -205,7 +147,7 @@ def _native(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
     )
 
 
-def _maths(
+def attention_formula(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -228,11 +170,12 @@ def _maths(
         mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
+    logits = float32_at_least(logits)
     if sinks is not None:  # one more logit a head, that takes probability and has no value
         extra = sinks.reshape(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
-        weights = torch.softmax(torch.cat([logits, extra.to(logits.dtype)], -1).float(), -1)[..., :-1]
+        weights = torch.softmax(torch.cat([logits, extra.to(logits.dtype)], -1), -1)[..., :-1]
     else:
-        weights = torch.softmax(logits.float() if logits.dtype != torch.float64 else logits, -1)
+        weights = torch.softmax(logits, -1)
     weights = F.dropout(weights.to(value.dtype), dropout, training=dropout > 0)
     return weights @ _repeat(value, groups)
 

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from funcattrib.errors import FuncattribError
-from funcattrib.models.functional import Functional
+from funcattrib.models.functional import Functional, device_of
 
 Inputs = Mapping[str, Tensor]
+
+_LENGTH = 8
+"""Tokens of a document that is tried."""
 
 
 class LanguageModel(NamedTuple):
@@ -62,7 +65,7 @@ def describe(parts: Functional) -> LanguageModel:
 
 
 def hidden_states(model: LanguageModel, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
-    """Compute the base model's last hidden states (1, T, d)."""
+    """Compute the base model's last hidden states (E, T, d)."""
     prefix = f"{model.prefix}."
     inside = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     base = model.parts.skeleton.get_submodule(model.prefix or "")
@@ -70,7 +73,7 @@ def hidden_states(model: LanguageModel, weights: Mapping[str, Tensor], inputs: I
 
 
 def own_logits(model: LanguageModel, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
-    """Compute the model's own logits (1, T, V).
+    """Compute the model's own logits (E, T, V).
 
     Raises:
         FuncattribError: a model without them.
@@ -83,6 +86,19 @@ def own_logits(model: LanguageModel, weights: Mapping[str, Tensor], inputs: Inpu
             f"{type(output).__name__}\ngive the model with its language-model head (…ForCausalLM), or a custom loss"
         )
     return logits
+
+
+@torch.no_grad()
+def sees_padding(model: LanguageModel) -> bool:
+    """Return whether tokens after a document's last change its logits, as they do where attention runs both ways."""
+    weights = {**model.parts.frozen, **model.parts.params}
+    embedding = getattr(model.parts.skeleton, "get_input_embeddings", lambda: None)()
+    if not isinstance(embedding, nn.Embedding):
+        return False
+    ids = torch.arange(_LENGTH + 3, device=device_of(weights)) * 31 % embedding.num_embeddings
+    ids = torch.where(torch.arange(len(ids), device=ids.device) < _LENGTH, ids, 0)[None]
+    alone, padded = (own_logits(model, weights, {"input_ids": each}) for each in (ids[:, :_LENGTH], ids))
+    return not _near(padded[:, :_LENGTH], alone)
 
 
 def without_adapter(parts: Functional) -> LanguageModel | None:
@@ -119,16 +135,21 @@ def _logit_transform(config: Any) -> dict[str, Any]:
 def _reproduces_logits(model: LanguageModel) -> bool:
     weights = {**model.parts.frozen, **model.parts.params}
     device = weights[model.weight].device
-    ids = (torch.arange(8, device=device) * 31 % weights[model.weight].shape[0])[None]
+    ids = (torch.arange(_LENGTH, device=device) * 31 % weights[model.weight].shape[0])[None]
     theirs = own_logits(model, weights, {"input_ids": ids})
+    bias = None if model.bias is None else weights[model.bias]
     try:
         hidden = hidden_states(model, weights, {"input_ids": ids})
-    except (RuntimeError, KeyError, AttributeError):  # parameters outside base and head: not a plain head
+        ours = torch.nn.functional.linear(hidden, weights[model.weight], bias) * model.scale
+    except (RuntimeError, KeyError, AttributeError):  # layers between base and head: not a plain head
         return False
-    bias = None if model.bias is None else weights[model.bias]
-    ours = torch.nn.functional.linear(hidden, weights[model.weight], bias) * model.scale
     if model.softcap is not None:
         ours = torch.tanh(ours / model.softcap) * model.softcap
-    tolerance = 1e-4 if theirs.dtype in (torch.float32, torch.float64) else 2e-2
-    spread = float(theirs.float().std()) + 1e-12
-    return ours.shape == theirs.shape and float((ours - theirs).abs().max()) <= tolerance * max(spread, 1e-3)
+    return _near(ours, theirs)
+
+
+def _near(found: Tensor, expected: Tensor) -> bool:
+    """Return whether logits agree within rounding."""
+    tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 2e-2
+    spread = float(expected.float().std()) + 1e-12
+    return found.shape == expected.shape and float((found - expected).abs().max()) <= tolerance * max(spread, 1e-3)

@@ -9,9 +9,10 @@ cross-entropy, negative log-odds, or the divergence from a reference model, in n
 An example without a labelled token has loss 0 and gradient 0.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from typing import Literal, NamedTuple, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,22 +21,65 @@ from funcattrib.errors import FuncattribError
 from funcattrib.kernels.head_tokens import IGNORED
 from funcattrib.kernels.linear_cross_entropy import Reference, linear_cross_entropy
 from funcattrib.kernels.logit_loss import Head, LossKind
-from funcattrib.losses.base_and_head import LanguageModel, describe, hidden_states, own_logits, without_adapter
+from funcattrib.losses.base_and_head import (
+    LanguageModel,
+    describe,
+    hidden_states,
+    own_logits,
+    sees_padding,
+    without_adapter,
+)
 from funcattrib.models.functional import Functional, functionalize
-from funcattrib.types import Example, Loss, Params
+from funcattrib.types import Batch, Example, Params
 from funcattrib.weights.stored import dense
+
+log = logging.getLogger(__name__)
 
 Reduction = Literal["sum", "mean"]
 
 
-class _Settings(NamedTuple):
-    """Settings of the loss: what is taken of the logits, how tokens are added up, and the model that ``kl`` compares
-    with.
+@dataclass(frozen=True, eq=False)
+class CausalLoss:
+    """The loss of a causal language model, for one example or a batch of them.
+
+    Attributes:
+        model: the model, taken apart.
+        head: what is taken of the logits.
+        reduction: how tokens are added up.
+        reference: the model that ``kl`` compares with.
+        equal_lengths: documents of a batch must be equally long, as padding changes what the model computes.
     """
 
+    model: LanguageModel
     head: Head
     reduction: Reduction
     reference: LanguageModel | None
+    equal_lengths: bool
+
+    def __call__(self, params: Params, example: Example) -> Tensor:
+        """Compute one example's loss."""
+        return self.batched(params, {name: value[None] for name, value in example.items()})[0]
+
+    def batched(self, params: Params, batch: Batch) -> Tensor:
+        """Compute the loss of every example (E,) in one forward pass."""
+        model, reference, head = self.model, self.reference, self.head
+        weights = {**model.parts.frozen, **params}
+        target = _next(batch["labels"], IGNORED)
+        token_weights = _next(batch["token_weights"], 0) if "token_weights" in batch else None
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        if model.prefix is None or (reference is not None and reference.prefix is None):
+            logits = own_logits(model, weights, inputs)
+            others = None if reference is None else _constant(own_logits, reference, inputs)
+            loss = _logits_loss(logits, target, token_weights, head, others)
+        else:
+            hidden = hidden_states(model, weights, inputs)
+            bias = None if model.bias is None else weights[model.bias]
+            against = None if reference is None else _compared(reference, inputs)
+            operands = (hidden, weights[model.weight], target, bias, token_weights, head, against)
+            loss = linear_cross_entropy(*operands)
+        if self.reduction == "mean":
+            loss = loss / (target != IGNORED).sum(-1).clamp(min=1)
+        return loss * batch["advantage"] if "advantage" in batch else loss
 
 
 def causal_lm_loss(
@@ -47,11 +91,12 @@ def causal_lm_loss(
     reference: nn.Module | None = None,
     modules: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
-) -> tuple[Loss, dict[str, Tensor]]:
+) -> tuple[CausalLoss, dict[str, Tensor]]:
     """Return the loss of a Hugging Face causal language model, and the parameters to attribute.
 
     The head and the loss are fused (no logits in memory) where that reproduces the model's own logits, which
-    is checked here on a few tokens; otherwise the model's logits are used.
+    is checked here on a few tokens; otherwise the model's logits are used. Where tokens after a document's end change
+    its logits, ``equal_lengths`` of the loss says so, and runs batch documents of one length.
 
     Args:
         reduction: ``sum`` or ``mean`` over an example's labelled tokens.
@@ -95,30 +140,18 @@ def causal_lm_loss(
     if kind == "kl":
         against = _reference(parts, reference)
         head = head._replace(reference=(against.scale, against.softcap))
-    return partial(_causal_loss, described, _Settings(head, reduction, against)), parts.params
+    equal_lengths = sees_padding(described)
+    if equal_lengths:
+        log.info(
+            "%s computes other logits where a document is padded: batches hold documents of one length",
+            type(model).__name__,
+        )
+    return CausalLoss(described, head, reduction, against, equal_lengths), parts.params
 
 
-def _causal_loss(model: LanguageModel, settings: _Settings, params: Params, example: Example) -> Tensor:
-    weights = {**model.parts.frozen, **params}
-    target = torch.nn.functional.pad(example["labels"][1:], (0, 1), value=IGNORED)
-    token_weights = example.get("token_weights")
-    if token_weights is not None:
-        token_weights = torch.nn.functional.pad(token_weights[1:], (0, 1))[None]
-    inputs = {name: example[name][None] for name in ("input_ids", "attention_mask") if name in example}
-    head, reference = settings.head, settings.reference
-    if model.prefix is None or (reference is not None and reference.prefix is None):
-        logits = own_logits(model, weights, inputs)
-        others = None if reference is None else _constant(own_logits, reference, inputs)
-        loss = _logits_loss(logits, target[None], token_weights, head, others)[0]
-    else:
-        hidden = hidden_states(model, weights, inputs)
-        bias = None if model.bias is None else weights[model.bias]
-        against = None if reference is None else _compared(reference, inputs)
-        operands = (hidden, weights[model.weight], target[None], bias, token_weights, head, against)
-        loss = linear_cross_entropy(*operands)[0]
-    if settings.reduction == "mean":
-        loss = loss / (target != IGNORED).sum().clamp(min=1)
-    return loss * example["advantage"] if "advantage" in example else loss
+def _next(values: Tensor, last: int) -> Tensor:
+    """Shift (E, T) so that each position has what belongs to the token after it."""
+    return torch.nn.functional.pad(values[:, 1:], (0, 1), value=last)
 
 
 def _reference(parts: Functional, reference: nn.Module | None) -> LanguageModel:

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from funcattrib.errors import FuncattribError
+from funcattrib.models.implementations import choose_implementations
 from funcattrib.models.selection import choose
 from funcattrib.models.skeleton import is_quantised, skeleton_of
 from funcattrib.types import Params
@@ -72,7 +73,9 @@ def functionalize(model: nn.Module, modules: Iterable[str] | None = None, exclud
     params = {name: tensor for name, tensor in everything.items() if name in chosen}
     frozen = {name: tensor for name, tensor in everything.items() if name not in chosen}
     frozen |= dict(model.named_buffers())
-    return Functional(skeleton_of(model), params, frozen)
+    skeleton = skeleton_of(model)
+    choose_implementations(skeleton, {**params, **frozen})
+    return Functional(skeleton, params, frozen)
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from funcattrib.kernels import register_attention, register_experts
 from funcattrib.weights.quantised import CLASSES
 
 _HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:
-    """Return the copy, in ``eval`` mode, with configurations of its own, under which vmap can trace it."""
+    """Return the copy, in ``eval`` mode, with configurations of its own."""
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     for module in model.modules():
         _bare(module, memo)
@@ -93,14 +92,13 @@ def _is_distributed(value: object) -> bool:
     return type(value).__module__.startswith("torch.distributed.")
 
 
+def _no_warning(*_: Any, **__: Any) -> None:
+    pass
+
+
 def _prepare(model: PreTrainedModel) -> None:
     """Apply the settings under which a transformers model is a function that vmap can trace."""
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
-    # With a pad token and no mask it warns by looking at the tokens' values; its embedding keeps its own padding_idx.
-    if getattr(model.config, "pad_token_id", None) is not None:
-        model.config.pad_token_id = None
-    if model._can_set_attn_implementation():
-        model.set_attn_implementation(register_attention())
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation(register_experts())
+    # It looks at the tokens' values, which vmap forbids, to warn of padding without a mask.
+    vars(model)["warn_if_padding_and_no_attention_mask"] = _no_warning

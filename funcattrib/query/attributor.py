@@ -19,6 +19,7 @@ from funcattrib.chain import state_tree
 from funcattrib.chain.chain import Chain
 from funcattrib.chain.per_example import per_example_grad, spec
 from funcattrib.data import Columns, Rows, collate, number_columns, plan, tokenize
+from funcattrib.data.documents import padding_id
 from funcattrib.data.records import open_records
 from funcattrib.errors import FuncattribError
 from funcattrib.kernels.safe_norm import as_rows
@@ -36,7 +37,7 @@ from funcattrib.store.compatibility import check_chain, check_kind, check_leaves
 from funcattrib.store.metadata import example_text
 from funcattrib.training.capture import collecting
 from funcattrib.transforms.registry import rebuild
-from funcattrib.types import Batch, Grads, PerExample
+from funcattrib.types import Batch, Grads, Loss, PerExample
 
 _BUDGET = 4096
 
@@ -70,6 +71,14 @@ class Trace:
     def fill(self, found: TopK, hits: list[list[Hit]]) -> None:
         """Take what the search found when the block is left."""
         self.scores, self.rows, self.hits = found.values, found.rows, hits
+
+
+class _Bound(NamedTuple):
+    """A store's loss, its chain as a function of the batch, and the device of the parameters."""
+
+    loss: Loss
+    compute: Callable[[Batch], PerExample]
+    device: torch.device
 
 
 class Attributor:
@@ -122,7 +131,7 @@ class Attributor:
             check_chain(self.store.manifest, chain.describe())
         if state is not None:
             check_same_state(self.store, open_store(state))
-        self._compute: tuple[Callable[[Batch], PerExample], torch.device] | None = None
+        self._compute: _Bound | None = None
         self._index: FaissIndex | None = None
         if faiss_cfg is not None:
             self._index = build_or_load(self.store, faiss_cfg, metric="cosine" if unit_norm else "ip")
@@ -175,9 +184,10 @@ class Attributor:
         documents = Rows(tokens)
         custom = self.store.manifest.loss["kind"] not in KINDS
         numbers = number_columns(source) if custom else {}
-        pad = getattr(tokenizer, "pad_token_id", None) or 0
+        pad = padding_id(tokenizer, vocabulary(model))
         out: Tensor | None = None
-        for chosen in plan(documents.lengths, _BUDGET):
+        equal_lengths = getattr(self._bound().loss, "equal_lengths", False)
+        for chosen in plan(documents.lengths, _BUDGET, equal_lengths=equal_lengths):
             examples = [{**documents[i], **{name: values[i] for name, values in numbers.items()}} for i in chosen]
             batch = collate(examples, pad_id=pad)
             flat = self.gradients_of(batch)
@@ -193,12 +203,16 @@ class Attributor:
 
     def gradients_of(self, batch: Batch) -> Float[Tensor, "B D"]:
         """Compute transformed gradients of a batch of tokens, (B, D) on the CPU."""
+        bound = self._bound()
+        return self._rows(bound.compute({name: tensor.to(bound.device) for name, tensor in batch.items()}).grads)
+
+    def _bound(self) -> _Bound:
+        """Return the chain bound to the store's loss, made on the first call."""
         if self._compute is None:
             loss, params = stored_loss(self._loaded()[0], self.store.manifest, self.device)
             chain, state = self._state(params)
-            self._compute = chain.bind(loss, params, state), next(iter(params.values())).device
-        compute, device = self._compute
-        return self._rows(compute({name: tensor.to(device) for name, tensor in batch.items()}).grads)
+            self._compute = _Bound(loss, chain.bind(loss, params, state), next(iter(params.values())).device)
+        return self._compute
 
     @contextmanager
     def trace(self, model: nn.Module, k: int = 5, *, reverse: bool = False) -> Iterator[Trace]:

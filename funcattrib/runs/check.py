@@ -1,31 +1,39 @@
-"""Check that a model's rows do not depend on the batch they are computed in, with advice where they do."""
+"""Check that rows are the model's own gradients, and do not depend on their batch, with advice where they do."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from funcattrib.chain.chain import compose
-from funcattrib.chain.per_example import per_example_grad
+from funcattrib.chain.chain import Chain, compose
+from funcattrib.chain.evaluation import is_random, one_by_one
+from funcattrib.chain.per_example import per_example_grad, spec
+from funcattrib.chain.stages import apply_all, ready
 from funcattrib.errors import FuncattribError
-from funcattrib.kernels.safe_norm import as_rows
+from funcattrib.kernels.safe_norm import as_rows, float32_at_least
 from funcattrib.losses.causal_lm import causal_lm_loss
-from funcattrib.models.functional import device_of
+from funcattrib.models.functional import device_of, parameters_of
 from funcattrib.models.limits import context_length, vocabulary
-from funcattrib.runs.error_hints import is_random
 from funcattrib.transforms import project
+from funcattrib.types import Example, Params
+from funcattrib.weights.stored import Stored
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
 class Verdict(NamedTuple):
-    """Largest relative differences ‖row − row′‖ / ‖row‖ between ways to compute the same batch."""
+    """Largest relative differences ‖row − row′‖ / ‖row‖ between ways to compute the same batch.
+
+    ``own`` compares with plain autograd through the model itself, document by document, its own attention and logits;
+    None where its weights are in shards or quantised.
+    """
 
     again: float
     permuted: float
     alone: float
+    own: float | None
     tolerance: float
     dtype: torch.dtype
     finite: bool
@@ -33,15 +41,16 @@ class Verdict(NamedTuple):
     @property
     def passed(self) -> bool:
         """Return whether rows agree within rounding."""
-        return self.finite and max(self.again, self.permuted, self.alone) <= self.tolerance
+        return self.finite and max(self.again, self.permuted, self.alone, self.own or 0.0) <= self.tolerance
 
     def lines(self) -> list[str]:
         """Format the verdict for people."""
         lines = [
             f"computed again:  {self.again:.1e}",
             f"permuted:        {self.permuted:.1e}",
-            f"one by one:      {self.alone:.1e}      (relative differences; rounding in {self.dtype} allows "
-            f"{self.tolerance:.0e})",
+            f"one by one:      {self.alone:.1e}",
+            f"the model's own: {'not compared' if self.own is None else f'{self.own:.1e}'}      (relative differences; "
+            f"rounding in {self.dtype} allows {self.tolerance:.0e})",
         ]
         return [*lines, self._advice()]
 
@@ -49,7 +58,11 @@ class Verdict(NamedTuple):
         if not self.finite:
             return "Gradients are NaN or infinite: load the model with `precision='fp32'`."
         if self.passed:
-            return "Rows do not depend on their batch."
+            return (
+                "Rows do not depend on their batch."
+                if self.own is None
+                else "Rows are the model's own gradients, and do not depend on their batch."
+            )
         if self.again > self.tolerance:
             return (
                 "The same batch gives two results: something in the model is random or keeps state (dropout, noise, "
@@ -57,6 +70,11 @@ class Verdict(NamedTuple):
             )
         if self.dtype in (torch.bfloat16, torch.float16):
             return "Rows depend on their batch more than rounding allows: load the model with `precision='fp32'`."
+        if max(self.permuted, self.alone) <= self.tolerance:
+            return (
+                "Rows differ from the model's own gradients: its forward pass does something else on the copy that is "
+                "differentiated; please report the model, and give a loss function that calls it (`loss`)."
+            )
         return (
             "Rows depend on their batch: the model mixes examples or sees its padding (batch statistics, experts with "
             "a capacity, attention to the right); use `token_batch_size=1`, so that every document is its own batch."
@@ -69,7 +87,7 @@ def check_model(
     projection_dim: int = 16,
     modules: Sequence[str] | None = None,
 ) -> Verdict:
-    """Compute one batch of random tokens twice, permuted, and one by one, and compare the rows.
+    """Compute one batch of random tokens twice, permuted, one by one, and by the model itself, and compare the rows.
 
     Raises:
         FuncattribError: fewer than two documents, one below two tokens, or one longer than the model's context.
@@ -87,9 +105,13 @@ def check_model(
     batch = _random_batch(lengths, vocabulary(model) or 100)
 
     def rows(chosen: list[int], longest: int) -> Tensor:
+        if loss.equal_lengths and len(chosen) > 1:  # as a run batches them
+            return torch.cat([rows([at], lengths[at]) for at in chosen])
         part = {name: tensor[chosen, :longest].to(device) for name, tensor in batch.items()}
         return torch.cat([as_rows(grad).double().cpu() for grad in compute(part).grads.values()], 1)
 
+    stored = any(isinstance(tensor, Stored) for tensor in parameters_of(model).values())
+    own_rows = torch.empty(0) if stored else _own_rows(model, params, chain, lengths, batch)
     order = list(range(len(lengths)))
     dtype = next(iter(params.values())).dtype
     tolerance = TOLERANCE.get(dtype, 1e-5)
@@ -98,7 +120,7 @@ def check_model(
     except RuntimeError as error:
         if not is_random(error):
             raise
-        return Verdict(math.inf, math.inf, math.inf, tolerance, dtype, finite=True)
+        return Verdict(math.inf, math.inf, math.inf, None, tolerance, dtype, finite=True)
     norm = whole.norm(dim=1).clamp(min=1e-30)
 
     def difference(other: Tensor) -> float:
@@ -108,10 +130,36 @@ def check_model(
         again=difference(rows(order, max(lengths))),
         permuted=difference(rows(order[::-1], max(lengths)).flip(0)),
         alone=difference(torch.cat([rows([i], length) for i, length in enumerate(lengths)])),
+        own=None if stored else difference(own_rows),
         tolerance=tolerance,
         dtype=dtype,
         finite=bool(whole.isfinite().all()),
     )
+
+
+def _own_rows(
+    model: nn.Module, params: Params, chain: Chain, lengths: Sequence[int], batch: Mapping[str, Tensor]
+) -> Tensor:
+    """Compute rows by autograd through the model itself, without any part of ours before the chain."""
+
+    def loss(weights: Params, example: Example) -> Tensor:
+        ids = example["input_ids"]
+        logits = torch.func.functional_call(model, dict(weights), (), {"input_ids": ids[None]}).logits[0, :-1]
+        return nn.functional.cross_entropy(float32_at_least(logits), ids[1:], reduction="sum")
+
+    device = device_of(params)
+    state = ready(chain.stages, spec(params), device)
+    training = model.training
+    model.eval()
+    try:
+        found = []
+        for at, length in enumerate(lengths):
+            document = {"input_ids": batch["input_ids"][at : at + 1, :length].to(device)}
+            grads = apply_all(chain.stages, state, one_by_one(loss, params, None, document).grads)
+            found.append(torch.cat([as_rows(grad).double().cpu() for grad in grads.values()], 1))
+        return torch.cat(found)
+    finally:
+        model.train(training)
 
 
 def _random_batch(lengths: Sequence[int], vocabulary: int) -> dict[str, Tensor]:

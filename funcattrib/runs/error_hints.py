@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from funcattrib.chain.evaluation import is_random
 from funcattrib.errors import FuncattribError
 from funcattrib.runtime.memory import is_short
 
@@ -12,16 +13,11 @@ def explained() -> Iterator[None]:
     """Turn torch's errors about memory and randomness into what to do about them.
 
     Raises:
-        FuncattribError: memory was short, the model draws random numbers, or a loss branches on values.
+        FuncattribError: memory was short, or the model draws random numbers.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if "data-dependent control flow" in str(error):
-            raise FuncattribError(
-                "the loss branches on values (if, while, float(), .item()), which vmap cannot batch; choose between "
-                "tensors with torch.where"
-            ) from error
         if is_random(error):
             raise FuncattribError(
                 "the model draws random numbers in eval mode (dropout, noise), so its gradients are not deterministic\n"
@@ -33,8 +29,3 @@ def explained() -> Iterator[None]:
                 "use a smaller `token_batch_size` or `projection_dim`; finished work is kept"
             ) from error
         raise
-
-
-def is_random(error: Exception) -> bool:
-    """Return whether this is vmap's refusal of a random operation."""
-    return "randomness" in str(error)

@@ -17,7 +17,6 @@ from funcattrib.chain.lowering import nonlinear
 from funcattrib.chain.per_example import per_example_grad
 from funcattrib.chain.per_token import per_token_grad
 from funcattrib.chain.transform import State
-from funcattrib.data import plan
 from funcattrib.data.documents import Documents
 from funcattrib.errors import FuncattribError
 from funcattrib.runs.workload import Work, flat, progress
@@ -77,7 +76,7 @@ def _rows_of(work: Work, compute: Callable[[Batch], PerExample], documents: rang
     lengths = work.corpus.lengths[list(documents)]
     parts: list[Tensor] = [torch.empty(0)] * len(documents)
     losses = np.zeros(len(documents), dtype=np.float32)
-    for chosen in plan(lengths, work.budget):
+    for chosen in work.plan(lengths):
         trim()
         rows_of_batch = [documents[i] for i in chosen]
         batch = work.corpus.batch(rows_of_batch, work.device)

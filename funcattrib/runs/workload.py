@@ -61,6 +61,10 @@ class Work(NamedTuple):
         """Return the chain as a function of the batch; inside ``step``, ranks that share the model compute together."""
         return self.step.of(self.chain.bind(self.loss, self.params, state))
 
+    def plan(self, lengths: np.ndarray) -> list[list[int]]:
+        """Group documents of some lengths into batches."""
+        return plan(lengths, self.budget, equal_lengths=getattr(self.loss, "equal_lengths", False))
+
     @property
     def device(self) -> torch.device:
         """Return the device of the parameters."""
@@ -140,7 +144,7 @@ def rows_of(
     """
     matrix, losses = torch.zeros(0), torch.zeros(len(rows))
     lengths = work.corpus.lengths[list(rows)]
-    for number, chosen in enumerate(plan(lengths, work.budget)):
+    for number, chosen in enumerate(work.plan(lengths)):
         if number % _TRIM_EVERY == 0:
             trim()
         documents = [rows[i] for i in chosen]
@@ -192,7 +196,7 @@ class Batches:
 
     def __init__(self, work: Work, indices: np.ndarray, count: Count) -> None:
         self.work, self.indices, self.count = work, indices, count
-        self.plan = plan(work.corpus.lengths[indices], work.budget)[work.world.rank :: work.world.size]
+        self.plan = work.plan(work.corpus.lengths[indices])[work.world.rank :: work.world.size]
         self.lost: set[int] = set()
         self._rows = indices[:0]  # of the batch in hand
 

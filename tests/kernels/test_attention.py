@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from funcattrib.kernels import attention
-from funcattrib.kernels.attention import _interface
+from funcattrib.kernels.attention_interface import _interface
 
 EXAMPLES, HEADS, TOKENS, WIDTH = 3, 4, 7, 6
 

@@ -110,10 +110,9 @@ def test_divergence_from_a_reference(name: str, other: str) -> None:
 
 def test_both_heads_are_fused_where_they_can_be() -> None:
     loss, _ = fa.causal_lm_loss(with_bias(), kind="kl", reference=cases.causal("gemma2"))
-    model, settings = loss.args
-    assert model.prefix == "model"
-    assert settings.reference.prefix == "model"
-    assert settings.head.reference == (1.0, 30.0)
+    assert loss.model.prefix == "model"
+    assert loss.reference.prefix == "model"
+    assert loss.head.reference == (1.0, 30.0)
 
 
 def test_divergence_needs_a_reference_of_the_same_vocabulary() -> None:
@@ -189,7 +188,7 @@ def test_a_lora_adapter_of_peft() -> None:
     double, other = copy.deepcopy(model).double(), base
     rows, losses = dense(double, other, batch)
     loss, params = fa.causal_lm_loss(model, kind="kl", modules="*lora*")
-    assert loss.args[0].prefix == "base_model.model.model"
+    assert loss.model.prefix == "base_model.model.model"
     bound = fa.compose(fa.per_example_grad, fa.select(["*"])).bind(loss, params)(batch)
     assert worst(bound.grads, rows) < 1e-5
     torch.testing.assert_close(bound.losses.double(), losses, rtol=1e-4, atol=1e-6)

@@ -306,11 +306,8 @@ def test_what_a_loss_asks_for_in_vain_is_named() -> None:
     def asks(params, example):
         return params["lm_head.weight"].sum() * example["reward"]
 
-    def branches(params, example):
-        return params["lm_head.weight"].sum() if example["input_ids"].sum() > 0 else params["lm_head.weight"].mean()
-
     rows = [{"input_ids": [3, 4, 5]}]
     common = {"modules": "lm_head.weight", "quiet": True}
-    for loss, message in ((asks, "reads 'reward', and the example has"), (branches, "the loss branches on values")):
-        with tempfile.TemporaryDirectory() as folder, pytest.raises(fa.FuncattribError, match=message):
-            fa.collect_gradients(model, rows, path=f"{folder}/run", loss=loss, **common)
+    message = "reads 'reward', and the example has"
+    with tempfile.TemporaryDirectory() as folder, pytest.raises(fa.FuncattribError, match=message):
+        fa.collect_gradients(model, rows, path=f"{folder}/run", loss=asks, **common)

@@ -79,7 +79,7 @@ def test_on_a_quantised_base(precision: str, tmp_path: Path, base: Path) -> None
             parameter.copy_(by_definition(module, own[name]) if name.endswith("weight") else own[name])
     batch, chain = cases.batch(), fa.compose(fa.per_example_grad, fa.project(4))
     (loss, params), (dense_loss, dense_params) = fa.causal_lm_loss(model), fa.causal_lm_loss(whole)
-    stored = [name for name, tensor in loss.args[0].parts.frozen.items() if isinstance(tensor, Stored)]
+    stored = [name for name, tensor in loss.model.parts.frozen.items() if isinstance(tensor, Stored)]
     assert len(stored) == 14
     laws.close(chain(loss, params, batch), chain(dense_loss, dense_params, batch), 1e-5)
     kl, params = fa.causal_lm_loss(model, kind="kl")  # against the quantised base itself

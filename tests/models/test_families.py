@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import funcattrib as fa
-from funcattrib.losses.base_and_head import LanguageModel
 from tests.support import cases
 
 
@@ -92,9 +91,7 @@ def test_a_row_does_not_depend_on_its_batch(name: str) -> None:
 @pytest.mark.parametrize("name", cases.EVERY)
 def test_the_fused_head_is_used(name: str) -> None:
     loss, _ = fa.causal_lm_loss(cases.causal(name))
-    described = loss.args[0]
-    assert isinstance(described, LanguageModel)
-    assert described.prefix is not None
+    assert loss.model.prefix is not None
 
 
 def test_an_example_without_labels_is_zero() -> None:

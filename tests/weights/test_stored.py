@@ -32,7 +32,7 @@ class Copied:
 def both(name: str, modules: str | None = None, **settings: object):
     """(loss, params) of a model of dense weights, and of one whose every parameter is stored."""
     loss, params = fa.causal_lm_loss(cases.causal(name), modules=modules, **settings)
-    described = loss.args[0]
+    described = loss.model
     own = dict(cases.causal(name).named_parameters())
     stored = {n: Stored(Copied(p)) for n, p in params.items()}
     frozen = {n: Stored(Copied(t)) if n in own else t for n, t in described.parts.frozen.items()}

@@ -1,0 +1,117 @@
+"""Implementations of attention and experts that a copied model computes with: ours, where it stays the same function.
+
+A model may read the name of its attention, hand it arguments of its own, or expect another form of mask. So the two are
+tried on short documents, padded and not, and where outputs differ the model's own take their place.
+"""
+
+import itertools
+import logging
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from funcattrib.kernels import register_attention, register_experts
+from funcattrib.kernels.attention_interface import set_attention
+
+log = logging.getLogger(__name__)
+
+_LENGTHS = (9, 5)
+"""Tokens of the two documents."""
+
+
+class _Switch(NamedTuple):
+    """A model whose implementations can be set, and the names that it was configured with (None: it has no choice)."""
+
+    model: PreTrainedModel
+    attention: str | None
+    experts: str | None
+
+
+def choose_implementations(skeleton: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Set the attention and experts implementations of every transformers model in a copy that may be changed.
+
+    Args:
+        weights: name → parameter or buffer, to call it with.
+    """
+    switches = [_switch(each) for each in skeleton.modules() if isinstance(each, PreTrainedModel)]
+    if all(each.attention is None and each.experts is None for each in switches):
+        return
+    theirs = _outputs(skeleton, switches[0].model, weights)
+    attention, experts = register_attention(), register_experts()
+    _set(switches, attention, experts)
+    if not theirs:  # its inputs are not token ids alone, or it does not run here: nothing to compare with
+        return
+    difference = _difference(_outputs(skeleton, switches[0].model, weights), theirs)
+    if difference is None:
+        return
+    for mixture, name in [*itertools.product((experts, None), (attention, "eager", None))][1:]:
+        try:
+            _set(switches, name, mixture)
+        except (ValueError, ImportError):
+            continue
+        if _difference(_outputs(skeleton, switches[0].model, weights), theirs) is None:
+            break
+    taken = [name or switches[0].attention, *([mixture or switches[0].experts] if switches[0].experts else [])]
+    log.info(
+        "%s is computed with the implementations %s, as with faster ones %s",
+        *(type(switches[0].model).__name__, " and ".join(map(repr, taken)), difference),
+    )
+
+
+def _switch(model: PreTrainedModel) -> _Switch:
+    return _Switch(
+        model,
+        model.config._attn_implementation if model._can_set_attn_implementation() else None,
+        model.config._experts_implementation if model._can_set_experts_implementation() else None,
+    )
+
+
+def _set(switches: list[_Switch], attention: str | None, experts: str | None) -> None:
+    """Set implementations by name; None stands for the one that a model was configured with."""
+    for each in switches:
+        if each.attention is not None:
+            set_attention(each.model, attention or each.attention)
+        if each.experts is not None:
+            each.model.set_experts_implementation(experts or each.experts)
+
+
+@torch.no_grad()
+def _outputs(skeleton: nn.Module, model: PreTrainedModel, weights: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the first output for a document, and for two of which one is padded; nothing where the model fails."""
+    embedding = model.get_input_embeddings()
+    if getattr(model, "main_input_name", "input_ids") != "input_ids" or not isinstance(embedding, nn.Embedding):
+        return []
+    device = next(iter(weights.values())).device
+    ids = (torch.arange(sum(_LENGTHS), device=device) * 31 + 7) % embedding.num_embeddings
+    first, second = (part[None] for part in ids.split(_LENGTHS))
+    padded = torch.cat([first, torch.nn.functional.pad(second, (0, _LENGTHS[0] - _LENGTHS[1]))])
+    mask = (torch.arange(_LENGTHS[0], device=device)[None] < torch.tensor(_LENGTHS, device=device)[:, None]).long()
+    found = []
+    for inputs in ({"input_ids": first}, {"input_ids": padded, "attention_mask": mask}):
+        more = {"decoder_input_ids": inputs["input_ids"]} if model.config.is_encoder_decoder else {}
+        try:
+            with torch.random.fork_rng(devices=[]):
+                output = torch.func.functional_call(skeleton, dict(weights), (), {**inputs, **more}, strict=True)
+        except Exception:  # whatever code of others raises on these inputs
+            return []
+        tensor = output[0]
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            return []
+        by_token = tensor.ndim == 3 and tensor.shape[:2] == inputs["input_ids"].shape
+        found += [tensor[at][: _LENGTHS[at]] if by_token else tensor[at] for at in range(len(tensor))]
+    return found
+
+
+def _difference(ours: list[Tensor], theirs: list[Tensor]) -> str | None:
+    """Say how outputs differ by more than rounding; None where they do not."""
+    if not ours:
+        return "it fails"
+    worst = 0.0
+    for found, expected in zip(ours, theirs, strict=True):
+        spread = max(float(expected.double().std(correction=0)), 1e-3 * float(expected.double().abs().max()), 1e-30)
+        worst = max(worst, float((found.double() - expected.double()).abs().max()) / spread)
+    exact = theirs[0].dtype in (torch.float32, torch.float64)
+    return f"outputs differ by {worst:.0e} of their spread" if not worst <= (1e-4 if exact else 3e-2) else None
