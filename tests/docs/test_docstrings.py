@@ -36,9 +36,9 @@ VERBS = """
 Add Agree Answer Append Apply Assign Begin Build Cache Call Cast Chain Check Collect Compare Compose Compute Convert
 Copy Count Create Cut Decode Defer Dequantise Divide Draw Drop Encode End Estimate Explain Fill Find Fit Fold Format
 Gather Give Group Hand Hash Import Invent Join Keep Lay List Load Look Lower Make Map Mark Match Merge Multiply Open
-Poll Prepare Print Project Put Quantise Raise Read Rebuild Reduce Refuse Register Release Remove Render Replace Report
-Reshape Restrict Return Run Save Scale Score Search Select Set Show Silence Sketch Stack Store Sum Take Tap Tokenise
-Train Turn Wait Write Yield
+Poll Prepare Print Project Put Quantise Raise Read Rebuild Reduce Refuse Register Release Remove Render Replace
+Report Reshape Restrict Return Run Save Scale Score Search Select Set Show Silence Sketch Stack Store Sum Take Tap
+Tokenise Train Turn Wait Write Yield
 """
 """First words of the docstrings of public functions; a new one is added here on purpose."""
 
