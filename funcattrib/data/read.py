@@ -14,6 +14,7 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 
+from funcattrib.data.arrow_files import check_files, check_saved
 from funcattrib.data.utf8 import bad_bytes
 from funcattrib.errors import DataError
 from funcattrib.runtime.hub import hub_reachable, offline, quiet, reason
@@ -62,6 +63,8 @@ def load(source: str | Path, split: str | None = None, *, subset: str | None = N
     with quiet():
         found = _open(source, split, subset)
         dataset = choose_split(found, split, source)
+        if _is_saved(source):
+            check_saved(dataset, source)
     if not len(dataset):
         part = "" if split is None else f" in split '{split}'"
         raise DataError(f"{source} has no rows{part}\nchoose another split or file")
@@ -91,8 +94,13 @@ def _open(source: str, split: str | None, subset: str | None) -> Mapping[str, da
     raise DataError(f"'{source}' does not exist; give {_FORMS}\n{_neighbours(source)}")
 
 
+def _is_saved(folder: str) -> bool:
+    """Return whether ``save_to_disk`` wrote a folder."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("dataset_dict.json", "state.json"))
+
+
 def _open_folder(folder: str, split: str | None) -> Mapping[str, datasets.Dataset]:
-    if os.path.isfile(os.path.join(folder, "dataset_dict.json")) or os.path.isfile(os.path.join(folder, "state.json")):
+    if _is_saved(folder):
         try:
             found = datasets.load_from_disk(folder)
         except Exception as error:
@@ -126,6 +134,8 @@ def _open_files(files: list[str], source: str, split: str | None) -> Mapping[str
     options = {"sep": "\t"} if ".tsv" in suffixes else {}
     if kind == "text":
         options["encoding"] = "utf-8-sig"  # a byte order mark is no text
+    if kind == "arrow":
+        check_files(path for path in files if os.path.getsize(path))
     # An empty file among others has no header, and no rows either: left out, where readers would stumble.
     full = [glob.escape(os.path.abspath(path)) for path in files if os.path.getsize(path)]
     return _build(kind, full, split, what=f"{kind} data", source=source, **options)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from funcattrib.errors import StoreError
 from funcattrib.query.topk import TopK
 from funcattrib.store.atomic import replacing
 
@@ -81,14 +82,23 @@ def save_best(folder: Path, best: Best, metadata_of: Callable[[int], Mapping[str
         for name in beside.column_names:
             table = table.append_column(name if name not in _PLACE.names else f"example_{name}", beside[name])
     with replacing(folder / BEST_FILE) as temporary:
-        pq.write_table(table, temporary)
+        pq.write_table(table, temporary, write_page_checksum=True)
 
 
 def load_best(folder: Path, queries: int) -> Best:
-    """Read what ``save_best`` wrote."""
-    table = pq.read_table(folder / BEST_FILE, columns=_PLACE.names)
+    """Read what ``save_best`` wrote.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    table = _read(folder, columns=_PLACE.names)
+    if table.schema.remove_metadata() != _PLACE or any(column.null_count for column in table.columns):
+        raise StoreError(f"{folder / BEST_FILE} is damaged: its columns are not those of the best rows")
     query, rank, row, score = (torch.from_numpy(table[name].to_numpy().copy()) for name in _PLACE.names)
     width = int(rank.max()) if len(rank) else 0
+    inside = (query >= 0) & (query < queries) & (rank >= 1) & (row >= 0)
+    if not bool(inside.all()) or width > len(rank):
+        raise StoreError(f"{folder / BEST_FILE} is damaged: a query, rank or row is out of range")
     best = Best(torch.full((queries, width), -torch.inf), torch.full((queries, width), -1))
     best.values[query, rank - 1], best.rows[query, rank - 1] = score, row
     return best
@@ -96,7 +106,18 @@ def load_best(folder: Path, queries: int) -> Best:
 
 def load_example(folder: Path, row: int) -> dict[str, Any]:
     """Read the metadata of a row that was kept; nothing of one that was not."""
-    table = pq.read_table(folder / BEST_FILE, filters=[("row", "==", row)]).slice(0, 1)
+    table = _read(folder, filters=[("row", "==", row)]).slice(0, 1)
     examples = {name: values[0] for name, values in table.to_pydict().items() if values and name not in _PLACE.names}
     ours = {f"example_{name}": name for name in _PLACE.names}
     return {ours.get(name, name): value for name, value in examples.items()}
+
+
+def _read(folder: Path, **settings: Any) -> pa.Table:
+    """Read the file, its pages compared with their checksums where they have any, and check it in full."""
+    try:
+        table = pq.read_table(folder / BEST_FILE, page_checksum_verification=True, **settings)
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise StoreError(f"{folder / BEST_FILE} is damaged: {reason}; score again with `overwrite`") from error
+    return table

@@ -302,3 +302,26 @@ def test_a_column_of_two_types_is_named(folder):
 def test_a_subset_is_of_the_hub(folder):
     with pytest.raises(DataError, match="`subset` is of data sets on the hub"):
         load("a.csv", subset="x")
+
+
+def test_no_altered_bit_of_an_arrow_file_ends_the_process(tmp_path):
+    """Offsets and UTF-8 are checked before a row is read; what cannot be known to be damaged is read."""
+    texts = [f"the {n}th document é" for n in range(20)]
+    whole = datasets.Dataset.from_dict({"text": texts})
+    whole.save_to_disk(tmp_path / "saved")
+    file = tmp_path / "saved/data-00000-of-00001.arrow"
+    good, refused = file.read_bytes(), 0
+    for at in range(0, len(good), 13):
+        file.unlink()  # what is mapped stays as it was
+        file.write_bytes(good[:at] + bytes([good[at] ^ 0x90]) + good[at + 1 :])
+        try:
+            assert len(list(load(tmp_path / "saved"))) <= 20
+        except DataError as error:
+            refused += "damaged" in str(error) or "cannot be read" in str(error)
+    assert refused > len(good) // 13 // 4
+    (tmp_path / "alone.arrow").write_bytes(good)
+    assert load(tmp_path / "alone.arrow")["text"][:] == texts
+    offsets = good.find(b"\0\0\0\0" + len(texts[0].encode()).to_bytes(4, "little"))
+    (tmp_path / "alone.arrow").write_bytes(good[: offsets + 6] + b"\x7f" + good[offsets + 7 :])
+    with pytest.raises(DataError, match=r"alone\.arrow is damaged"):
+        load(tmp_path / "alone.arrow")

@@ -322,3 +322,23 @@ def test_unfinished_scores_are_not_opened(tmp_path, monkeypatch) -> None:
         pytest.warns(UserWarning, match="unfinished|rows"),
     ):
         fa.open_scores(tmp_path / "out")
+
+
+def test_kept_rows_that_are_damaged_are_refused(tmp_path) -> None:
+    def loss(params, example):
+        return (params["w"] * example["x"]).sum() ** 2
+
+    data = [{"x": [float(n), 1.0]} for n in range(6)]
+    settings = {"query_data": data[:2], "top_k": 4, "projection_dim": 0, "quiet": True}
+    scores = score_gradients((loss, {"w": torch.ones(2)}), data, path=tmp_path / "out", **settings)
+    file, found = tmp_path / "out/best.parquet", scores.topk(4)
+    good = file.read_bytes()
+    for at in range(0, len(good), 37):
+        file.write_bytes(good[:at] + bytes([good[at] ^ 0x21]) + good[at + 1 :])
+        try:
+            again = scores.topk(4)
+        except fa.FuncattribError as error:
+            assert "best.parquet is damaged" in str(error)  # noqa: PT017
+        else:
+            assert torch.equal(again.rows, found.rows)
+            assert torch.equal(again.values, found.values)
