@@ -21,7 +21,7 @@ _OTHERS = "\nof JAX, begin the chain at funcattrib.jax.per_example_grad"
 class GradientSource(NamedTuple):
     """The source of a chain's gradients: the functions a framework supplies.
 
-    A framework has parameters, losses and batches of its own; gradients and losses that come out are torch's.
+    A framework has its parameters, losses and batches; gradients and losses that come out are torch's.
 
     Attributes:
         name: of the framework, for messages.

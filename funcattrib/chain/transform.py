@@ -88,7 +88,7 @@ class Transform(NamedTuple):
         if self.maps is None or self.apply is not apply_nothing:
             return None
         maps = self.maps(state, spec)
-        return maps if all(how.map.linear for how in maps.values()) else None
+        return maps if all(each.map.linear for each in maps.values()) else None
 
     def observed(self, grads: Grads) -> Grads:
         """Return what ``observe`` folds of gradients that are there already, name → (B, *shape)."""

@@ -113,7 +113,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Unwrap quantised tensors, which bitsandbytes hides from FSDP in a dictionary of their own."""
+    """Unwrap quantised tensors, which bitsandbytes hides from FSDP in a dictionary."""
     return {**state, **state.get(_WRAPPED, {})}
 
 

@@ -1,4 +1,4 @@
-"""A command run by several processes: rank 0 speaks for all, the others write a log of their own beside the run."""
+"""A command run by several processes: rank 0 speaks for all, each of the others writes a log beside the run."""
 
 import os
 import time

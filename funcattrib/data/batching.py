@@ -31,7 +31,7 @@ def plan(
     """Group documents into batches whose padded size stays within a token budget.
 
     Documents are taken longest first (ties by index), so those in a batch are of nearly one length. A batch costs its
-    size times its longest document, rounded up to `multiple`; a document above the budget is a batch of its own.
+    size times its longest document, rounded up to `multiple`; a document above the budget is a batch alone.
 
     Args:
         lengths: tokens of each document; an empty one counts as 1, the padding token it becomes.

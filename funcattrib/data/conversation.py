@@ -16,7 +16,7 @@ Message = dict[str, Any]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 OPTIONS = ("tools", "chat_template_kwargs")
-"""Columns beside the messages that a chat template is given: the tools that may be called, and values of its own."""
+"""Columns beside the messages that a chat template is given: the tools that may be called, and its values."""
 
 
 class Conversation(NamedTuple):

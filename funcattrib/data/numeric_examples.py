@@ -32,7 +32,7 @@ class Examples:
         self.lengths = np.asarray([_length(row, record, shapes) for row, record in enumerate(_each(records))])
 
     def batch(self, indices: Sequence[int], device: torch.device | str = "cpu") -> Batch:
-        """Stack the examples, each sequence of numbers padded to the longest of its own name."""
+        """Stack the examples, each sequence of numbers padded to the longest of its name."""
         records = [self.records[i] for i in indices]
         columns = {name: [_tensor(name, record[name]) for record in records] for name in records[0]}
         return {name: _stacked(name, values).to(device) for name, values in columns.items()}
@@ -87,7 +87,7 @@ def _length(row: int, record: Mapping[str, Any], shapes: dict[str, torch.Size]) 
 
 
 def _raw(name: str, value: Any) -> Tensor:
-    """Convert a value to a tensor of its own type; fractions that are no tensor's are float32."""
+    """Convert a value to a tensor of its type; fractions that are no tensor's are float32."""
     if isinstance(value, Tensor) and not value.is_complex():
         return value.detach().cpu()
     try:

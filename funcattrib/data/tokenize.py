@@ -29,9 +29,9 @@ _BYTES = 16 << 20  # of text at a time: a thousand books do not fit in memory as
 
 
 class Tokenized(NamedTuple):
-    """A data set with `input_ids`, `labels` (list of int32), `length` (int32), memory-mapped, and the report.
+    """A data set with ``input_ids``, ``labels`` (list of int32), ``length`` (int32), memory-mapped, and the report.
 
-    Rows and their order are the input's. Ready tokens that came with `token_weights` keep them (list of float32).
+    Rows and their order are the input's. Ready tokens that came with ``token_weights`` keep them (list of float32).
     """
 
     dataset: datasets.Dataset
@@ -52,17 +52,17 @@ def tokenize(
 ) -> Tokenized:
     """Tokenise a data set, and say which tokens count in the loss.
 
-    A data set with `input_ids` is passed through checked, unless other columns are asked for; tokens that its
-    `attention_mask` hides (padding) are taken off.
+    A data set with ``input_ids`` is passed through checked, unless other columns are asked for; tokens that its
+    ``attention_mask`` hides (padding) are taken off.
 
     Args:
-        dataset: from `load`.
+        dataset: from ``load``.
         tokenizer: None only for ready tokens.
-        columns: which columns to read; the text in `text` by default.
+        columns: which columns to read; the text in ``text`` by default.
         max_length: most tokens in a document, the model's context.
         truncation: cut longer documents; otherwise one of them is an error.
         vocab_size: the model's, which no token may reach; for ready tokens the tokenizer's by default.
-        scratch: folder for the tokens (4 bytes each, 8 with labels of their own); by default the temporary folder.
+        scratch: folder for the tokens (4 bytes each, 8 with separate labels); by default the temporary folder.
         advance: called with the number of documents done since the last call.
         name: what messages call the data.
 

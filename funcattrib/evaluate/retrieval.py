@@ -89,7 +89,7 @@ def _expected_reciprocal(above: Int[Tensor, "K"], tied: Int[Tensor, "K"], wanted
     """Compute E[1 / (above + J)], J the place of the first of ``wanted`` rows in a random order of ``tied``."""
     before = torch.arange(int(tied.max()), dtype=torch.float64, device=tied.device)  # rows placed already, (J - 1)
     above, tied, wanted = above[:, None], tied[:, None], wanted[:, None]
-    left = (tied - before).clamp(min=1)
-    here = (wanted / left).clamp(max=1)  # P(J = j | J ≥ j)
+    remaining = (tied - before).clamp(min=1)
+    here = (wanted / remaining).clamp(max=1)  # P(J = j | J ≥ j)
     missed = torch.cat([torch.ones_like(here[:, :1]), (1 - here).cumprod(1)[:, :-1]], 1)
     return (here * missed / (above + before + 1)).sum(1)

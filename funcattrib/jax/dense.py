@@ -98,7 +98,7 @@ def funcattrib_product(x: jax.Array, kernel: jax.Array, out_first: bool) -> jax.
 
 
 PRODUCT = "funcattrib_product"
-"""Name of the product in a jaxpr, a compiled function of its own, by which ``uses`` recognises it."""
+"""Name of the product in a jaxpr, a separate compiled function, by which ``uses`` recognises it."""
 
 
 def along(side: Side, x: jax.Array) -> jax.Array:

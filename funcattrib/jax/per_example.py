@@ -76,8 +76,8 @@ def _bind(loss: Loss, params: Any, lowered: Readouts | None, chunk: int) -> Call
     device = next(iter(next(iter(arrays.values())).devices()))
     sides: dict[str, Pair] = {}
     behind: dict[str, GradientMap | None] = {}  # what torch reads of what the sides leave
-    for name, how in maps.items():
-        *pair, behind[name] = how.map.sides_first()
+    for name, each in maps.items():
+        *pair, behind[name] = each.map.sides_first()
         if any(side is not None for side in pair):
             left, right = (None if side is None else to_jax(side, device) for side in pair)
             sides[name] = left, right
@@ -160,10 +160,10 @@ def _probe(kernel: jax.Array, sides: Pair) -> jax.Array:
 def _read(maps: Readouts, behind: Mapping[str, GradientMap | None], coordinates: Arrays) -> Grads:
     """Read a chunk's coordinates as leaves; parameters that share a probe add up in it."""
     probes: Grads = {}
-    for name, how in maps.items():
+    for name, each in maps.items():
         value, rest = to_torch(coordinates[name]), behind[name]
         value = value if rest is None else rest.from_gradient(value)
-        probes[how.probe] = probes[how.probe] + value if how.probe in probes else value
+        probes[each.probe] = probes[each.probe] + value if each.probe in probes else value
     return unpack(maps, probes)
 
 

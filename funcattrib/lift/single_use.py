@@ -23,10 +23,10 @@ def single_use(
     example: Mapping[str, Tensor],
 ) -> set[str]:
     """Find the names whose probe has one consumer in the loss's graph, a tap. One forward pass over ``example``."""
-    readings = {name: readout(name, TwoSided()) for name in names}
-    probes = {name: probe.requires_grad_() for name, probe in zero_probes(params, readings).items()}
+    readouts = {name: readout(name, TwoSided()) for name in names}
+    probes = {name: probe.requires_grad_() for name, probe in zero_probes(params, readouts).items()}
     with torch.enable_grad():
-        value = loss(lift(params, readings, probes), example)
+        value = loss(lift(params, readouts, probes), example)
     consumers: dict[int, list[str]] = {id(probe): [] for probe in probes.values()}
     pending, seen = [value.grad_fn], set()
     while pending:

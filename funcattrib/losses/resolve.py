@@ -4,7 +4,7 @@ A user's function is recognised by its required arguments:
 
     loss(params, example) -> scalar          two: the loss itself
     factory(model) -> loss                   one: makes it from the model
-    factory(model) -> (loss, params)         one, and brings parameters of its own
+    factory(model) -> (loss, params)         one, and brings its parameters
 
 ``params`` are all of the model's (or the factory's) parameters, name → tensor, of which the run attributes those that
 it chooses. The example is what tokenising gives, ``input_ids`` and ``labels``, and every column of the data with one

@@ -45,7 +45,7 @@ class Functional(NamedTuple):
     frozen: dict[str, Tensor]
 
     def call(self, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Call the module's forward with ``params`` in the place of its own."""
+        """Call the module's forward with ``params`` in the place of the module's."""
         return torch.func.functional_call(self.skeleton, {**self.frozen, **params}, args, kwargs, strict=True)
 
 

@@ -17,7 +17,7 @@ _HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:
-    """Return the copy, in ``eval`` mode, with configurations of its own."""
+    """Return the copy, in ``eval`` mode, with copied configurations."""
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     for module in model.modules():
         _bare(module, memo)
@@ -67,7 +67,7 @@ def _plain_linear(module: Any) -> nn.Linear:
 
 
 def _holds_state(value: Any) -> bool:
-    """Return whether this is state that torch.distributed keeps on a module: dictionaries of its own objects."""
+    """Return whether this is state that torch.distributed keeps on a module: dictionaries of that package's objects."""
     return (
         isinstance(value, dict)
         and bool(value)

@@ -85,7 +85,7 @@ def flops_per_token(sizes: Sizes, length: float, k: int) -> Flops:
         blocks=4 * sum(product for product, _ in active),
         head=4 * sizes.vocabulary * sizes.hidden,
         attention=7 * length * sizes.attention * sizes.layers,
-        readout=sum(_reading(m, product, k) for product, m in active if m.attributed),
+        readout=sum(_readout(m, product, k) for product, m in active if m.attributed),
     )
 
 
@@ -162,7 +162,7 @@ def _side(n: int, k: int) -> int:
     return n if k == 0 else min(n, k)
 
 
-def _reading(m: Matrix, product: int, k: int) -> float:
+def _readout(m: Matrix, product: int, k: int) -> float:
     if k == 0:
         return 2 * product
     p, q = _side(m.rows, k), _side(m.columns, k)

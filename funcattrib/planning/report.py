@@ -63,10 +63,10 @@ def _model(sizes: Sizes, found: Estimate) -> Iterator[str]:
 def _times(run: Run, machine: Machine, found: Estimate) -> Iterator[str]:
     of = f"{machine.devices} device{'' if machine.devices == 1 else 's'}"
     used = f"{amount(machine.flops, 'FLOP/s')} each, {machine.utilisation:.0%} used"
-    how = f"{machine.speed:,.0f} tokens/s each" if machine.speed else used
+    speed = f"{machine.speed:,.0f} tokens/s each" if machine.speed else used
     yield f"time        {duration(found.seconds)}, {amount(run.tokens / found.seconds)} tokens/s"
     yield f"            bound by {_BOUND[found.bottleneck]}"
-    yield f"  compute   {duration(found.compute)} on {of}, {how}"
+    yield f"  compute   {duration(found.compute)} on {of}, {speed}"
     if run.shards > 1:
         yield (
             f"  gather    {duration(found.gather)} over links of {amount(machine.link, 'B/s')}; no longer than compute "

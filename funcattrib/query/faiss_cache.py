@@ -43,7 +43,7 @@ def key(store: GradientStore, settings: Mapping[str, Any]) -> str:
 
 
 def read(folder: Path, store: GradientStore, *, mmap: bool) -> tuple[Any, dict[str, Any]]:
-    """Read the cached index, and what `write` was given.
+    """Read the cached index, and what ``write`` was given.
 
     Raises:
         ValueError, KeyError, TypeError, OSError, RuntimeError: it is not what was written.
@@ -65,7 +65,7 @@ def read(folder: Path, store: GradientStore, *, mmap: bool) -> tuple[Any, dict[s
 
 
 def write(index: Any, folder: Path, meta: dict[str, Any]) -> bool:
-    """Cache an index in `folder`: all of it, or nothing. Return whether it could be: a run may be read-only.
+    """Cache an index in ``folder``: all of it, or nothing. Return whether it could be: a run may be read-only.
 
     Raises:
         FuncattribError: the disk is full, or the folder is none.

@@ -107,7 +107,7 @@ def trackstar(
     if isinstance(model, nn.Module) and not gradients.modules:
         gradients = replace(gradients, modules=tuple(blocks_and_head(model, gradients.exclude)), exclude=())
     normalizer = adafactor_norm(moments) if moments is not None else adafactor_norm()
-    experts = [split_experts()] if _has_stacks(model, gradients) else []  # each has a Gram matrix of its own
+    experts = [split_experts()] if _has_stacks(model, gradients) else []  # each has its Gram matrix
     chain = compose(per_example_grad, normalizer, *experts, *projection_of(gradients))
     train, query = collect_both(
         model,

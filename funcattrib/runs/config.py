@@ -73,7 +73,7 @@ class GradientConfig(FittedConfig):
     """Settings of each example's row, step by step, and of its storage."""
 
     normalizer: Literal["adafactor", "adam", "none"] = "none"
-    """Divide by the root of second moments before projecting; they are fitted in a pass of their own."""
+    """Divide by the root of second moments before projecting; they are fitted in a pass before."""
     optimizer_state: Path | None = None
     """An optimizer's saved state, or a Trainer's checkpoint: its second moments take the place of that pass."""
     precondition: Literal["none", "parameter", "all"] = "none"

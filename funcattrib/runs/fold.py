@@ -65,7 +65,7 @@ def fold_parts(work: Work, writer: StoreWriter, step: int, fold: Fold, label: st
 
 
 def _merged(result: Totals, fold: Fold, work: Work) -> Totals:
-    """One result of all processes, in the order of their ranks."""
+    """Merge the results of all processes, in the order of their ranks."""
     world = work.world
     if world.size == 1:
         return result

@@ -76,13 +76,13 @@ def reduce_gradients(
     prepared = with_budget(prepare(model, data, source, gradients, chain, state), path, overwrite=overwrite)
     manifest = prepared.manifest
     step = gradients.rows_per_shard or shard_rows(manifest.width)
-    how = {"reduced": method, "unit_normalize": unit_norm, "documents": manifest.rows, "part": step}
+    reduced = {"reduced": method, "unit_normalize": unit_norm, "documents": manifest.rows, "part": step}
     manifest = replace(
         manifest,
         rows=1,
         rows_per_shard=1,
         dtype="float32",
-        computed_with={**manifest.computed_with, **how},
+        computed_with={**manifest.computed_with, **reduced},
         text_columns=(),
     )
     with run_folder(path, manifest, prepared.work.world, overwrite=overwrite, config=config) as writer:

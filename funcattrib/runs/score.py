@@ -134,7 +134,7 @@ def score_gradients(
         _say_other_loss(prepared, store)
     if state is None and stores and stores[0].manifest.state is not None:
         prepared = with_state(prepared, stores[0])
-    last, queries = _against(stores, score, unit_norm, granularity, prepared)
+    last, queries = _last_stages(stores, score, unit_norm, granularity, prepared)
     leaves = list(_spec(prepared, last)) if granularity == "module" else []
     manifest = scores_manifest(
         prepared.manifest,
@@ -221,10 +221,10 @@ def _merge_best(count: int, parts: Sequence[Totals]) -> Totals:
     return {**kept._asdict(), "lost": torch.stack([part["lost"] for part in parts]).sum(0)}
 
 
-def _against(
+def _last_stages(
     stores: Sequence[GradientStore], score: How, unit_norm: bool, granularity: Granularity, prepared: Prepared
 ) -> tuple[list[Transform], list[dict[str, Any]]]:
-    """The last stages of the chain, and metadata of each column."""
+    """Return the last stages of the chain, and metadata of each column."""
     if score == "self":
         return [self_influence()], [{"id": "self"}]
     rows, queries = query_rows(stores, unit_norm)

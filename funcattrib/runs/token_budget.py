@@ -257,9 +257,9 @@ def _fastest(run: Callable[[], float | None]) -> float | None:
     return min(all_seconds)
 
 
-def _say(work: Work, budget: Budget, room: int, how: str) -> None:
+def _say(work: Work, budget: Budget, room: int, origin: str) -> None:
     if not work.quiet:
         log.info(
             "token batch size %s (%s): %s tokens/s, %.2f GiB a batch of the %.1f GiB that it may take",
-            *(f"{budget.tokens:,}", how, f"{budget.speed:,.0f}", budget.peak / 2**30, room / 2**30),
+            *(f"{budget.tokens:,}", origin, f"{budget.speed:,.0f}", budget.peak / 2**30, room / 2**30),
         )

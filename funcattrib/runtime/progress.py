@@ -102,7 +102,7 @@ class Progress:
         if tokens == before or now == since:
             return line
         remaining = (self.total - self.tokens) * (now - since) / (tokens - before)
-        return f"{line}, {_speed(tokens - before, now - since)}, {_duration(remaining)} left"
+        return f"{line}, {_speed(tokens - before, now - since)}, {_duration(remaining)} remaining"
 
     def _show(self, line: str) -> None:
         line = self._label + line

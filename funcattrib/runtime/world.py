@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 _COLLECTIVE_TIMEOUT = timedelta(days=7)  # of a sum: processes may come to it hours apart
 _EXIT_GRACE_SECONDS = 5.0  # seconds
-_LEFT = "left"
+_EXITED = "exited"
 
 
 class World(NamedTuple):
@@ -269,10 +269,10 @@ def _part(here: World) -> None:
     with suppress(FuncattribError):
         assert here.key_value_store is not None, "a group of one process is not set up"
         if not here.is_rank_zero:
-            here.key_value_store.add(_LEFT, 1)
+            here.key_value_store.add(_EXITED, 1)
             return
         until = time.monotonic() + _EXIT_GRACE_SECONDS
-        while here.key_value_store.add(_LEFT, 0) < here.size - 1 and time.monotonic() < until:
+        while here.key_value_store.add(_EXITED, 0) < here.size - 1 and time.monotonic() < until:
             time.sleep(0.01)
 
 

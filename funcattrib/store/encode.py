@@ -61,7 +61,7 @@ def encode(matrix: Float[Tensor, "R D"], dtype: str) -> Encoded:
 def decode(
     array: Shaped[np.ndarray, "R D"] | Shaped[Tensor, "R D"], dtype: str, scale: np.ndarray | None = None
 ) -> Float[Tensor, "R D"]:
-    """Decode stored rows to float32, in memory of their own.
+    """Decode stored rows to float32, in new memory.
 
     Args:
         array: as stored (bfloat16 as uint16 bits, or as a bfloat16 tensor).

@@ -83,7 +83,7 @@ class Manifest:
         text_columns: columns of the examples that hold text, in the order to show them; None in a store written before
             this was kept. Not compared.
         extra: notes; JSON values, never compared.
-        shards: the finished ones, once the store is complete (until then each has a file of its own).
+        shards: the finished ones, once the store is complete (until then each has a file).
         complete: every shard is written and listed.
         clipped: entries that were beyond the stored dtype's range.
         nonfinite: entries that were NaN or infinite.

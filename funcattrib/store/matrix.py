@@ -93,7 +93,7 @@ class LazyMatrix:
         return found if dtype is None else found.astype(dtype, copy=False)
 
     def tensor(self, start: int = 0, stop: int | None = None) -> Float32[Tensor, "R *shape"]:
-        """Return rows start to stop (exclusive), decoded to float32, in memory of their own."""
+        """Return rows start to stop (exclusive), decoded to float32, in new memory."""
         start, stop, _ = slice(start, stop).indices(len(self))
         out = torch.empty(max(stop - start, 0), *self.shape[1:])
         for part, span in self._within(start, stop):

@@ -1,7 +1,7 @@
 """One store written by several processes: rank 0 begins it and holds the lock, the others join.
 
 Each shard is claimed by one process, and each file written by one. Where the machines do not share the folder, the
-first process of each begins one of its own, and every folder is in the end a part of the store, for ``merge``.
+first process of each begins one, and every folder is in the end a part of the store, for ``merge``.
 """
 
 import logging
@@ -77,7 +77,7 @@ def require_shared(path: str | Path, world: World) -> None:
     """Check that all processes see one folder: for work that reads what others have written.
 
     Raises:
-        StoreError: a machine has a folder of its own at `path`.
+        StoreError: a machine has another folder at `path`.
     """
     if world.size == 1:
         return

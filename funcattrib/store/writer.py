@@ -42,7 +42,7 @@ class StoreWriter:
     """A writer of the shards of one store; `create_store` makes it. A context manager: leaving it gives up the lock.
 
     On a store that is complete already nothing is pending, and finishing or saving changes nothing. Several processes
-    may write one store, each with a writer of its own (`share_store`): no two write one file.
+    may write one store, each with its writer (`share_store`): no two write one file.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class StoreWriter:
     def finish(self) -> Manifest:
         """Wait for the last shard, check that all are there, and mark the store complete.
 
-        Of several processes, all call it; where each machine has a folder of its own, each stays a part.
+        Of several processes, all call it; where the machines share no folder, each stays a part.
 
         Raises:
             StoreError: A shard could not be written, or was never handed over.
@@ -292,7 +292,7 @@ class StoreWriter:
             pass
 
     def _next(self) -> bool:
-        """Write one shard. A function of its own so that nothing refers to its rows while waiting for the next."""
+        """Write one shard. A separate function, so that nothing refers to its rows while waiting for the next."""
         job = self._queue.get()
         try:
             if job is not None and self._failure is None:

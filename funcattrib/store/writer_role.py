@@ -29,7 +29,7 @@ class WriterRole(NamedTuple):
 def kept(file: Path, role: WriterRole) -> dict[str, Tensor] | None:
     """Load the tensors of a file that rank 0 may have written, mapped on every process; None where there is none.
 
-    A machine with a folder of its own gets a copy there.
+    A machine that does not share the folder gets a copy there.
     """
     world = role.world
     if not world.broadcast_object(file.exists() if world.is_rank_zero else None):

@@ -21,7 +21,7 @@ from funcattrib.store.create import PARTS
 from funcattrib.training.journal import segments
 from funcattrib.training.metadata import ORDER
 
-Shown = Callable[[range], Mapping[str, Any]]
+MetadataReader = Callable[[range], Mapping[str, Any]]
 
 
 class Visits(NamedTuple):
@@ -30,14 +30,14 @@ class Visits(NamedTuple):
     stores: list[GradientStore]
     store: np.ndarray
     at: np.ndarray
-    facts: dict[str, np.ndarray]
+    metadata: dict[str, np.ndarray]
 
 
 def settle(
     folder: Path,
     manifest: Manifest,
     state: Mapping[str, Tensor],
-    shown: Shown,
+    read_metadata: MetadataReader,
     *,
     add_up: bool,
     track_order: bool,
@@ -48,11 +48,11 @@ def settle(
     Args:
         manifest: of the store to make.
         state: the chain's.
-        shown: returns the metadata of some rows' examples.
+        read_metadata: returns the metadata of some rows' examples.
         partial: the training broke off; the journals are kept for the one that resumes it.
     """
     visits = read_visits(folder)
-    rows, steps = visits.facts["row"], visits.facts["step"]
+    rows, steps = visits.metadata["row"], visits.metadata["step"]
     if len(rows) and int(rows.max()) >= manifest.rows:
         raise FuncattribError(
             f"expected rows below {manifest.rows} in {folder}, found {rows.max()}; check that the data set is the same"
@@ -76,7 +76,7 @@ def settle(
             if not add_up:
                 chosen = [of_row[:1] for of_row in chosen]
             matrix = _rows(visits, chosen, manifest.width)
-            writer.put(shard, matrix, {**shown(span), **_facts(visits, chosen, track_order, add_up)})
+            writer.put(shard, matrix, {**read_metadata(span), **_metadata(visits, chosen, track_order, add_up)})
         writer.finish()
     if not partial:
         shutil.rmtree(folder / PARTS)
@@ -104,8 +104,8 @@ def read_visits(folder: Path) -> Visits:
             columns.setdefault(name, []).append(values[kept])
     if not columns:
         columns = {name: [np.zeros(0, np.int64)] for name in ("row", *ORDER, "tokens", "loss_scale", "store", "at")}
-    facts = {name: np.concatenate(parts) for name, parts in columns.items()}
-    return Visits(stores, facts.pop("store"), facts.pop("at"), facts)
+    metadata = {name: np.concatenate(parts) for name, parts in columns.items()}
+    return Visits(stores, metadata.pop("store"), metadata.pop("at"), metadata)
 
 
 def _rows(visits: Visits, chosen: list[np.ndarray], width: int) -> Tensor:
@@ -119,12 +119,12 @@ def _rows(visits: Visits, chosen: list[np.ndarray], width: int) -> Tensor:
     return matrix
 
 
-def _facts(visits: Visits, chosen: list[np.ndarray], track_order: bool, add_up: bool) -> dict[str, list[Any]]:
+def _metadata(visits: Visits, chosen: list[np.ndarray], track_order: bool, add_up: bool) -> dict[str, list[Any]]:
     def of(name: str, unseen: Any) -> list[Any]:
-        return [visits.facts[name][of_row[0]].item() if len(of_row) else unseen for of_row in chosen]
+        return [visits.metadata[name][of_row[0]].item() if len(of_row) else unseen for of_row in chosen]
 
-    facts: dict[str, list[Any]] = {"tokens": of("tokens", 0), "loss_scale": of("loss_scale", 0.0)}
-    facts["visits"] = [len(of_row) for of_row in chosen]
+    metadata: dict[str, list[Any]] = {"tokens": of("tokens", 0), "loss_scale": of("loss_scale", 0.0)}
+    metadata["visits"] = [len(of_row) for of_row in chosen]
     for name in ORDER if track_order else ():
-        facts[name] = [visits.facts[name][of_row].tolist() for of_row in chosen] if add_up else of(name, -1)
-    return facts
+        metadata[name] = [visits.metadata[name][of_row].tolist() for of_row in chosen] if add_up else of(name, -1)
+    return metadata

@@ -31,7 +31,7 @@ from funcattrib.training.evaluation import evaluation_store
 from funcattrib.training.journal import Journal
 from funcattrib.training.loop import trained
 from funcattrib.training.loss_scale import LossScale
-from funcattrib.training.metadata import data_identity, shown, text_columns
+from funcattrib.training.metadata import data_identity, metadata_of, text_columns
 from funcattrib.training.recover import save_plan
 from funcattrib.training.session import Session, Weighing
 from funcattrib.transforms import project
@@ -263,9 +263,9 @@ class GradientCollectorCallback(TrainerCallback):
     def _settings(self) -> dict[str, bool]:
         return {"add_up": self.accumulate, "track_order": self.track_order}
 
-    def _write(self, rows: Tensor, facts: Any, step: int) -> None:
+    def _write(self, rows: Tensor, metadata: Any, step: int) -> None:
         assert self._journal is not None
-        self._journal.add(rows, facts, step)
+        self._journal.add(rows, metadata, step)
 
     def _settle(self, folder: Path, partial: bool = False) -> None:
         """Build the store, in one process, when all have written theirs."""
@@ -277,7 +277,7 @@ class GradientCollectorCallback(TrainerCallback):
                 folder,
                 self._current(self._begun),
                 self._begun.state,
-                shown(self.trainer.train_dataset, self.trainer.processing_class),
+                metadata_of(self.trainer.train_dataset, self.trainer.processing_class),
                 partial=partial,
                 **self._settings(),
             )

@@ -33,7 +33,7 @@ _EXPERTS = "_experts_implementation_internal"
 class Reader(NamedTuple):
     """A chain ready to be read: its linear prefix, lowered, and the stages after it with their state."""
 
-    lowered: Readouts
+    readouts: Readouts
     rest: Chain
     state: tuple[State, ...]
 
@@ -46,8 +46,8 @@ def reader(model: nn.Module, names: Mapping[str, Any] | set[str], chain: Chain, 
     """
     params = {name: tensor.detach() for name, tensor in model.named_parameters() if name in names}
     state = chain.ready(spec(params), device_of(params), state)
-    lowered, depth = lower(chain.stages, spec(params), state)
-    return Reader(lowered, Chain(None, chain.stages[depth:]), state[depth:])
+    readouts, depth = lower(chain.stages, spec(params), state)
+    return Reader(readouts, Chain(None, chain.stages[depth:]), state[depth:])
 
 
 class Pass(NamedTuple):
@@ -71,7 +71,7 @@ class Collected:
 
     def begin(self, weights: Mapping[str, Tensor], examples: int) -> Probes:
         """Create probes for a forward pass with these weights."""
-        probes = {n: probe.requires_grad_() for n, probe in zero_probes(weights, self._read.lowered, examples).items()}
+        probes = {n: probe.requires_grad_() for n, probe in zero_probes(weights, self._read.readouts, examples).items()}
         self.passes.append(Pass(probes, {name: tensor for name, tensor in weights.items() if tensor.grad is None}))
         return probes
 
@@ -103,7 +103,7 @@ class Collected:
 
     def _check(self, passes: Sequence[Pass]) -> None:
         for name, weight in passes[0].fresh.items() if passes else ():
-            probe = self._read.lowered[name].probe
+            probe = self._read.readouts[name].probe
             if weight.grad is not None and all(each.probes[probe].grad is None for each in passes):
                 raise FuncattribError(
                     f"{name} has a gradient that did not come from the model's forward (activation checkpointing, or "
@@ -113,7 +113,7 @@ class Collected:
 
 def _coordinates(read: Reader, one: Pass) -> Grads:
     filled = {n: torch.zeros_like(probe) if probe.grad is None else probe.grad for n, probe in one.probes.items()}
-    return unpack(read.lowered, filled)
+    return unpack(read.readouts, filled)
 
 
 def _behind(read: Reader, coordinates: Grads, loss_scale: float | Tensor) -> Grads:
@@ -170,10 +170,10 @@ def lifted(
         if inside or not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         examples, *rest = _batch_shape(args, kwargs)
-        weights = {name: tensor for name, tensor in model.named_parameters() if name in read.lowered}
+        weights = {name: tensor for name, tensor in model.named_parameters() if name in read.readouts}
         probes = collected.begin(weights, examples)
         begun(collected)
-        leaves = lift(weights, read.lowered, probes, tokens=rest[0] if rest else None)
+        leaves = lift(weights, read.readouts, probes, tokens=rest[0] if rest else None)
         within = partial(_standing_in, _places(model, leaves), leaves)
         inside = True
         try:
@@ -184,7 +184,7 @@ def lifted(
         seen(output)
         return output
 
-    with _experts(model, read.lowered):
+    with _experts(model, read.readouts):
         model.forward = lifted_forward
         try:
             yield collected
@@ -255,9 +255,9 @@ def _call(within: Callable[[], Any], function: Callable[..., Any], *args: Any, *
 
 
 @contextmanager
-def _experts(model: nn.Module, lowered: Readouts) -> Iterator[None]:
+def _experts(model: nn.Module, readouts: Readouts) -> Iterator[None]:
     """Use the experts' forward that can be read, where stacks of experts are."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name in lowered}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name in readouts}
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     models = [module for module in models if module._can_set_experts_implementation()]
     if not models or not any(is_stack(name, shape) for name, shape in shapes.items()):

@@ -1,4 +1,4 @@
-"""Rows of an evaluation set at the weights it is evaluated at: a forward and backward pass of their own.
+"""Rows of an evaluation set at the weights it is evaluated at: in a separate forward and backward pass.
 
 The loss is the examples' own, summed over labelled tokens, with dropout off. Neither gradients of weights nor random
 numbers are touched, so that the training goes on as it would.
@@ -18,7 +18,7 @@ from funcattrib.kernels.safe_norm import as_rows
 from funcattrib.store import Manifest, create_store
 from funcattrib.training import loss_scale as losses
 from funcattrib.training.capture import Reader, lifted
-from funcattrib.training.metadata import data_identity, shown, text_columns
+from funcattrib.training.metadata import data_identity, metadata_of, text_columns
 
 
 def evaluation_store(
@@ -33,7 +33,7 @@ def evaluation_store(
         text_columns=text_columns(examples, trainer.processing_class),
         extra={"step": trainer.state.global_step},
     )
-    tell = shown(examples, trainer.processing_class)
+    read_metadata = metadata_of(examples, trainer.processing_class)
     rows = _batches(trainer, read, examples)
     if trainer.args.process_index:
         for _ in rows:
@@ -49,7 +49,7 @@ def evaluation_store(
                 parts.append(next(rows))
             whole = torch.cat(parts)
             whole, waiting = whole[: len(span)].clone(), whole[len(span) :]
-            writer.put(shard, whole, tell(span))
+            writer.put(shard, whole, read_metadata(span))
         writer.finish()
 
 

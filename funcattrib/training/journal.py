@@ -38,10 +38,10 @@ class Journal:
         self._writer: StoreWriter | None = None
         self._shard = 0
         self._rows = torch.empty(0)
-        self._facts: dict[str, list[Any]] = {}
+        self._metadata: dict[str, list[Any]] = {}
         self._filled = 0
 
-    def add(self, rows: Tensor, facts: Mapping[str, list[Any]], step: int) -> None:
+    def add(self, rows: Tensor, metadata: Mapping[str, list[Any]], step: int) -> None:
         """Add rows (B, D) with their metadata; ``step`` is the first that this segment holds."""
         if self._writer is None:
             self._writer, self._shard = self._begin(step), 0
@@ -51,8 +51,8 @@ class Journal:
                 self._rows = torch.empty(self._manifest.rows_per_shard, rows.shape[1])
             part = min(len(rows) - done, len(self._rows) - self._filled)
             self._rows[self._filled : self._filled + part] = rows[done : done + part]
-            for name, values in facts.items():
-                self._facts.setdefault(name, []).extend(values[done : done + part])
+            for name, values in metadata.items():
+                self._metadata.setdefault(name, []).extend(values[done : done + part])
             self._filled, done = self._filled + part, done + part
             if self._filled == len(self._rows):
                 self._put()
@@ -80,8 +80,8 @@ class Journal:
         if self._filled == self._manifest.rows_per_shard and self._writer.manifest.rows < end:
             # More rows than the epoch has examples: the sampler gives some twice.
             self._writer.resize(end)
-        self._writer.put(self._shard, self._rows[: self._filled], self._facts)
-        self._rows, self._facts, self._filled = torch.empty(0), {}, 0
+        self._writer.put(self._shard, self._rows[: self._filled], self._metadata)
+        self._rows, self._metadata, self._filled = torch.empty(0), {}, 0
         self._shard += 1
 
     def _begin(self, step: int) -> StoreWriter:

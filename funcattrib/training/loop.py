@@ -134,7 +134,7 @@ class GradientCollector:
     def _arrived(self, name: str, probe: Tensor) -> None:
         assert self.closure is not None
         assert probe.grad is not None
-        only = {n: how for n, how in self._read.lowered.items() if how.probe == name}
+        only = {n: each for n, each in self._read.readouts.items() if each.probe == name}
         for leaf, rows in unpack(only, {name: probe.grad / self.loss_scale}).items():
             self.closure(leaf, rows)
         probe.grad = None
@@ -162,7 +162,7 @@ def token_mean(labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
 def trained(model: nn.Module, modules: Globs | None, exclude: Globs) -> set[str]:
     """Return names of the parameters that the globs select; without globs, of the blocks' matrices that are trained.
 
-    Stacks of experts must be named: reading them takes a forward of their own, which differs in rounding from the one
+    Stacks of experts must be named: reading them takes another forward, which differs in rounding from the one
     that the model was given, and training shall not change.
     """
     names = choose(model, modules, exclude)

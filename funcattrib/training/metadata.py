@@ -20,13 +20,13 @@ def data_identity(examples: Any) -> dict[str, Any]:
 
 
 def text_columns(examples: Any, tokenizer: Any) -> tuple[str, ...]:
-    """Return the names of the columns of text that ``shown`` gives."""
+    """Return the names of the columns of text that ``metadata_of`` gives."""
     names = _strings(examples) if isinstance(examples, datasets.Dataset) else []
     decoded = ("text",) if hasattr(tokenizer, "decode") else ()
     return tuple(shown_name(name, _TAKEN) for name in names) or decoded
 
 
-def shown(examples: Any, tokenizer: Any) -> Callable[[range], Mapping[str, Any]]:
+def metadata_of(examples: Any, tokenizer: Any) -> Callable[[range], Mapping[str, Any]]:
     """Return a function from rows to columns to show: the data set's ids and texts, or its tokens as text.
 
     A column called as one that the store has of every example is shown as ``data.NAME``.

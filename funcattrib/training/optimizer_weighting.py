@@ -24,40 +24,42 @@ from funcattrib.transforms.adam import adam_norm
 from funcattrib.transforms.moments import Moments
 from funcattrib.types import Grads, Spec
 
-Put = Mapping[str, list[SavedPart]]
+SavedParts = Mapping[str, list[SavedPart]]
 """Parameter → saved factors of its gradient in one forward and backward pass."""
 
 
-def put_aside(lowered: Readouts) -> tuple[Readouts, dict[str, list[SavedPart]]]:
+def save_factors(readouts: Readouts) -> tuple[Readouts, dict[str, list[SavedPart]]]:
     """Return maps that save every parameter's factors, and the lists that they save to."""
-    parts: dict[str, list[SavedPart]] = {name: [] for name in lowered}
-    return {name: Readout(SavedFactors(parts[name]), name, (name,)) for name in lowered}, parts
+    parts: dict[str, list[SavedPart]] = {name: [] for name in readouts}
+    return {name: Readout(SavedFactors(parts[name]), name, (name,)) for name in readouts}, parts
 
 
-def read_put(lowered: Readouts, parts: Put, examples: int) -> Grads:
+def saved_coordinates(readouts: Readouts, parts: SavedParts, examples: int) -> Grads:
     """Compute coordinates by leaf of saved factors, (E, …)."""
     probes: dict[str, Tensor] = {}
-    for name, (gradient_map, probe, _) in lowered.items():
+    for name, (gradient_map, probe, _) in readouts.items():
         read = read_saved(gradient_map, parts[name], examples)
         if read is not None:
             probes[probe] = probes[probe] + read if probe in probes else read
-    if missing := next((how.probe for how in lowered.values() if how.probe not in probes), None):
+    if missing := next((each.probe for each in readouts.values() if each.probe not in probes), None):
         raise FuncattribError(f"{missing} had no gradient in a step; leave it out (exclude)")
-    return unpack(lowered, probes)
+    return unpack(readouts, probes)
 
 
-def weighed(lowered: Readouts, spec: Spec, optimizer: Any, model: nn.Module, *, moments: bool, rates: bool) -> Readouts:
-    """Return ``lowered`` with the optimizer's normalisation and learning rates before it, as they stand now."""
-    names = {id(parameter): name for name, parameter in model.named_parameters() if name in lowered}
+def weighed(
+    readouts: Readouts, spec: Spec, optimizer: Any, model: nn.Module, *, moments: bool, rates: bool
+) -> Readouts:
+    """Return ``readouts`` with the optimizer's normalisation and learning rates before it, as they stand now."""
+    names = {id(parameter): name for name, parameter in model.named_parameters() if name in readouts}
     groups = {names[id(p)]: (p, group) for group in optimizer.param_groups for p in group["params"] if id(p) in names}
-    if missing := next((name for name in lowered if name not in groups), None):
+    if missing := next((name for name in readouts if name not in groups), None):
         raise FuncattribError(f"the optimizer does not train {missing}; leave it out (exclude)")
     norms = _norms(spec, optimizer, groups) if moments else {}
     before = {
         name: _times(norms[name].map if moments else TwoSided(), spec[name].shape, group["lr"] if rates else 1.0)
         for name, (_, group) in groups.items()
     }
-    return {name: how._replace(map=how.map @ before[name].to(spec[name].dtype)) for name, how in lowered.items()}
+    return {name: each._replace(map=each.map @ before[name].to(spec[name].dtype)) for name, each in readouts.items()}
 
 
 def _norms(spec: Spec, optimizer: Any, groups: Mapping[str, tuple[Tensor, Mapping[str, Any]]]) -> Readouts:

@@ -55,7 +55,7 @@ def _recover(folder: Path) -> GradientStore:
     except (OSError, ValueError) as error:
         raise FuncattribError(f"{kept / PLAN} cannot be read; resume the training instead") from error
     state = safetensors.torch.load_file(kept / STATE) if (kept / STATE).exists() else {}
-    manifest = replace(Manifest.from_json(plan["manifest"]), text_columns=())  # ids alone are told
+    manifest = replace(Manifest.from_json(plan["manifest"]), text_columns=())  # of the metadata the ids alone
     return settle(folder, manifest, state, _numbers, partial=True, **plan["settings"])
 
 

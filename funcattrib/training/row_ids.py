@@ -42,7 +42,7 @@ class Collate:
 
 
 def number(examples: Any) -> Any:
-    """Return the data set with a column of row numbers, of its own kind, so that the Trainer samples it alike.
+    """Return the data set with a column of row numbers, of the same kind, so that the Trainer samples it alike.
 
     Raises:
         FuncattribError: a data set that cannot be numbered.
@@ -55,13 +55,13 @@ def number(examples: Any) -> Any:
         return Numbered(examples)
     if ROW in examples.column_names:
         return examples
-    shown = examples.format
+    view = examples.format
     numbered = examples.with_format(None).add_column(ROW, np.arange(len(examples)))
-    if shown["type"] is None and set(shown["columns"]) == set(examples.column_names):
+    if view["type"] is None and set(view["columns"]) == set(examples.column_names):
         return numbered
     return numbered.with_format(
-        shown["type"],
-        columns=[*shown["columns"], ROW],
-        output_all_columns=shown["output_all_columns"],
-        **shown["format_kwargs"],
+        view["type"],
+        columns=[*view["columns"], ROW],
+        output_all_columns=view["output_all_columns"],
+        **view["format_kwargs"],
     )

@@ -14,7 +14,7 @@ from funcattrib.errors import FuncattribError
 from funcattrib.kernels.safe_norm import as_rows
 from funcattrib.training import loss_scale as losses
 from funcattrib.training.capture import Collected, Reader, lifted
-from funcattrib.training.optimizer_weighting import Put, put_aside, read_put, weighed
+from funcattrib.training.optimizer_weighting import SavedParts, save_factors, saved_coordinates, weighed
 from funcattrib.types import Grads, Spec
 
 Write = Callable[[Tensor, Mapping[str, list[Any]], int], None]
@@ -31,18 +31,25 @@ class Weighing(NamedTuple):
 class Waiting(NamedTuple):
     """A batch whose rows are read after the optimizer's step."""
 
-    parts: Put
+    parts: SavedParts
     scale: Tensor
-    facts: Mapping[str, list[Any]]
+    metadata: Mapping[str, list[Any]]
 
 
 class Session:
     """A run of the Trainer's steps; ``write`` receives the rows."""
 
     def __init__(
-        self, trainer: Any, model: nn.Module, read: Reader, spec: Spec, how: Weighing, loss_scale: Any, write: Write
+        self,
+        trainer: Any,
+        model: nn.Module,
+        read: Reader,
+        spec: Spec,
+        weighing: Weighing,
+        loss_scale: Any,
+        write: Write,
     ) -> None:
-        self._trainer, self._model, self._read, self._spec, self._how = trainer, model, read, spec, how
+        self._trainer, self._model, self._read, self._spec, self._weighing = trainer, model, read, spec, weighing
         self._loss_scale, self._write = loss_scale, write
         self._checked = loss_scale is not None
         self._waiting: list[Waiting] = []
@@ -59,12 +66,12 @@ class Session:
         """Call the Trainer's own step on a batch of the examples ``rows``."""
         self._scale = self._received = self._target = self._total = None
         read = self._read
-        parts: Put = {}
-        if self._how.moments:
-            lowered, parts = put_aside(read.lowered)
-            read = read._replace(lowered=lowered)
-        elif self._how.rates:
-            read = read._replace(lowered=self._weighed())
+        parts: SavedParts = {}
+        if self._weighing.moments:
+            readouts, parts = save_factors(read.readouts)
+            read = read._replace(readouts=readouts)
+        elif self._weighing.rates:
+            read = read._replace(readouts=self._weighed())
         seen = (lambda output: None) if self._checked else self._sum
         with lifted(self._model, read, seen=seen) as collected:
             result = original(*given, **named)
@@ -73,12 +80,12 @@ class Session:
                 "the Trainer's training step did not call compute_loss and backward, so its gradients cannot be read"
             )
         scale = self._received * self._scale.to(self._received.device)
-        facts = self._facts(rows, epoch, scale)
+        metadata = self._metadata(rows, epoch, scale)
         self._same_rows(collected, len(rows))
-        if self._how.moments:
-            self._waiting.append(Waiting(parts, scale, facts))
+        if self._weighing.moments:
+            self._waiting.append(Waiting(parts, scale, metadata))
         else:
-            self._hand_over(collected.grads(scale), facts)
+            self._hand_over(collected.grads(scale), metadata)
         return result
 
     def compute_loss(
@@ -105,16 +112,16 @@ class Session:
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
-        lowered = self._weighed()
+        readouts = self._weighed()
         for batch in waiting:
-            coordinates = read_put(lowered, batch.parts, len(batch.facts["row"]))
+            coordinates = saved_coordinates(readouts, batch.parts, len(batch.metadata["row"]))
             grads = {name: value / batch.scale for name, value in coordinates.items()}
-            self._hand_over(self._read.rest.apply(self._read.state, grads), batch.facts)
+            self._hand_over(self._read.rest.apply(self._read.state, grads), batch.metadata)
 
     def _weighed(self) -> Mapping[str, Any]:
-        moments, rates = self._how
+        moments, rates = self._weighing
         return weighed(
-            self._read.lowered, self._spec, self._trainer.optimizer, self._model, moments=moments, rates=rates
+            self._read.readouts, self._spec, self._trainer.optimizer, self._model, moments=moments, rates=rates
         )
 
     def _receive(self, gradient: Tensor) -> None:
@@ -134,7 +141,7 @@ class Session:
                 f"over {found}: packed or padding-free batches have no gradient per example\ntrain without packing"
             )
 
-    def _facts(self, rows: Tensor, epoch: int, scale: Tensor) -> dict[str, list[Any]]:
+    def _metadata(self, rows: Tensor, epoch: int, scale: Tensor) -> dict[str, list[Any]]:
         step = self._trainer.state.global_step + 1
         if step != self._step:
             self._step, self._position = step, 0
@@ -152,6 +159,6 @@ class Session:
             "loss_scale": [float(scale)] * count,
         }
 
-    def _hand_over(self, grads: Grads, facts: Mapping[str, list[Any]]) -> None:
+    def _hand_over(self, grads: Grads, metadata: Mapping[str, list[Any]]) -> None:
         flat = torch.cat([as_rows(grad).float() for grad in grads.values()], 1)
-        self._write(flat.cpu(), facts, facts["step"][0])
+        self._write(flat.cpu(), metadata, metadata["step"][0])

@@ -63,7 +63,7 @@ def _apply(state: State, grads: Grads, dtype: Precision) -> Grads:
 
 
 def _on_grid(grads: Grads) -> Grads:
-    """Round every row to the 255 multiples of its own s."""
+    """Round every row to the 255 multiples of its s."""
     rows = {name: as_rows(saturate(grad, torch.float32)) for name, grad in grads.items()}
     largest = torch.stack([row.abs().amax(1) for row in rows.values()]).amax(0)
     scale = torch.where(largest.isfinite(), largest, torch.nan)[:, None] / 127

@@ -2,7 +2,7 @@
 
     …experts.gate_up_proj (x, o, i)   becomes   …experts.gate_up_proj#e0 (o, i), …#e1, …
 
-so that experts can be selected (``select("*#e3")``) and are leaves of their own to what follows. An expert to which no
+so that experts can be selected (``select("*#e3")``) and are separate leaves to what follows. An expert to which no
 token of an example went has a zero gradient.
 """
 
@@ -14,7 +14,7 @@ from funcattrib.transforms.leaf_shapes import is_stack
 from funcattrib.types import Leaf, Spec
 
 _PARAMETER_IS_DIVIDED = -1
-"""Along an axis that a leaf no longer has: all of its own are common to the parts, and so are their projections."""
+"""Along an axis that a leaf no longer has: all that it has are common to the parts, and so are their projections."""
 
 
 def split_experts() -> Transform:

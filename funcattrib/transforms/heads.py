@@ -4,7 +4,7 @@
     columns   C(G)_h = G[:, columns of head h]   the output projection: heads are inputs
 
 A leaf ``…q_proj.weight`` becomes ``…q_proj.weight#h0``, ``#h1``, …: stages that follow (``project``, ``select``, …) see
-each head as a leaf of its own. Weights stored (in, out), as HF ``Conv1D``'s, have rows and columns the other way round.
+each head as a leaf. Weights stored (in, out), as HF ``Conv1D``'s, have rows and columns the other way round.
 """
 
 import fnmatch

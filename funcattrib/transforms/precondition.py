@@ -1,4 +1,4 @@
-"""Preconditioning: gradients times an inverse power of their own second moments.
+"""Preconditioning: gradients times an inverse power of their second moments.
 
     H = E[c cᵀ] over the coordinates c of one block,        c ↦ H^p c
 

@@ -1,4 +1,4 @@
-"""Ranks that hold one model together compute batch by batch together, each on batches of its own.
+"""Ranks that hold one model together compute batch by batch together, each on its batches.
 
 A gather needs all ranks of a group, and they may have different numbers of batches. So they go in rounds. Before each
 they tell each other whether somebody has work (one number added up); in it every rank makes the same gathers, in the

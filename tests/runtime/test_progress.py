@@ -40,19 +40,19 @@ def test_plain_lines_come_every_few_seconds(clock, work):
         for _ in range(5):
             work(progress, seconds=6, tokens=600)
     assert out.getvalue().splitlines() == [
-        "build: 1,200 of 10,000 tokens (12%), 2 rows, 100 tokens/s, 1m 28s left",
-        "build: 2,400 of 10,000 tokens (24%), 4 rows, 100 tokens/s, 1m 16s left",
+        "build: 1,200 of 10,000 tokens (12%), 2 rows, 100 tokens/s, 1m 28s remaining",
+        "build: 2,400 of 10,000 tokens (24%), 4 rows, 100 tokens/s, 1m 16s remaining",
         "build: 3,000 tokens, 5 rows in 30s (100 tokens/s)",
     ]
 
 
 def test_remaining_time_counts_tokens_not_batches(clock, work):
-    # Half of the batches (one of two) but nine tenths of the tokens: a tenth of the time is left.
+    # Half of the batches (one of two) but nine tenths of the tokens: a tenth of the time remains.
     out = io.StringIO()
     progress = Progress(1000, stream=out, clock=clock, every=1)
     work(progress, seconds=90, tokens=900)
     assert "(90%)" in out.getvalue()
-    assert out.getvalue().endswith("10 tokens/s, 10s left\n")
+    assert out.getvalue().endswith("10 tokens/s, 10s remaining\n")
 
 
 def test_remaining_time_follows_the_last_minute(clock, work):
@@ -62,7 +62,7 @@ def test_remaining_time_follows_the_last_minute(clock, work):
         work(progress, seconds=10, tokens=10_000)  # 1,000 tokens/s for ten minutes
     for _ in range(60):
         work(progress, seconds=10, tokens=1_000)  # then another program takes the processor
-    assert out.getvalue().endswith("(66%), 120 rows, 100 tokens/s, 56m 40s left\n")
+    assert out.getvalue().endswith("(66%), 120 rows, 100 tokens/s, 56m 40s remaining\n")
     assert len(progress._seen) < 10
 
 
@@ -70,7 +70,7 @@ def test_a_continued_run_does_not_count_old_work_as_speed(clock, work):
     out = io.StringIO()
     with Progress(2000, done=1000, stream=out, clock=clock, every=1) as progress:
         work(progress, seconds=10, tokens=500)
-        assert out.getvalue() == "1,500 of 2,000 tokens (75%), 1 rows, 50 tokens/s, 10s left\n"
+        assert out.getvalue() == "1,500 of 2,000 tokens (75%), 1 rows, 50 tokens/s, 10s remaining\n"
         work(progress, seconds=10, tokens=500)
     assert out.getvalue().splitlines()[-1] == "1,000 tokens, 2 rows in 20s (50 tokens/s)"
 
@@ -100,7 +100,7 @@ def test_an_error_ends_the_line_and_passes_on(clock, work):
     with pytest.raises(KeyError), Progress(100, stream=out, clock=clock) as progress:
         work(progress, seconds=1, tokens=50)
         raise KeyError
-    assert out.getvalue().endswith("50 of 100 tokens (50%), 1 rows, 50 tokens/s, 1s left, stopped\n")
+    assert out.getvalue().endswith("50 of 100 tokens (50%), 1 rows, 50 tokens/s, 1s remaining, stopped\n")
 
 
 @pytest.mark.parametrize("total", [0, 10])
@@ -108,7 +108,7 @@ def test_nothing_done_claims_no_speed(clock, total):
     out = Terminal()
     with Progress(total, stream=out, clock=clock):
         pass
-    assert "left" not in out.getvalue()
+    assert "remaining" not in out.getvalue()
     assert out.getvalue().endswith("0 tokens, 0 rows in 0s (- tokens/s)\n")
 
 

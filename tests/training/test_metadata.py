@@ -3,7 +3,7 @@
 import datasets
 import pytest
 
-from funcattrib.training.metadata import shown, text_columns
+from funcattrib.training.metadata import metadata_of, text_columns
 from tests.support import tiny
 
 IDS = tiny.make_tokenizer()("w1 w2")["input_ids"]
@@ -19,12 +19,12 @@ IDS = tiny.make_tokenizer()("w1 w2")["input_ids"]
 )
 def test_of_a_data_set(columns: dict, expected: dict, texts: tuple[str, ...]) -> None:
     examples, tokenizer = datasets.Dataset.from_dict(columns), tiny.make_tokenizer()
-    assert shown(examples, tokenizer)(range(1, 2)) == {"id": ["1"], **expected}
+    assert metadata_of(examples, tokenizer)(range(1, 2)) == {"id": ["1"], **expected}
     assert text_columns(examples, tokenizer) == texts
 
 
 def test_of_a_list() -> None:
     examples = [{"input_ids": IDS, "id": "x"}]
-    assert shown(examples, tiny.make_tokenizer())(range(1)) == {"id": ["x"], "text": ["w1 w2"]}
+    assert metadata_of(examples, tiny.make_tokenizer())(range(1)) == {"id": ["x"], "text": ["w1 w2"]}
     assert text_columns(examples, tiny.make_tokenizer()) == ("text",)
     assert text_columns(examples, None) == ()

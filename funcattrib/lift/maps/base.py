@@ -114,7 +114,7 @@ class GradientMap:
 
     @property
     def per_entry(self) -> bool:
-        """Return whether the entries of stacked gradients are read each by a map of its own."""
+        """Return whether the entries of stacked gradients are read each by another map."""
         return False
 
     def rescale(self, value: Tensor, scale: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A gradient taken apart by attention heads, each head with a linear map of its own.
+"""A gradient taken apart by attention heads, each head with its linear map.
 
     C(G) = stack over heads h of   L_h G[rows of h] Rᵀ      or      L G[:, columns of h] R_hᵀ      (E, H, p, q)
 

@@ -62,7 +62,7 @@ class Sketched(GradientMap):
         return (torch.cat(parts) * self.sparsity**-0.5).reshape(self.shape)
 
 
-def buckets(how: Sketched, repetition: int, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def buckets(sketched: Sketched, repetition: int, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return rows (int64, in block ``repetition`` of [0, k)) and signs (±1, int32) of columns ``start`` to ``stop`` of
     S.
 
@@ -71,18 +71,18 @@ def buckets(how: Sketched, repetition: int, start: int, stop: int, device: torch
         >>> bool(((rows >= 4) & (rows < 8)).all()), sorted(set(signs.tolist()) | {-1, 1})
         (True, [-1, 1])
     """
-    height = how.k // how.sparsity
-    hashed = torch.cat([_hash(how, repetition, block, a, b, device) for block, a, b in _blocks(start, stop)])
+    height = sketched.k // sketched.sparsity
+    hashed = torch.cat([_hash(sketched, repetition, block, a, b, device) for block, a, b in _blocks(start, stop)])
     # The lowest bit is the sign; the others, shifted down without their sign, choose the row.
     rows = ((hashed >> 1) & 0x7FFFFFFF) % height
     return rows.to(torch.int64) + repetition * height, (hashed & 1) * 2 - 1
 
 
-def _hash(how: Sketched, repetition: int, block: int, start: int, stop: int, device: torch.device) -> Tensor:
+def _hash(sketched: Sketched, repetition: int, block: int, start: int, stop: int, device: torch.device) -> Tensor:
     """Hash positions, (stop − start,) int32; products wrap, and a right shift is followed by the mask that makes it
     logical.
     """
-    text = "\x1f".join(["sketch", str(how.seed), how.name, str(repetition), str(block)])
+    text = "\x1f".join(["sketch", str(sketched.seed), sketched.name, str(repetition), str(block)])
     digest = hashlib.sha256(text.encode()).digest()
     x = torch.arange(start, stop, dtype=torch.int32, device=device)
     for at in (0, 4):
@@ -108,25 +108,25 @@ class _Sketch(torch.autograd.Function):
     """S vec(G) of formed gradients (E, *shape), or of factors (E, N, O) and (E, N, I); not differentiated again."""
 
     @staticmethod
-    def forward(gradient: Tensor, cols: Tensor | None, how: Sketched) -> Tensor:
+    def forward(gradient: Tensor, cols: Tensor | None, sketched: Sketched) -> Tensor:
         wide = torch.promote_types(gradient.dtype, torch.float32)
-        total = torch.zeros(gradient.shape[0], how.k, dtype=wide, device=gradient.device)
+        total = torch.zeros(gradient.shape[0], sketched.k, dtype=wide, device=gradient.device)
         for start, part in _parts(gradient, cols):
             part = part.to(wide)
-            for repetition in range(how.sparsity):
-                rows, signs = buckets(how, repetition, start, start + part.shape[1], part.device)
+            for repetition in range(sketched.sparsity):
+                rows, signs = buckets(sketched, repetition, start, start + part.shape[1], part.device)
                 total.scatter_add_(1, rows.expand(part.shape), part * signs)
-        return (total * how.sparsity**-0.5).to(gradient.dtype)
+        return (total * sketched.sparsity**-0.5).to(gradient.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.mark_non_differentiable(output)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], gradient: Tensor, cols: Tensor | None, how: Sketched) -> Any:
+    def vmap(info: Any, in_dims: tuple[Any, ...], gradient: Tensor, cols: Tensor | None, sketched: Sketched) -> Any:
         size = info.batch_size
         both = fold(gradient, in_dims[0], size), fold(cols, in_dims[1], size)
-        return unfold(_Sketch.apply(*both, how), size), 0
+        return unfold(_Sketch.apply(*both, sketched), size), 0
 
 
 def _parts(gradient: Tensor, cols: Tensor | None) -> Iterator[tuple[int, Tensor]]:

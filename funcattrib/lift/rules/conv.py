@@ -43,7 +43,7 @@ def _tap_weight(x: Tensor, y: Tensor, weight: Lifted, axes: int, options: dict[s
     shape, gradient_map, groups = tuple(weight.weight.shape), weight.map, options["groups"]
     stride, dilation = (_each_axis(options[name], axes) for name in ("stride", "dilation"))
     padding = _padding(options["padding"], shape[2:], dilation)
-    # Groups are an axis of their own: (E, N, g, I)
+    # Groups are an axis: (E, N, g, I)
     seen = [patches(part, shape[2:], stride, padding, dilation) for part in x.chunk(groups, 1)]
     cols = by_example(torch.stack(seen, 2).flatten(2), weight).unflatten(-1, (groups, -1))
     if groups == 1 and gradient_map.takes_patches:
