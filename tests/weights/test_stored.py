@@ -1,7 +1,7 @@
 """Stored weights: what is computed on them is what is computed on dense ones, and they are dropped after their use."""
 
 import weakref
-from functools import partial
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def both(name: str, modules: str | None = None, **settings: object):
     stored = {n: Stored(Copied(p)) for n, p in params.items()}
     frozen = {n: Stored(Copied(t)) if n in own else t for n, t in described.parts.frozen.items()}
     parts = described.parts._replace(params=stored, frozen=frozen)
-    return (loss, params), (partial(loss.func, described._replace(parts=parts), *loss.args[1:]), stored)
+    return (loss, params), (replace(loss, model=described._replace(parts=parts)), stored)
 
 
 def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
