@@ -87,6 +87,10 @@ class Chain(NamedTuple):
         """Return name and settings of every stage, as the manifest keeps them."""
         return [stage.describe() for stage in self.stages]
 
+    def identity(self) -> list[dict[str, Any]]:
+        """Return the manifest's entry of every stage: its description, and a hash of code that is a user's."""
+        return [stage.identity() for stage in self.stages]
+
     def started(self) -> GradientSource:
         """Return the source.
 

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from funcattrib.chain.code_hash import code_hash, is_own
 from funcattrib.lift import Readouts, from_gradients
 from funcattrib.types import Grads, Leaf, Spec
 
 State = Any
+_FUNCTIONS = ("init", "statistics", "observe", "finalize", "maps", "apply", "parts")
 
 
 def stateless(spec: Spec) -> tuple[State, Spec]:
@@ -82,6 +84,15 @@ class Transform(NamedTuple):
     def describe(self) -> dict[str, Any]:
         """Return name and settings, as the manifest keeps them."""
         return {"name": self.name, **(self.settings or {})}
+
+    def identity(self) -> dict[str, Any]:
+        """Return the manifest's entry: the description, and of a user's transform a hash of its code."""
+        described = self.describe()
+        functions = [getattr(self, name) for name in _FUNCTIONS]
+        if not any(map(is_own, functions)):
+            return described
+        code = code_hash(functions, f"the transform {self.name!r}")
+        return described if code is None else {**described, "code": code}
 
     def linear_maps(self, state: State, spec: Spec) -> Readouts | None:
         """Return the maps where they are linear and all there is; None where something else is done too."""

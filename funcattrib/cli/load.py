@@ -8,6 +8,7 @@ import torch.distributed as dist
 from funcattrib.cli.settings import CheckpointConfig, DataConfig, ModelConfig, QueryColumns, ShardConfig
 from funcattrib.data import Columns
 from funcattrib.errors import FuncattribError
+from funcattrib.models.identity import model_identity
 from funcattrib.models.loading import Loaded, LoadOptions, load_model
 from funcattrib.models.sharded_loading import Shards
 from funcattrib.runs.settings import Source
@@ -22,7 +23,7 @@ def load_from(config: ModelConfig) -> Loaded:
     loaded = load_model(config.model, tokenizer=config.tokenizer, revision=config.revision, **options)
     if config.reference_model is None:
         return loaded
-    return loaded._replace(reference=load_model(config.reference_model, **options).model)
+    return loaded._replace(reference=load_model(config.reference_model, **options))
 
 
 def load_options(config: ModelConfig | CheckpointConfig) -> LoadOptions:
@@ -59,12 +60,15 @@ def shards_of(device: torch.device, ranks: int | None = None, offload: bool = Fa
 
 def source_of(loaded: Loaded, data: DataConfig) -> Source:
     """Return which documents are read, and what of the loaded model belongs to them."""
+    reference = loaded.reference
     return replace(
         _documents(data),
         tokenizer=loaded.tokenizer,
         model_name=loaded.name,
         revision=loaded.revision,
-        reference_model=loaded.reference,
+        identity=model_identity(loaded.model, loaded.name, loaded.revision, loaded.stamps),
+        reference_model=None if reference is None else reference.model,
+        reference_identity=None if reference is None else model_identity(reference.model, stamps=reference.stamps),
     )
 
 

@@ -76,6 +76,7 @@ def run(config: Query) -> int | None:
     from funcattrib.query.attributor import Attributor
     from funcattrib.query.csv_log import append_csv
     from funcattrib.query.faiss_index import FaissConfig
+    from funcattrib.query.stored_loss import check_named
     from funcattrib.report.table import hits_table
     from funcattrib.runtime.devices import pick_device
     from funcattrib.runtime.world import world
@@ -85,6 +86,7 @@ def run(config: Query) -> int | None:
     here = world()
     manifest = read_manifest(config.index)
     check_kind(manifest, config.index, "gradients")  # before a model is loaded
+    check_named(manifest)
     made_with = manifest.model
     device = pick_device(config.device)
     loaded = load_model(
@@ -103,8 +105,7 @@ def run(config: Query) -> int | None:
     )
     attributor = Attributor(
         config.index,
-        model=loaded.model,
-        tokenizer=loaded.tokenizer,
+        model=loaded,
         device=device,
         unit_norm=config.unit_norm,
         faiss_cfg=faiss_cfg,

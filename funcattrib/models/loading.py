@@ -21,6 +21,7 @@ from transformers import (
 from funcattrib.errors import FuncattribError
 from funcattrib.models.adapter import adapter_on, base_of
 from funcattrib.models.functional import functionalize
+from funcattrib.models.identity_cache import FileStamp, stamps_of
 from funcattrib.models.limits import vocabulary
 from funcattrib.models.locate import locate, quietly, readable
 from funcattrib.models.sharded_loading import Shards, load_sharded
@@ -43,14 +44,16 @@ _TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "spiece*", "tekke
 class Loaded(NamedTuple):
     """A model, its tokenizer (None where the folder has none) and its name: a hub id, or a folder's path.
 
-    ``reference`` is a model to compare it with, where one was asked for.
+    ``reference`` is a model to compare it with, where one was asked for. ``stamps`` are of the files that the model was
+    loaded from, for ``model_identity``.
     """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase | None
     name: str
     revision: str | None
-    reference: nn.Module | None = None
+    reference: "Loaded | None" = None
+    stamps: tuple[FileStamp, ...] | None = None
 
 
 class LoadOptions(NamedTuple):
@@ -100,6 +103,7 @@ def load_model(
     target = pick_device(device)
     source = locate(name)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    stamps = stamps_of(source, revision)
     with readable(name, source):
         base = base_of(source, revision)
         if base is None:
@@ -114,7 +118,8 @@ def load_model(
         with readable(name, source):
             model = adapter_on(loaded.model, source, revision)
         words = _own_tokenizer(name, tokenizer, options) or loaded.tokenizer
-        return Loaded(model.eval(), words, _called(name, source), revision)
+        both = None if stamps is None or loaded.stamps is None else (*loaded.stamps, *stamps)
+        return Loaded(model.eval(), words, _called(name, source), revision, stamps=both)
     causal = is_causal(model)
     if shards is not None:
         shards.gathers.settle()
@@ -123,7 +128,7 @@ def load_model(
             f"{name} is not a causal language model: {type(model).__name__} attends to later tokens\n"
             "give a decoder (in its config.json, is_decoder: true)"
         )
-    return Loaded(model, _own_tokenizer(name, tokenizer, options), _called(name, source), revision)
+    return Loaded(model, _own_tokenizer(name, tokenizer, options), _called(name, source), revision, stamps=stamps)
 
 
 def _whole(

@@ -17,27 +17,35 @@ from transformers import PreTrainedTokenizerBase
 
 from funcattrib.chain import state_tree
 from funcattrib.chain.chain import Chain
-from funcattrib.chain.per_example import per_example_grad, spec
+from funcattrib.chain.per_example import per_example_grad
 from funcattrib.data import Columns, Rows, collate, number_columns, plan, tokenize
 from funcattrib.data.documents import padding_id
+from funcattrib.data.numeric_examples import Examples
 from funcattrib.data.records import open_records
 from funcattrib.errors import FuncattribError
 from funcattrib.kernels.safe_norm import as_rows
 from funcattrib.losses.resolve import KINDS
-from funcattrib.models.identity import model_identity
+from funcattrib.models.functional import device_of
+from funcattrib.models.identity import change_marks, model_identity
 from funcattrib.models.limits import context_length, vocabulary
-from funcattrib.models.loading import PRECISIONS, load_model
+from funcattrib.models.loading import PRECISIONS, Loaded, load_model
 from funcattrib.models.selection import choose
 from funcattrib.query.faiss_index import FaissConfig, FaissIndex, build_or_load
 from funcattrib.query.faiss_index import search as search_index
-from funcattrib.query.stored_loss import stored_loss
+from funcattrib.query.stored_loss import check_given, check_named, stored_loss
 from funcattrib.query.topk import TopK, store_blocks, topk
 from funcattrib.store import GradientStore, open_store
-from funcattrib.store.compatibility import check_chain, check_kind, check_leaves, check_same_model, check_same_state
+from funcattrib.store.compatibility import (
+    check_chain,
+    check_kind,
+    check_leaves,
+    check_same_model,
+    check_same_state,
+)
 from funcattrib.store.metadata import example_text
 from funcattrib.training.capture import collecting
 from funcattrib.transforms.registry import rebuild
-from funcattrib.types import Batch, Grads, Loss, PerExample
+from funcattrib.types import Batch, Grads, Loss, Params, PerExample
 
 _BUDGET = 4096
 
@@ -86,7 +94,8 @@ class Attributor:
 
     Args:
         run: the store's folder.
-        model: the model that made it, or its name; loaded from the store's own record when first needed.
+        model: the model that made it, its name, or (loss, params) where the store was made with those; by default the
+            model that the store names, loaded when first needed.
         tokenizer: the model's own where ``model`` is a name.
         device: where exact search is computed, and a model that is loaded here.
         unit_norm: cosine in place of inner product.
@@ -112,7 +121,7 @@ class Attributor:
         self,
         run: str | Path,
         *,
-        model: nn.Module | str | Path | None = None,
+        model: nn.Module | str | Path | Loaded | tuple[Loss, Params] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         device: str | torch.device = "cpu",
         unit_norm: bool = False,
@@ -127,8 +136,9 @@ class Attributor:
         self._model = str(model) if isinstance(model, Path) else model
         self._tokenizer, self._chain = tokenizer, chain
         self._checked: nn.Module | None = None
+        self._traced: tuple[nn.Module, Any] | None = None
         if chain is not None:
-            check_chain(self.store.manifest, chain.describe())
+            check_chain(self.store.manifest, chain.identity())
         if state is not None:
             check_same_state(self.store, open_store(state))
         self._compute: _Bound | None = None
@@ -169,6 +179,8 @@ class Attributor:
         self, records: Sequence[Mapping[str, Any] | str], *, columns: Columns | None = None
     ) -> Float[Tensor, "K D"]:
         """Compute transformed gradients of queries, one row a record, in the store's layout."""
+        if isinstance(self._model, tuple) and not isinstance(self._model, Loaded):
+            return self._gradients_of_examples(records)
         model, tokenizer = self._loaded()
         columns = columns or self._columns(records)
         rows = [{columns.prompt: r} if isinstance(r, str) else dict(r) for r in records]
@@ -209,9 +221,14 @@ class Attributor:
     def _bound(self) -> _Bound:
         """Return the chain bound to the store's loss, made on the first call."""
         if self._compute is None:
-            loss, params = stored_loss(self._loaded()[0], self.store.manifest, self.device)
+            if isinstance(self._model, tuple) and not isinstance(self._model, Loaded):
+                loss, params = self._model
+                source = per_example_grad if self._chain is None else self._chain.started()
+                check_given(self.store.manifest, loss, source.named(params))
+            else:
+                loss, params = stored_loss(self._loaded()[0], self.store.manifest, self.device)
             chain, state = self._state(params)
-            self._compute = _Bound(loss, chain.bind(loss, params, state), next(iter(params.values())).device)
+            self._compute = _Bound(loss, chain.bind(loss, params, state), device_of(chain.started().named(params)))
         return self._compute
 
     @contextmanager
@@ -224,7 +241,7 @@ class Attributor:
         Example:
             ``with attributor.trace(model, 5) as found: model(ids, labels=ids).loss.backward()``, then ``found.hits``.
         """
-        check_same_model(self.store.manifest, model_identity(model))
+        self._check_traced(model)
         params = {n: p.detach() for n, p in model.named_parameters() if n in self._attributed(model)}
         chain, state = self._state(params)
         result = Trace()
@@ -243,6 +260,21 @@ class Attributor:
                 found.append(Hit(rank, value, row, example, text))
         return found
 
+    def _gradients_of_examples(self, records: Sequence[Mapping[str, Any] | str]) -> Float[Tensor, "K D"]:
+        """Compute the rows of examples for a user's loss, which are numbers as they are."""
+        if any(isinstance(record, str) for record in records):
+            raise FuncattribError("this store's loss takes examples of numbers, found a text; give dicts of numbers")
+        examples = Examples([dict(record) for record in records if not isinstance(record, str)])
+        rows = [examples.batch([number]) for number in range(len(records))]
+        return torch.cat([self.gradients_of(batch) for batch in rows])
+
+    def _check_traced(self, model: nn.Module) -> None:
+        """Refuse a model other than the store's; one that was checked and did not change since is not read again."""
+        marks = change_marks(model)
+        if self._traced is None or self._traced[0] is not model or self._traced[1] != marks:
+            check_same_model(self.store.manifest, model_identity(model))
+            self._traced = model, marks
+
     def _columns(self, records: Sequence[Mapping[str, Any] | str]) -> Columns:
         if any(isinstance(record, str) for record in records):
             return Columns()
@@ -258,17 +290,24 @@ class Attributor:
 
     def _loaded(self) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
         if self._model is None:
+            check_named(self.store.manifest)
             self._model = str(self.store.manifest.model["id"])
         if isinstance(self._model, str):
             made_with = self.store.manifest.model
             named = made_with["id"] == self._model
-            loaded = load_model(
+            self._model = load_model(
                 self._model,
                 revision=made_with["revision"] if named else None,
                 precision=PRECISIONS.get(made_with["dtype"], "fp32"),
                 device=str(self.device),
             )
+        if isinstance(self._model, Loaded):
+            loaded = self._model
             self._model, self._tokenizer = loaded.model, self._tokenizer or loaded.tokenizer
+            identity = model_identity(loaded.model, loaded.name, stamps=loaded.stamps)
+            check_same_model(self.store.manifest, identity)
+            self._checked = self._model
+        assert isinstance(self._model, nn.Module), "(loss, params) have no tokenizer"
         if self._model is not self._checked:
             check_same_model(self.store.manifest, model_identity(self._model))
             self._checked = self._model
@@ -278,9 +317,9 @@ class Attributor:
         loss = self.store.manifest.loss
         return choose(model, loss["modules"] or None, loss["exclude"])
 
-    def _state(self, params: Mapping[str, Tensor]) -> tuple[Chain, Any]:
+    def _state(self, params: Params) -> tuple[Chain, Any]:
         chain = self._chain or rebuild(per_example_grad, self.store.manifest.chain)
-        template, saved = chain.init(spec(params))[0], self.store.state()
+        template, saved = chain.init(chain.started().spec(params))[0], self.store.state()
         if not saved and state_tree.flatten(template):
             raise FuncattribError(
                 f"{self.store.path} has no fitted state for its chain; finish building the store first"

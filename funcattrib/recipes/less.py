@@ -175,7 +175,7 @@ def _score_one(
     prepared = prepare(model, inputs, source, rows_config, of_documents, None)
     last = inner_products(as_leaves(wanted, store, prepared.work.device), unit_norm=True)
     # the update is on one side alone; in all else the two sides must agree
-    check_gradients(replace(prepared.manifest, chain=of_queries.describe()), store.manifest)
+    check_gradients(replace(prepared.manifest, chain=of_queries.identity()), store.manifest)
     method = {
         "name": "less, one checkpoint",
         "columns": [list(members) for members in columns.values()],

@@ -4,18 +4,16 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
-from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from funcattrib.runs.workload import Work
 from funcattrib.runtime import memory
+from funcattrib.runtime.user_cache import UserCache
 from funcattrib.store import Manifest
 
-_VERSION = 1  # of the file
+_CACHE = UserCache("token_budgets", "budgets", version=1)
 
 
 class Budget(NamedTuple):
@@ -47,30 +45,13 @@ def key_of(work: Work, manifest: Manifest, longest: int, fits: bool) -> str:
 
 def known(key: str) -> Budget | None:
     """Look up a budget that was found before."""
-    return _load().get(key)
+    try:
+        tokens, speed, peak = _CACHE.read()[key]
+        return Budget(int(tokens), float(speed), int(peak)) if int(tokens) > 0 else None
+    except (ValueError, KeyError, TypeError):
+        return None  # not there, or damaged
 
 
 def keep(key: str, budget: Budget) -> None:
-    """Keep a budget for the next run; a file that cannot be written is no matter."""
-    with suppress(OSError, RuntimeError):
-        file = _file()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"version": _VERSION, "budgets": {**_load(), key: budget}}, indent=1)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as part:
-            part.write(text)
-        os.replace(part.name, file)
-
-
-def _load() -> dict[str, Budget]:
-    """Load all that was found; nothing where the file cannot be read as such."""
-    try:
-        kept = json.loads(_file().read_text(encoding="utf-8"))
-        if kept["version"] != _VERSION:
-            return {}
-        return {key: Budget(int(t), float(s), int(p)) for key, (t, s, p) in kept["budgets"].items() if int(t) > 0}
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
-        return {}  # missing, unreadable, damaged, or no home
-
-
-def _file() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "funcattrib" / "token_budgets.json"
+    """Keep a budget for the next run."""
+    _CACHE.add(key, budget)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from funcattrib.chain import per_example, state_tree
 from funcattrib.chain.chain import Chain
+from funcattrib.chain.code_hash import code_hash
 from funcattrib.chain.per_example import per_example_grad
 from funcattrib.chain.transform import State
 from funcattrib.data import Columns
@@ -20,11 +21,10 @@ from funcattrib.data.numeric_examples import Examples
 from funcattrib.data.records import Records, open_examples, open_records
 from funcattrib.errors import FuncattribError
 from funcattrib.losses.resolve import KINDS, find_loss, loss_of
-from funcattrib.losses.script import code_digest, in_script
 from funcattrib.models.functional import device_of, parameters_of, sharing
-from funcattrib.models.identity import fingerprint_tensors, model_identity
+from funcattrib.models.identity import model_identity, parameters_identity
 from funcattrib.models.limits import context_length, vocabulary
-from funcattrib.models.loading import PRECISIONS, load_model, load_tokenizer
+from funcattrib.models.loading import PRECISIONS, Loaded, load_model, load_tokenizer
 from funcattrib.runs.config import GradientConfig
 from funcattrib.runs.default_chain import chain_of
 from funcattrib.runs.oom_retry import Pieces
@@ -34,6 +34,7 @@ from funcattrib.runtime.world import world
 from funcattrib.store import GradientStore, Manifest, StoreWriter, lay_out, open_store
 from funcattrib.store.compatibility import check_state
 from funcattrib.types import Batch, Loss, Params
+from funcattrib.weights.content_hash import hash_tensors
 from funcattrib.weights.lockstep import Lockstep
 
 log = logging.getLogger(__name__)
@@ -105,25 +106,37 @@ def prepare(
             "kind": "own" if isinstance(model, tuple) else gradients.loss,
             "reduction": gradients.loss_reduction,
             "label_smoothing": gradients.label_smoothing,
-            "reference": None if reference is None else model_identity(reference),
+            "reference": source.reference_identity,
             "modules": list(gradients.modules),
             "exclude": list(gradients.exclude),
+            **_code_of_loss(model, source, gradients),
         },
         computed_with={"token_batch_size": budget, **_fitted_on(chain, first, gradients)},
-        chain=chain.describe(),
+        chain=chain.identity(),
         seed=gradients.seed,
         leaves=leaves,
         dtype=gradients.dtype,
         rows=len(corpus.lengths),
         rows_per_shard=rows_per_shard,
         text_columns=corpus.text_columns,
-        extra={**corpus.notes(), **({} if isinstance(model, tuple) else _script_notes(source, gradients))},
+        extra=corpus.notes(),
     )
     pieces = Pieces(partial(_described, corpus))
     step = Lockstep(sharing(*map(_parameters, (module, reference))), partial(_shortest, corpus, params))
     work = Work(loss, params, chain, corpus, budget, source.quiet, pieces, world(), step)
     prepared = Prepared(work, manifest, None)
     return prepared if state is None else with_state(prepared, open_store(state))
+
+
+def _code_of_loss(model: nn.Module | tuple[Loss, Params], source: Source, gradients: GradientConfig) -> dict[str, Any]:
+    """Return the manifest's entry for the code of a user's loss; nothing of a loss of this library."""
+    if isinstance(model, tuple):
+        code = code_hash(model[0], "the loss")
+    elif source.loss_function is None and gradients.loss in KINDS:
+        return {}
+    else:
+        code = code_hash(source.loss_function or find_loss(gradients.loss), f"the loss {gradients.loss}")
+    return {} if code is None else {"code": code}
 
 
 def _parameters(model: nn.Module | Params | None) -> Params:
@@ -179,7 +192,8 @@ def load_named(model: Model | Path, source: Source) -> tuple[nn.Module | tuple[L
         named = source.tokenizer if isinstance(source.tokenizer, str) else None
         loaded = load_model(str(model), tokenizer=named, revision=source.revision, **source.loading._asdict())
         tokenizer = loaded.tokenizer if named or source.tokenizer is None else source.tokenizer
-        model, source = loaded.model, replace(source, tokenizer=tokenizer, model_name=loaded.name)
+        identity = model_identity(loaded.model, loaded.name, source.revision, loaded.stamps)
+        model, source = loaded.model, replace(source, tokenizer=tokenizer, model_name=loaded.name, identity=identity)
     elif isinstance(source.tokenizer, str):
         options = {"trust_remote_code": source.loading.trust_remote_code}
         source = replace(source, tokenizer=load_tokenizer(source.tokenizer, options))
@@ -193,7 +207,13 @@ def load_named(model: Model | Path, source: Source) -> tuple[nn.Module | tuple[L
             "(loss, params) cannot be combined with `loss` or `reference_model`; give a model, or leave these out"
         )
     if isinstance(model, nn.Module) and isinstance(source.reference_model, str):
-        source = replace(source, reference_model=_beside(model, source.reference_model))
+        loaded = _beside(model, source.reference_model)
+        identity = model_identity(loaded.model, stamps=loaded.stamps)
+        source = replace(source, reference_model=loaded.model, reference_identity=identity)
+    if isinstance(model, nn.Module) and source.identity is None:
+        source = replace(source, identity=model_identity(model, source.model_name, source.revision))
+    if isinstance(source.reference_model, nn.Module) and source.reference_identity is None:
+        source = replace(source, reference_identity=model_identity(source.reference_model))
     return model, source
 
 
@@ -236,14 +256,8 @@ def _language_model(model: nn.Module, source: Source, gradients: GradientConfig,
         modules=gradients.modules or None,
         exclude=gradients.exclude,
     )
-    return loss, params, model, model_identity(model, source.model_name, source.revision)
-
-
-def _script_notes(source: Source, gradients: GradientConfig) -> dict[str, Any]:
-    """Return the digest of a loss that is defined in the script, which no query can import."""
-    if not in_script(gradients.loss):
-        return {}
-    return {"loss_code": code_digest(source.loss_function or find_loss(gradients.loss))}
+    assert source.identity is not None, "load_named has computed it"
+    return loss, params, model, dict(source.identity)
 
 
 def _described(corpus: Corpus, row: int) -> str:
@@ -252,11 +266,11 @@ def _described(corpus: Corpus, row: int) -> str:
     return f"row {row}{'' if name == str(row) else f' (id {name})'} of {int(corpus.lengths[row]):,} tokens"
 
 
-def _beside(model: nn.Module, name: str) -> nn.Module:
+def _beside(model: nn.Module, name: str) -> Loaded:
     """Load another model where ``model`` is, in its precision."""
     weight = next(model.parameters())
     precision = PRECISIONS[str(weight.dtype).removeprefix("torch.")]
-    return load_model(name, device=str(weight.device), precision=precision).model
+    return load_model(name, device=str(weight.device), precision=precision)
 
 
 def _own_loss(model: tuple[Loss, Params], source: Source, gradients: per_example.GradientSource) -> _Parts:
@@ -264,10 +278,8 @@ def _own_loss(model: tuple[Loss, Params], source: Source, gradients: per_example
     if not callable(loss):
         raise FuncattribError(f"expected a loss function and its parameters, found {type(loss).__name__} for the loss")
     tensors = gradients.named(params)
-    name = source.model_name or getattr(loss, "__qualname__", type(loss).__name__)
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    identity = {"id": name, "revision": None, "architecture": "own loss", "dtype": dtype}
-    return loss, params, params, {**identity, "fingerprint": fingerprint_tensors(tensors)}
+    name = source.model_name or str(getattr(loss, "__qualname__", type(loss).__name__))
+    return loss, params, params, parameters_identity(tensors, name)
 
 
 def _fitted_on(chain: Chain, first: State, gradients: GradientConfig) -> dict[str, Any]:
@@ -281,4 +293,6 @@ def _fitted_on(chain: Chain, first: State, gradients: GradientConfig) -> dict[st
         if not stage.fitted
         for name, tensor in state_tree.flatten(state).items()
     }
-    return {"fit_documents": gradients.fit_documents, **({"given": fingerprint_tensors(numbers)} if numbers else {})}
+    hashes = hash_tensors(numbers)
+    given = {"given": hashes.sampled, "given_content": hashes.content} if numbers else {}
+    return {"fit_documents": gradients.fit_documents, **given}

@@ -36,6 +36,8 @@ class Source:
         truncation: cut documents longer than ``max_length``.
         max_length: by default the model's context.
         model_name, revision: what the manifest calls the model.
+        identity, reference_identity: what ``model_identity`` gave of the model and the reference model, where that is
+            known; they are computed once a run.
         loading: how models given by name are loaded.
         reference_model: the model that the loss ``kl`` compares with, or its name.
         loss_function: a function in place of the loss that the settings name.
@@ -54,8 +56,10 @@ class Source:
     max_length: int | None = None
     model_name: str | None = None
     revision: str | None = None
+    identity: Mapping[str, Any] | None = None
     loading: LoadOptions = field(default_factory=LoadOptions)
     reference_model: nn.Module | str | None = None
+    reference_identity: Mapping[str, Any] | None = None
     loss_function: Own | None = None
     quiet: bool = False
 

@@ -1,13 +1,12 @@
 """Decide whether two runs may be continued as one or compared, and word the difference where not.
 
-    continue   a store by the same command, parts by a merge      all of ``manifest.identity`` agrees
+    continue   a store by the same command, parts by a merge      all of ``manifest.identity`` agrees but a model's name
     compare    gradients with queries                              model, chain, leaves and fitted state agree
     use        a state, model or chain that is given to a run      it is the run's
 
 A check returns nothing where the two agree, and raises the error for the reader where they do not.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from funcattrib.errors import ChainError, FuncattribError, StoreError
+from funcattrib.store.comparable import comparable, hash_kind, hashes, same_code, stages, without_names
 from funcattrib.store.layout import LeafColumns
 from funcattrib.store.manifest import Kind, Manifest, differences
 
@@ -73,7 +73,7 @@ def check_parts(folders: Sequence[Path], manifests: Sequence[Manifest], states: 
         StoreError: naming two folders and their first difference.
     """
     for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
-        if lines := differences(manifests[0], manifest):
+        if lines := differences(*comparable(manifests[0], manifest)):
             raise StoreError(f"{folder} is a part of another run than {folders[0]}: {lines[0]}")
     for folder, state in zip(folders[1:], states[1:], strict=True):
         if state != states[0]:
@@ -89,8 +89,8 @@ def check_gradients(train: Manifest, query: Manifest) -> None:
     Raises:
         FuncattribError: naming the first difference.
     """
-    _check_query("model", train.model["fingerprint"], query.model["fingerprint"])
-    _check_query("chain", _stages(train.chain), _stages(query.chain))
+    _check_query("model", *hashes(train.model, query.model))
+    _check_query("chain", *stages(train.chain, query.chain))
     _check_query("leaves", train.leaves, query.leaves)
 
 
@@ -134,10 +134,10 @@ def check_chain(made_with: Manifest, given: Sequence[Mapping[str, Any]]) -> None
     Raises:
         FuncattribError: naming the first stage that differs.
     """
-    stages = [_stages(chain) for chain in (made_with.chain, given)]
-    at = next((i for i, pair in enumerate(zip(*stages, strict=False)) if pair[0] != pair[1]), min(map(len, stages)))
-    if at < max(map(len, stages)):
-        expected, found = (_stage_in_words(chain[at]) if at < len(chain) else "no stage" for chain in stages)
+    both = stages(made_with.chain, given)
+    at = next((i for i, pair in enumerate(zip(*both, strict=False)) if pair[0] != pair[1]), min(map(len, both)))
+    if at < max(map(len, both)):
+        expected, found = (_stage_in_words(chain[at]) if at < len(chain) else "no stage" for chain in both)
         raise FuncattribError(
             f"expected the chain that made the store, whose stage {at + 1} is {expected}, found {found}"
         )
@@ -149,16 +149,29 @@ def check_same_model(made_with: Manifest, found: Mapping[str, Any]) -> None:
     Raises:
         FuncattribError: naming the first difference.
     """
-    expected = made_with.model
-    if expected["fingerprint"] == found["fingerprint"]:
+    expected, kind = made_with.model, hash_kind(made_with.model, found)
+    if expected[kind] == found[kind]:
         return
-    name = next(name for name in ("architecture", "dtype", "fingerprint") if expected[name] != found[name])
-    ours, theirs = (str(model[name])[: _HASH_DIGITS if name == "fingerprint" else None] for model in (expected, found))
+    name = next(name for name in ("architecture", "dtype", kind) if expected[name] != found[name])
+    ours, theirs = (str(model[name])[: _HASH_DIGITS if name == kind else None] for model in (expected, found))
     raise FuncattribError(
         f"expected the model that made the store ({expected['id']}, {name} {ours}), "
         f"found {found['id']} with {name} {theirs}\n"
         "give that model, or build a store for this one"
     )
+
+
+def check_same_loss(made_with: Manifest, code: Mapping[str, Any] | None) -> None:
+    """Refuse a loss in Python other than the one that made the store; ``code`` is its hash, None where it has none.
+
+    Raises:
+        FuncattribError: the code is another.
+    """
+    if not same_code(made_with.loss.get("code"), code):
+        raise FuncattribError(
+            "the loss is not the one that made the store: its code was edited since, or it refers to other values\n"
+            "give that loss, or build a store for this one"
+        )
 
 
 def check_reference(made_with: Mapping[str, Any], found: Mapping[str, Any]) -> None:
@@ -167,7 +180,8 @@ def check_reference(made_with: Mapping[str, Any], found: Mapping[str, Any]) -> N
     Raises:
         FuncattribError: the weights differ.
     """
-    if found["fingerprint"] != made_with["fingerprint"]:
+    ours, theirs = hashes(made_with, found)
+    if ours != theirs:
         raise FuncattribError(
             f"the reference model at {made_with['id']} is not the one that made the store; restore that one"
         )
@@ -185,8 +199,8 @@ def check_state(wanted: Manifest, given: "GradientStore") -> None:
     if found.state is None:
         raise ChainError(f"the state at {path} is unfinished; run its command again to finish it")
     for what, ours, theirs in (
-        ("model", wanted.model["fingerprint"], found.model["fingerprint"]),
-        ("chain", _stages(wanted.chain), _stages(found.chain)),
+        ("model", *hashes(wanted.model, found.model)),
+        ("chain", *stages(wanted.chain, found.chain)),
         ("leaves", wanted.leaves, found.leaves),
     ):
         same = _names(ours) == _names(theirs) if what == "leaves" else ours == theirs
@@ -211,8 +225,8 @@ def check_same_state(store: "GradientStore", given: "GradientStore") -> None:
     if ours.state is not None and ours.state.sha256 == theirs.state.sha256:
         return
     for what, mine, other in (
-        ("model", ours.model["fingerprint"], theirs.model["fingerprint"]),
-        ("chain", _stages(ours.chain), _stages(theirs.chain)),
+        ("model", *hashes(ours.model, theirs.model)),
+        ("chain", *stages(ours.chain, theirs.chain)),
     ):
         if mine != other:
             raise FuncattribError(
@@ -241,12 +255,6 @@ def _state_hash(manifest: Manifest) -> str | None:
     return manifest.computed_with.get("state") if manifest.state is None else manifest.state.sha256
 
 
-def _stages(chain: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return a chain's settings as a manifest on disk has them: lists in place of tuples."""
-    stages: list[dict[str, Any]] = json.loads(json.dumps(chain, default=repr))
-    return stages
-
-
 def _difference(what: str, expected: Any, found: Any) -> str:
     """Word how two runs differ in their model or state (hashes), chain, or leaves."""
     if what == "chain":
@@ -260,12 +268,17 @@ def _difference(what: str, expected: Any, found: Any) -> str:
     return "{} instead of {}".format(*shown)
 
 
+def _model_in_words(model: Mapping[str, Any], kind: str) -> str:
+    return f"{model.get('id')} ({model.get('dtype')}, {str(model.get(kind))[:_HASH_DIGITS]})"
+
+
 def _chain_in_words(chain: Sequence[Mapping[str, Any]]) -> str:
     return " → ".join(map(_stage_in_words, chain)) or "no transforms"
 
 
 def _stage_in_words(stage: Mapping[str, Any]) -> str:
-    return f"{stage['name']}({', '.join(f'{key}={value}' for key, value in stage.items() if key != 'name')})"
+    settings = {key: value["sha256"][:_HASH_DIGITS] if key == "code" else value for key, value in stage.items()}
+    return f"{stage['name']}({', '.join(f'{key}={value}' for key, value in settings.items() if key != 'name')})"
 
 
 def _leaves_in_words(leaves: Sequence[LeafColumns]) -> str:
@@ -278,8 +291,13 @@ def _names(leaves: Any) -> list[str]:
 
 def _independent(wanted: Manifest, found: Manifest) -> list[str]:
     """List differences without those that others entail: a chain's settings decide the leaves, the data its sizes."""
-    lines = [line for line in differences(wanted, found) if not line.startswith("chain")]
-    chains = [_chain_in_words(_stages(manifest.chain)) for manifest in (wanted, found)]
+    lines = [line for line in differences(*comparable(wanted, found)) if not line.startswith(("chain", "model."))]
+    models = without_names(wanted.model, found.model)
+    if models[0] != models[1]:
+        kind = hash_kind(wanted.model, found.model)
+        named = (_model_in_words(manifest.model, kind) for manifest in (wanted, found))
+        lines.insert(0, "model: expected {}, found {}".format(*named))
+    chains = [_chain_in_words(chain) for chain in stages(wanted.chain, found.chain)]
     if chains[0] != chains[1]:
         lines.append("chain: expected {}, found {}".format(*chains))
     independent = [line for line in lines if not line.startswith(_ENTAILED)]

@@ -180,7 +180,7 @@ class GradientCollectorCallback(TrainerCallback):
                 "exclude": list(self.exclude),
             },
             computed_with={"training": True, **self.weighing._asdict()},
-            chain=self.chain.describe(),
+            chain=self.chain.identity(),
             seed=args.seed,
             leaves=leaves,
             dtype=self.dtype,

@@ -49,7 +49,7 @@ def rebuild(source: GradientSource, description: Sequence[Mapping[str, Any]]) ->
     stages = []
     for entry in description:
         settings = {key: value for key, value in entry.items() if key != "name"}
-        if entry["name"] not in FACTORIES:
+        if entry["name"] not in FACTORIES or "code" in settings:
             raise ChainError(
                 f"the store's stage {entry['name']!r} is a transform of the user's, which no manifest can rebuild\n"
                 "ask in Python with the chain that made the store, Attributor(run, chain=chain); the command line has "
