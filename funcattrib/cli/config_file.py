@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import tyro
 
+from funcattrib.cli.flags import in_python_alone
 from funcattrib.errors import FuncattribError
 from funcattrib.runtime.yaml_mapping import read_mapping
 
@@ -96,7 +97,7 @@ def _carrier(config_type: type[_Config], values: dict[str, Any], path: Path) -> 
         value: Any = tyro.MISSING
         if dataclasses.is_dataclass(hints[field.name]):
             value = _carrier(hints[field.name], values, path)
-        elif field.name in values:
+        elif field.name in values and not in_python_alone(config_type, field.name):
             value = _typed(hints[field.name], values.pop(field.name), f"{path}: {field.name}")
         elif field.default is not dataclasses.MISSING:
             value = field.default
@@ -109,6 +110,8 @@ def _carrier(config_type: type[_Config], values: dict[str, Any], path: Path) -> 
 def _leaves(config: object) -> Iterator[tuple[str, Any]]:
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         value = getattr(config, field.name)
+        if in_python_alone(type(config), field.name):
+            continue
         if dataclasses.is_dataclass(value):
             yield from _leaves(value)
         else:

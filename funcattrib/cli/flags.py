@@ -10,6 +10,8 @@ from collections.abc import Collection
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
+import tyro
+
 _CALLED = {
     "query_data": "query_dataset",
     "query_stores": "query_path",
@@ -59,5 +61,20 @@ def setting_names(config_type: type) -> list[str]:
     names: list[str] = []
     for each in fields(config_type):
         inner = hints[each.name]
-        names += setting_names(inner) if isinstance(inner, type) and is_dataclass(inner) else [each.name]
+        if isinstance(inner, type) and is_dataclass(inner):
+            names += setting_names(inner)
+        elif not in_python_alone(config_type, each.name):
+            names.append(each.name)
     return names
+
+
+def in_python_alone(config_type: type, name: str) -> bool:
+    """Return whether a field is no setting of the command line: its type has no form there.
+
+    Example:
+        >>> from funcattrib.runs.config import GradientConfig
+        >>> in_python_alone(GradientConfig, "attention_cfgs"), in_python_alone(GradientConfig, "seed")
+        (True, False)
+    """
+    hint = get_type_hints(config_type, include_extras=True)[name]
+    return tyro.conf.Fixed in getattr(hint, "__metadata__", ())

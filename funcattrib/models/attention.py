@@ -2,49 +2,12 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import nn
 
-from funcattrib.errors import ChainError, FuncattribError
-
-Order = Literal["head", "head qkv", "qkv head"]
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """Layout of the heads along an axis of one weight.
-
-    Attributes:
-        num_heads: heads that this weight has: with grouped queries, keys and values have fewer than queries.
-        head_size: rows (or columns) of one head; of each of query, key and value where they are fused.
-        head_dim: the axis: 0 rows, 1 columns. 2 is rows as well: the last axis of a linear layer's output (example,
-            token, feature).
-        order: ``head`` (head, size); fused weights have ``head qkv`` (head, 3, size), as GPT-NeoX, or ``qkv head``
-            (3, head, size), as GPT-2.
-
-    Example:
-        >>> AttentionConfig(num_heads=8, head_size=64, order="head qkv")  # GPT-NeoX's query_key_value
-        AttentionConfig(num_heads=8, head_size=64, head_dim=0, order='head qkv')
-    """
-
-    num_heads: int
-    head_size: int
-    head_dim: int = 0
-    order: Order = "head"
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without a weight."""
-        if self.num_heads < 1 or self.head_size < 1:
-            raise ChainError(
-                f"expected num_heads and head_size of at least 1, found {self.num_heads} and {self.head_size}"
-            )
-        if self.head_dim not in (0, 1, 2):
-            raise ChainError(f"expected head_dim 0 (rows) or 1 (columns), found {self.head_dim}")
-        if self.order not in get_args(Order):
-            raise ChainError(f"expected an order of {', '.join(map(repr, get_args(Order)))}, found {self.order!r}")
-
+from funcattrib.errors import FuncattribError
+from funcattrib.models.attention_config import AttentionConfig, Order
 
 _APART = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"))
 _FUSED: Mapping[str, Order] = {"query_key_value": "head qkv", "c_attn": "qkv head", "Wqkv": "qkv head"}

@@ -20,7 +20,7 @@ def choose(model: nn.Module, modules: Iterable[str] | None = None, exclude: Iter
         first.setdefault(id(tensor), name)
     for glob in [*(include or ()), *exclude]:
         if not any(fnmatch.fnmatchcase(name, glob) for name, _ in aliases):
-            raise FuncattribError(_no_match(glob, [name for name, _ in aliases]))
+            raise FuncattribError(no_match(glob, [name for name, _ in aliases]))
     default = set() if include is not None else _block_matrices(model)
     chosen: set[str] = set()
     for name, tensor in aliases:
@@ -36,7 +36,8 @@ def choose(model: nn.Module, modules: Iterable[str] | None = None, exclude: Iter
     return chosen
 
 
-def _no_match(glob: str, names: list[str]) -> str:
+def no_match(glob: str, names: list[str]) -> str:
+    """Word the error of a glob that matches no parameter's name."""
     near = difflib.get_close_matches(glob.strip("*."), names, n=1, cutoff=0.3) or names[:1]
     return f"no parameter's name matches {glob!r}; did you mean {near[0]!r}?"
 

@@ -18,6 +18,7 @@ from funcattrib.data.records import Records
 from funcattrib.losses.script import in_script
 from funcattrib.runs.config import GradientConfig
 from funcattrib.runs.prepare import Inputs, Model, prepare, read_inputs, shard_rows, state_of
+from funcattrib.runs.processor import Processor, with_processor
 from funcattrib.runs.run_folder import run_folder
 from funcattrib.runs.settings import GradientSettings, Source, resolve
 from funcattrib.runs.token_budget import with_budget
@@ -37,6 +38,7 @@ def collect_gradients(
     path: str | Path,
     chain: Chain | None = None,
     state: str | Path | None = None,
+    processor: Processor | None = None,
     granularity: Literal["example", "token"] = "example",
     source: Source | None = None,
     gradients: GradientConfig | None = None,
@@ -53,6 +55,7 @@ def collect_gradients(
         path: the folder of the store.
         chain: transforms in place of normalizer and projection.
         state: a folder with a fitted state (``fit_chain``, or an earlier store); fitted here when not given.
+        processor: either of the two by its type: a tokenizer, or a fitted state as an open store or its folder.
         granularity: ``token`` makes a row of every token; a document's rows add up to its gradient.
         source, gradients: settings passed whole: which documents are read, and what is computed.
         overwrite: start over where the folder holds another run.
@@ -76,6 +79,7 @@ def collect_gradients(
         tensor([[12., 24., 36.]])
     """
     source, gradients = resolve(source, gradients or GradientConfig(), settings)
+    source, state = with_processor(processor, source, state)
     prepared = prepare(model, data, source, gradients, chain, state)
     if in_script(prepared.manifest.loss["kind"]) and not source.quiet and prepared.work.world.is_rank_zero:
         log.warning(

@@ -1,10 +1,14 @@
 """The settings that commands share. Importing this file imports no torch."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 from funcattrib.errors import FuncattribError
+from funcattrib.models.attention_config import AttentionConfig
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ class GradientConfig(FittedConfig):
     """Rows or columns of one head."""
     head_dim: int | None = None
     """Axis of the heads: 0 rows (also 2, the last axis of the output), 1 columns. By default 0."""
+    attention_cfgs: tyro.conf.Fixed[Mapping[str, AttentionConfig]] = field(default_factory=dict)  # no flag has its form
+    """Globs of modules to take apart by head, each with how its heads lie; in Python alone."""
     split_experts: bool = False
     """Take stacks of experts apart, a leaf an expert."""
 
@@ -99,7 +105,7 @@ class GradientConfig(FittedConfig):
         """Check what a type cannot say."""
         super().__post_init__()
         at_least(self, damping=0, sketch_dim=1, num_heads=1, head_size=1)
-        heads, split = self.split_attention_modules, self.split_heads or self.split_experts
+        heads, split = self.split_attention_modules, self.split_heads or self.split_experts or self.attention_cfgs
         refuse(
             (
                 self.optimizer_state is not None and self.normalizer == "none",
@@ -116,6 +122,10 @@ class GradientConfig(FittedConfig):
             (
                 self.split_heads and heads,
                 "`split_heads` and `split_attention_modules` cannot be combined; leave one out",
+            ),
+            (
+                self.attention_cfgs and (self.split_heads or heads),
+                "`attention_cfgs` says where the heads are; leave `split_heads` and `split_attention_modules` out",
             ),
             (heads and self.num_heads is None, "`split_attention_modules` requires `num_heads`"),
             (heads and self.head_size is None, "`split_attention_modules` requires `head_size`"),

@@ -1,5 +1,6 @@
 """The chain of transforms that the settings ask for."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from funcattrib.chain.transform import Transform
 from funcattrib.checkpoints.optimizer_state import optimizer_state
 from funcattrib.errors import FuncattribError
 from funcattrib.models.attention import attention_configs
+from funcattrib.models.selection import no_match
 from funcattrib.runs.config import GradientConfig, RowConfig
 from funcattrib.transforms import (
     AttentionConfig,
@@ -21,6 +23,7 @@ from funcattrib.transforms import (
     split_experts,
     split_heads,
 )
+from funcattrib.transforms.heads import names_leaf
 from funcattrib.types import Params
 
 
@@ -65,7 +68,13 @@ def projection_of(rows: RowConfig, seed: int | None = None) -> list[Transform]:
     return [project(rows.projection_dim, kind=rows.projection_type, seed=rows.seed if seed is None else seed)]
 
 
-def _heads(gradients: GradientConfig, model: nn.Module | Params) -> dict[str, AttentionConfig]:
+def _heads(gradients: GradientConfig, model: nn.Module | Params) -> Mapping[str, AttentionConfig]:
+    if gradients.attention_cfgs:
+        names = [name for name, _ in model.named_parameters()] if isinstance(model, nn.Module) else list(model)
+        for glob in gradients.attention_cfgs:
+            if not any(names_leaf(glob, name) for name in names):
+                raise FuncattribError(no_match(glob, names))
+        return gradients.attention_cfgs
     if gradients.split_heads:
         if not isinstance(model, nn.Module):
             raise FuncattribError(

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from funcattrib.data import Columns
 from funcattrib.errors import FuncattribError
 from funcattrib.losses.resolve import Own, loss_name
+from funcattrib.models.attention_config import AttentionConfig
 from funcattrib.models.loading import LoadOptions
 from funcattrib.runs.config import GradientConfig, RowConfig
 
@@ -119,6 +120,7 @@ class GradientSettings(FittedSettings, total=False):
     num_heads: int | None
     head_size: int | None
     head_dim: int | None
+    attention_cfgs: Mapping[str, AttentionConfig]
     split_experts: bool
 
 

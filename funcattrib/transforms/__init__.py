@@ -1,6 +1,6 @@
 """Transforms of per-example gradients, one family a file."""
 
-from funcattrib.models.attention import AttentionConfig
+from funcattrib.models.attention_config import AttentionConfig
 from funcattrib.transforms.adafactor import adafactor_norm
 from funcattrib.transforms.adam import adam_norm
 from funcattrib.transforms.adam_update import AdamState, adam_update

@@ -16,7 +16,7 @@ from typing import Any
 from funcattrib.chain.transform import State, Transform
 from funcattrib.errors import ChainError
 from funcattrib.lift import Heads, Readout, Readouts, Split, TwoSided, readout
-from funcattrib.models.attention import AttentionConfig
+from funcattrib.models.attention_config import AttentionConfig
 from funcattrib.types import Leaf, Spec
 
 _MARK = "#"
@@ -63,6 +63,17 @@ def whole(name: str) -> str:
     return name.partition(_MARK)[0]
 
 
+def names_leaf(glob: str, name: str) -> bool:
+    """Return whether a glob over modules or parameters names the leaf; the leading part of a name may be left out.
+
+    Example:
+        >>> names_leaf("attention.out_proj", "h.0.attention.out_proj.weight")
+        True
+    """
+    targets = {name, name.removesuffix(".weight")}
+    return any(fnmatch.fnmatchcase(target, pattern) for target in targets for pattern in (glob, f"*.{glob}"))
+
+
 Config = Mapping[str, Mapping[str, Any]]
 
 
@@ -100,7 +111,7 @@ def _leaves(name: str, heads: Heads) -> tuple[str, ...]:
 
 def _heads(name: str, shape: tuple[int, ...], config: Config) -> Heads | None:
     """Return how the leaf ``name`` is divided, None where no glob names it."""
-    found = next((one for glob, one in config.items() if _matches(name, glob)), None)
+    found = next((one for glob, one in config.items() if names_leaf(glob, name)), None)
     if found is None:
         return None
     one = AttentionConfig(**found)
@@ -115,8 +126,3 @@ def _heads(name: str, shape: tuple[int, ...], config: Config) -> Heads | None:
         raise ChainError(f"expected {product} {'columns' if axis else 'rows'} in {name}, found shape {shape}{hint}")
     blocks = 3 if one.order == "qkv head" else 1
     return Heads(axis, one.num_heads, one.head_size * fused, blocks)
-
-
-def _matches(name: str, glob: str) -> bool:
-    targets = {name, name.removesuffix(".weight")}
-    return any(fnmatch.fnmatchcase(target, pattern) for target in targets for pattern in (glob, f"*.{glob}"))
