@@ -37,7 +37,7 @@ def choose(model: nn.Module, modules: Iterable[str] | None = None, exclude: Iter
 
 
 def no_match(glob: str, names: list[str]) -> str:
-    """Word the error of a glob that matches no parameter's name."""
+    """Return the error of a glob that matches no parameter's name."""
     near = difflib.get_close_matches(glob.strip("*."), names, n=1, cutoff=0.3) or names[:1]
     return f"no parameter's name matches {glob!r}; did you mean {near[0]!r}?"
 

@@ -34,6 +34,7 @@ from funcattrib.query.faiss_index import FaissConfig, FaissIndex, build_or_load
 from funcattrib.query.faiss_index import search as search_index
 from funcattrib.query.stored_loss import check_given, check_named, stored_loss
 from funcattrib.query.topk import TopK, store_blocks, topk
+from funcattrib.query.traced_model import traced_model
 from funcattrib.store import GradientStore, open_store
 from funcattrib.store.compatibility import (
     check_chain,
@@ -89,6 +90,14 @@ class _Bound(NamedTuple):
     device: torch.device
 
 
+class _Traced(NamedTuple):
+    """A model that was traced, marks that change with it, and the module with its parameters by the store's names."""
+
+    given: nn.Module
+    marks: Any
+    whole: nn.Module
+
+
 class Attributor:
     """A search of one store.
 
@@ -136,7 +145,7 @@ class Attributor:
         self._model = str(model) if isinstance(model, Path) else model
         self._tokenizer, self._chain = tokenizer, chain
         self._checked: nn.Module | None = None
-        self._traced: tuple[nn.Module, Any] | None = None
+        self._traced: _Traced | None = None
         if chain is not None:
             check_chain(self.store.manifest, chain.identity())
         if state is not None:
@@ -236,16 +245,17 @@ class Attributor:
         """Search with the gradients of the user's own forward and backward pass inside the block.
 
         The model computes as ever (its own loss, its own gradients) and stays as it was. A loss averaged over the
-        batch scales every example's gradient alike: ranks are unchanged.
+        batch scales every example's gradient alike: ranks are unchanged. ``model`` may be the base of the store's model
+        (``model.base_model``), where none of the store's parameters is used outside of it.
 
         Example:
             ``with attributor.trace(model, 5) as found: model(ids, labels=ids).loss.backward()``, then ``found.hits``.
         """
-        self._check_traced(model)
-        params = {n: p.detach() for n, p in model.named_parameters() if n in self._attributed(model)}
+        whole = self._whole(model)
+        params = {n: p.detach() for n, p in whole.named_parameters() if n in self._attributed(whole)}
         chain, state = self._state(params)
         result = Trace()
-        with collecting(model, params, chain, state) as collected:
+        with collecting(whole, params, chain, state, called=model) as collected:
             yield result
         found = self.search(collected.grads(), k, reverse=reverse)
         result.fill(found, [self.hits(v, r) for v, r in zip(found.values, found.rows, strict=True)])
@@ -268,12 +278,12 @@ class Attributor:
         rows = [examples.batch([number]) for number in range(len(records))]
         return torch.cat([self.gradients_of(batch) for batch in rows])
 
-    def _check_traced(self, model: nn.Module) -> None:
-        """Refuse a model other than the store's; one that was checked and did not change since is not read again."""
+    def _whole(self, model: nn.Module) -> nn.Module:
+        """Return a model that is traced by the store's names; one that did not change since is not checked again."""
         marks = change_marks(model)
-        if self._traced is None or self._traced[0] is not model or self._traced[1] != marks:
-            check_same_model(self.store.manifest, model_identity(model))
-            self._traced = model, marks
+        if self._traced is None or self._traced.given is not model or self._traced.marks != marks:
+            self._traced = _Traced(model, marks, traced_model(self.store.manifest, model))
+        return self._traced.whole
 
     def _columns(self, records: Sequence[Mapping[str, Any] | str]) -> Columns:
         if any(isinstance(record, str) for record in records):

@@ -21,6 +21,7 @@ from funcattrib.data.numeric_examples import Examples
 from funcattrib.data.records import Records, open_examples, open_records
 from funcattrib.errors import FuncattribError
 from funcattrib.losses.resolve import KINDS, find_loss, loss_of
+from funcattrib.models.base_model import base_identity
 from funcattrib.models.functional import device_of, parameters_of, sharing
 from funcattrib.models.identity import model_identity, parameters_identity
 from funcattrib.models.limits import context_length, vocabulary
@@ -119,7 +120,7 @@ def prepare(
         rows=len(corpus.lengths),
         rows_per_shard=rows_per_shard,
         text_columns=corpus.text_columns,
-        extra=corpus.notes(),
+        extra={**corpus.notes(), **({} if isinstance(model, tuple) else {"base_model": base_identity(model)})},
     )
     pieces = Pieces(partial(_described, corpus))
     step = Lockstep(sharing(*map(_parameters, (module, reference))), partial(_shortest, corpus, params))

@@ -174,6 +174,19 @@ def check_same_loss(made_with: Manifest, code: Mapping[str, Any] | None) -> None
         )
 
 
+def check_base(made_with: Manifest, fingerprint: str) -> None:
+    """Refuse the base of a model whose weights are not those that made the store.
+
+    Raises:
+        FuncattribError: the weights differ.
+    """
+    if fingerprint != made_with.extra["base_model"]["fingerprint"]:
+        raise FuncattribError(
+            f"expected the base of the model that made the store ({made_with.model['id']}), found other weights\n"
+            "give that model's, or build a store for this one"
+        )
+
+
 def check_reference(made_with: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Refuse a reference model other than the one that the store's loss was compared with; both are identities.
 

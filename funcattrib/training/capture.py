@@ -124,13 +124,19 @@ def _behind(read: Reader, coordinates: Grads, loss_scale: float | Tensor) -> Gra
 
 @contextmanager
 def collecting(
-    model: nn.Module, names: Mapping[str, Any] | set[str], chain: Chain, state: State = None
+    model: nn.Module,
+    names: Mapping[str, Any] | set[str],
+    chain: Chain,
+    state: State = None,
+    *,
+    called: nn.Module | None = None,
 ) -> Iterator[Collected]:
     """Run the model's forward with lifted leaves for ``names``; yields what the backward passes fill.
 
     Args:
         names: the parameters to attribute.
         chain, state: their longest linear prefix is read in the backward pass.
+        called: the part of the model whose forward is run; by default all of it.
 
     Example:
         >>> from funcattrib.chain.chain import compose
@@ -141,7 +147,7 @@ def collecting(
         >>> collected.coordinates()["weight"].shape
         torch.Size([5, 2, 2])
     """
-    with lifted(model, reader(model, names, chain, state)) as collected:
+    with lifted(model, reader(model, names, chain, state), called=called) as collected:
         yield collected
 
 
@@ -150,6 +156,7 @@ def lifted(
     model: nn.Module,
     read: Reader,
     *,
+    called: nn.Module | None = None,
     begun: Callable[[Collected], None] = lambda collected: None,
     seen: Callable[[Any], None] = lambda output: None,
 ) -> Iterator[Collected]:
@@ -158,10 +165,12 @@ def lifted(
     A forward pass without gradients (evaluation) stays as it is.
 
     Args:
+        called: as in ``collecting``.
         begun: called as each forward pass begins, which is then the last of ``passes``.
         seen: called with what each forward pass returns.
     """
-    forward, had_own = model.forward, "forward" in vars(model)
+    called = model if called is None else called
+    forward, had_own = called.forward, "forward" in vars(called)
     collected = Collected(read)
     inside = False
 
@@ -185,14 +194,14 @@ def lifted(
         return output
 
     with _experts(model, read.readouts):
-        model.forward = lifted_forward
+        called.forward = lifted_forward
         try:
             yield collected
         finally:
             if had_own:
-                model.forward = forward
+                called.forward = forward
             else:
-                vars(model).pop("forward", None)
+                vars(called).pop("forward", None)
 
 
 Places = dict[str, list[tuple[dict[str, Any], str]]]

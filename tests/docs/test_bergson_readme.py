@@ -30,6 +30,39 @@ def test_an_index_is_built_and_queried(funcattrib, tmp_path: Path, model_folder:
     assert TEXTS[4][:20] in ran.out
 
 
+@pytest.mark.parametrize("faiss", [None, fa.FaissConfig("IVF1,SQfp16", mmap_index=True)])
+@pytest.mark.parametrize("name", ["gpt_neox", cases.TIED])
+def test_the_base_model_is_traced(name: str, faiss: fa.FaissConfig | None, tmp_path: Path, data) -> None:
+    if faiss is not None:
+        pytest.importorskip("faiss")
+    model, tokenizer = copy.deepcopy(cases.causal(name)), tiny.make_tokenizer()
+    fa.collect_gradients(model, data, path=tmp_path / "index", tokenizer=tokenizer, quiet=True)
+    attr = fa.Attributor(tmp_path / "index", device="cpu", faiss_cfg=faiss)
+    query_tokens = tokenizer(TEXTS[4], return_tensors="pt")["input_ids"]
+    before = dict(vars(model.base_model))
+    with attr.trace(model.base_model, 5) as result:
+        model(query_tokens, labels=query_tokens).loss.backward()
+        model.zero_grad()
+    with attr.trace(model, 5) as expected:
+        model(query_tokens, labels=query_tokens).loss.backward()
+    assert result.rows.tolist() == expected.rows.tolist()
+    assert torch.equal(result.scores, expected.scores)
+    assert vars(model.base_model) == before
+    with torch.no_grad():
+        next(model.base_model.parameters()).add_(1)
+    with pytest.raises(fa.FuncattribError, match="expected the base of the model that made the store"):
+        attr.trace(model.base_model).__enter__()
+
+
+def test_a_base_that_does_not_hold_the_parameters_is_refused(tmp_path: Path, data: datasets.Dataset) -> None:
+    settings = {"tokenizer": tiny.make_tokenizer(), "quiet": True, "projection_dim": 2}
+    for name, modules in (("gpt_neox", "lm_head.weight"), (cases.TIED, "*embed_tokens*"), (cases.TIED, "all")):
+        model, path = cases.causal(name), tmp_path / f"{name}-{len(modules)}"
+        fa.collect_gradients(model, data, path=path, modules=modules, **settings)
+        with pytest.raises(fa.FuncattribError, match="which the model uses outside of its base; trace the whole model"):
+            fa.Attributor(path).trace(model.base_model).__enter__()
+
+
 def test_rewards_make_the_loss(funcattrib, tmp_path: Path, model_folder: Path) -> None:
     rows = [{"text": text, "reward": float(number % 3)} for number, text in enumerate(TEXTS)]
     path = tiny.write_jsonl(tmp_path / "rewarded.jsonl", rows)
