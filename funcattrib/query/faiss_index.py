@@ -23,6 +23,7 @@ from funcattrib.errors import FuncattribError
 from funcattrib.kernels.safe_norm import divisors
 from funcattrib.query import faiss_cache
 from funcattrib.query.faiss_cache import reason
+from funcattrib.query.faiss_device import check_device, import_faiss, place
 from funcattrib.query.topk import TopK, check_query_rows, store_blocks, topk
 from funcattrib.store.nonfinite import nonfinite_rows
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 Metric = Literal["ip", "cosine"]
 
-_LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 _RECALL_QUERIES, _RECALL_K = 64, 10
 
 
@@ -105,9 +106,9 @@ def build_or_load(
     """
     config = config or FaissConfig()
     _check(store, config, metric)
-    faiss = _faiss()
+    faiss = import_faiss()
     if config.device != "cpu":
-        _gpu(faiss, config)
+        check_device(faiss, config.device)
     settings = {"metric": metric, **asdict(config)}
     folder = Path(cache if cache is not None else store.path / "faiss") / faiss_cache.key(store, settings)
     if folder.exists():
@@ -115,10 +116,16 @@ def build_or_load(
             index, meta = faiss_cache.read(folder, store, mmap=config.mmap_index)
             left_out = np.asarray(meta.get("left_out", []), np.int64)
             return FaissIndex(
-                _place(faiss, index, config), metric, config, float(meta["recall"]), False, folder, left_out
+                place(faiss, index, config.device, config.index_factory),
+                metric,
+                config,
+                float(meta["recall"]),
+                False,
+                folder,
+                left_out,
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            (say or _LOG.warning)(f"the cached index {folder} cannot be used: {reason(error)}; building it again")
+            (say or log.warning)(f"the cached index {folder} cannot be used: {reason(error)}; building it again")
             faiss_cache.remove(folder)
     left_out = nonfinite_rows(store)
     index = _build(faiss, store, config, metric, left_out)
@@ -126,15 +133,17 @@ def build_or_load(
     facts = {"rows": len(store), "width": store.width, "recall": recall, "left_out": left_out.tolist()}
     kept = faiss_cache.write(index, folder, {**settings, **facts})
     if not kept:
-        (say or _LOG.warning)(f"{folder.parent} is read-only: the index is in memory, and is built again each time")
+        (say or log.warning)(f"{folder.parent} is read-only: the index is in memory, and is built again each time")
     queries = min(_RECALL_QUERIES, len(store) - len(left_out))
-    (say or _LOG.info)(
+    (say or log.info)(
         f"built FAISS index {config.index_factory} of {len(store):,} rows: "
         f"recall@{_RECALL_K} {recall:.3f} against exact search ({queries} rows as queries)"
     )
     if config.mmap_index and kept:  # give the memory back
         index, _ = faiss_cache.read(folder, store, mmap=True)
-    return FaissIndex(_place(faiss, index, config), metric, config, recall, True, folder, left_out)
+    return FaissIndex(
+        place(faiss, index, config.device, config.index_factory), metric, config, recall, True, folder, left_out
+    )
 
 
 def search(index: FaissIndex, queries: Float[Tensor, "K D"], k: int, *, largest: bool = True) -> TopK:
@@ -183,22 +192,11 @@ def _check(store: GradientStore, config: FaissConfig, metric: str) -> None:
             raise FuncattribError(f"expected {name} of at least 1, found {getattr(config, name)}")
 
 
-def _faiss() -> ModuleType:
-    try:
-        import faiss
-    except ImportError as error:
-        raise FuncattribError(
-            "FAISS is not installed; install funcattrib[cpu] (or funcattrib[gpu]), or leave the index out: exact "
-            "search needs none"
-        ) from error
-    return faiss
-
-
 def _build(faiss: ModuleType, store: GradientStore, config: FaissConfig, metric: Metric, left_out: np.ndarray) -> Any:
     with _explained(config, "make"):
         index = faiss.index_factory(store.width, config.index_factory, faiss.METRIC_INNER_PRODUCT)
     _skip_polysemous_training(faiss, index)
-    index = _place(faiss, index, config)
+    index = place(faiss, index, config.device, config.index_factory)
     with _explained(config, "train"):
         if not index.is_trained:
             index.train(_training_rows(store, config, metric, left_out))
@@ -254,38 +252,13 @@ def _search(index: FaissIndex, query: np.ndarray, k: int) -> tuple[np.ndarray, n
 
 def _set(index: Any, name: str, value: int) -> bool:
     """Set a search parameter wherever it sits inside the index; False where the index has none of that name."""
-    faiss = _faiss()
+    faiss = import_faiss()
     space = faiss.GpuParameterSpace() if hasattr(index, "getDevice") else faiss.ParameterSpace()
     try:
         space.set_index_parameter(index, name, value)
     except RuntimeError:
         return False
     return True
-
-
-def _gpu(faiss: ModuleType, config: FaissConfig) -> int:
-    kind, _, number = config.device.partition(":")
-    if kind != "cuda" or (number and not number.isdecimal()):
-        raise FuncattribError(f"expected device cpu, cuda or cuda:N, found {config.device!r}")
-    ordinal = int(number or 0)
-    gpus = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
-    if ordinal >= gpus:
-        raise FuncattribError(
-            f"device {config.device!r} is not available: FAISS sees {gpus} GPUs; install funcattrib[gpu], or use "
-            "device cpu"
-        )
-    return ordinal
-
-
-def _place(faiss: ModuleType, index: Any, config: FaissConfig) -> Any:
-    if config.device == "cpu":
-        return index
-    try:
-        resources = faiss.StandardGpuResources()
-        return faiss.index_cpu_to_gpu(resources, _gpu(faiss, config), index)
-    except RuntimeError as error:  # HNSW, for one, exists on the CPU alone
-        _LOG.warning("FAISS has no %s on a GPU; using the CPU (%s)", config.index_factory, reason(error))
-        return index
 
 
 def _recall(index: FaissIndex, store: GradientStore) -> float:
