@@ -122,6 +122,16 @@ class _Function:
         self.compute = compute
         self.order: Sequence[Sharded] | None = None
 
+    def learn(self, gathers: Gathers, small: Callable[[], Batch]) -> None:
+        """Record the order of the gathers, once: of the second call, as the first may look at how a batch is read."""
+        if self.order is not None:
+            return
+        with _fitting():
+            for _ in range(2):
+                gathers.start(None)
+                self.compute(small())
+                self.order = gathers.finish()
+
 
 class _Rounds:
     """The rounds of one group."""
@@ -134,14 +144,14 @@ class _Rounds:
         """Compute a round with work."""
         with _key_value_store().connected():
             self._somebody(1)
-            self._learn(function)
+            function.learn(self.gathers, self._small)
             return self._computed(function, batch)
 
     def drain(self, function: _Function) -> None:
         """Go through rounds without work, until nobody has any."""
         with _key_value_store().connected():
             while self._somebody(0):
-                self._learn(function)
+                function.learn(self.gathers, self._small)
                 self.gathers.start(function.order)
                 self._go_through()
             self.gathers.settle()
@@ -167,16 +177,6 @@ class _Rounds:
         """Go through the remaining gathers of a round."""
         with _fitting():
             return self.gathers.finish()
-
-    def _learn(self, function: _Function) -> None:
-        """Record the order of the gathers, once: of the second call, as the first may look at how a batch is read."""
-        if function.order is not None:
-            return
-        with _fitting():
-            for _ in range(2):
-                self.gathers.start(None)
-                function.compute(self._small())
-                function.order = self.gathers.finish()
 
     def _somebody(self, here: int) -> bool:
         """Return whether any rank of the group has work, ``here`` being 1 where this one has."""

@@ -56,17 +56,17 @@ class Stored(Tensor):
         (torch.Size([2, 2]), tensor([[1., 1.]]))
     """
 
-    held: Storage
-
     @staticmethod
     def __new__(cls, held: Storage) -> "Stored":
         """Create the leaf with one number in place of all entries: what reads them past ``__torch_function__`` finds
         NaN.
         """
         metadata = torch.full((), torch.nan, dtype=held.dtype, device=held.device).expand(held.shape)
-        leaf = Tensor._make_subclass(cls, metadata, False)
-        leaf.held = held
-        return leaf
+        return Tensor._make_subclass(cls, metadata, False)
+
+    def __init__(self, held: Storage) -> None:
+        super().__init__()
+        self.held = held
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -181,12 +181,12 @@ def _product(x: Any, weight: Any, bias: Any, in_out: bool) -> Any:
 
 
 def _linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x, weight, bias = _bound(("input", "weight", "bias"), args, kwargs)
+    x, weight, bias = bind_arguments(("input", "weight", "bias"), args, kwargs)
     return _product(x, weight, bias, False)
 
 
 def _addmm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    bias, x, weight = _bound(("input", "mat1", "mat2"), args, kwargs)
+    bias, x, weight = bind_arguments(("input", "mat1", "mat2"), args, kwargs)
     if kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1 or bias.ndim != 1:
         return NotImplemented
     return _product(x, weight, bias, True)
@@ -211,7 +211,13 @@ def _to(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return weight if all(each in (weight.dtype, weight.device) for each in wanted) else NotImplemented
 
 
-def _bound(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def bind_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return positional and keyword arguments in the order of ``names``, None where absent.
+
+    Example:
+        >>> bind_arguments(("input", "weight", "bias"), ("x",), {"weight": "w"})
+        ['x', 'w', None]
+    """
     return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
 
 

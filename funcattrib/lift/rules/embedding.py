@@ -10,6 +10,7 @@ from funcattrib.errors import ChainError
 from funcattrib.lift.factors import OneHot
 from funcattrib.lift.lifted import Rule
 from funcattrib.lift.maps.base import GradientMap
+from funcattrib.lift.rules.linear import read_cols
 from funcattrib.lift.tap import tap
 
 
@@ -30,7 +31,7 @@ def _embedding(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         counted = (index != padding % size).to(leaf.weight.dtype)
     rows = leaf.map.reduce_rows(OneHot(index, size, counted))
     if isinstance(rows, Tensor):
-        return tap(y, leaf.theta, partial(_read, leaf.map, examples), rows)
+        return tap(y, leaf.theta, partial(read_cols, leaf.map, examples), rows)
     return tap(y, leaf.theta, partial(_read_onehot, leaf.map, examples, size), rows.ids, rows.weight)
 
 
@@ -43,10 +44,6 @@ def _check(ids: Tensor, leaf: Any) -> None:
             f"expected ids of {examples} examples for an attributed embedding, found shape {tuple(ids.shape)}: they "
             "are common to the batch; leave this parameter out, or collect with per_example_grad"
         )
-
-
-def _read(gradient_map: GradientMap, examples: int, g: Tensor, rows: Tensor) -> Tensor:
-    return gradient_map.from_factors(rows, gradient_map.reduce_cols(g.reshape(examples, -1, g.shape[-1])))
 
 
 def _read_onehot(

@@ -17,10 +17,11 @@ from funcattrib.lift.maps.base import GradientMap
 from funcattrib.lift.maps.per_token import summed
 from funcattrib.lift.rules.frozen_linear import frozen_linear
 from funcattrib.lift.tap import tap
+from funcattrib.weights.stored import bind_arguments
 
 
 def _linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x, weight, bias = _bind(("input", "weight", "bias"), args, kwargs)
+    x, weight, bias = bind_arguments(("input", "weight", "bias"), args, kwargs)
     if isinstance(x, Lifted):
         return NotImplemented
     if _frozen(weight):
@@ -35,7 +36,7 @@ def _linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _addmm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    bias, x, weight = _bind(("input", "mat1", "mat2"), args, kwargs)
+    bias, x, weight = bind_arguments(("input", "mat1", "mat2"), args, kwargs)
     if isinstance(x, Lifted) or kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1:
         return NotImplemented
     if _frozen(weight):
@@ -46,7 +47,7 @@ def _addmm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if isinstance(weight, Lifted):
         flat = by_example(x.detach(), weight)  # HF Conv1D flattens examples in their order
         kept: Any = weight.map.reduce_rows(flat)
-        y = tap(y, weight.theta, partial(_read_cols, weight.map, weight.theta.shape[0]), kept)
+        y = tap(y, weight.theta, partial(read_cols, weight.map, weight.theta.shape[0]), kept)
     return tap_bias(y, bias)
 
 
@@ -91,7 +92,8 @@ def _read_rows(gradient_map: GradientMap, examples: int, g: Tensor, cols: Tensor
     return gradient_map.from_factors(*alike(rows, cols))
 
 
-def _read_cols(gradient_map: GradientMap, examples: int, g: Tensor, rows: Tensor) -> Tensor:
+def read_cols(gradient_map: GradientMap, examples: int, g: Tensor, rows: Tensor) -> Tensor:
+    """Return coordinates of the reduced row factor and of g, the column factor."""
     cols = gradient_map.reduce_cols(g.reshape(examples, -1, g.shape[-1]))
     return gradient_map.from_factors(*alike(rows, cols))
 
@@ -100,11 +102,6 @@ def _read_bias(gradient_map: GradientMap, examples: int, g: Tensor) -> Tensor:
     return gradient_map.from_factors(
         gradient_map.reduce_rows(summed(gradient_map, g.reshape(examples, -1, g.shape[-1]))), None
     )
-
-
-def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Return positional and keyword arguments in order, None where absent."""
-    return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
 
 
 RULES: dict[Any, Rule] = {
