@@ -107,7 +107,7 @@ def fit_state(work: Work, most: int, writer: StoreWriter) -> State:
                 state, done = after, done + 1
                 if done < len(fitted):
                     writer.save_progress(state_tree.flatten(state[: fitted[done - 1]]), done)
-        lost = sorted(set[int]().union(*world.all_gather_object(batches.lost)))
+        lost = sorted(set[int]().union(*world.all_gather_object(sorted(batches.lost))))
         if lost and not work.quiet and world.is_rank_zero:
             log.warning("the fitted state leaves out documents whose gradient is NaN or infinite: %s", some_rows(lost))
     writer.save_state(state_tree.flatten(state))
