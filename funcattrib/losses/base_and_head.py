@@ -19,8 +19,8 @@ from funcattrib.models.functional import Functional, device_of
 
 Inputs = Mapping[str, Tensor]
 
-_LENGTH = 8
-"""Tokens of a document that is tried."""
+_LENGTH, _PADDING = 8, 3
+"""Tokens of a document that is tried, and of its padding."""
 
 
 class LanguageModel(NamedTuple):
@@ -31,6 +31,8 @@ class LanguageModel(NamedTuple):
         prefix: the name of the base; None where base and head do not give the model's logits.
         weight, bias: names of the head's parameters.
         scale, softcap: what the head does to its products.
+        equal_lengths: tokens after a document's last change its logits, as they do where attention runs both ways, so
+            documents of a batch must be equally long.
         held: kept alive as long as the model is.
     """
 
@@ -40,28 +42,24 @@ class LanguageModel(NamedTuple):
     bias: str | None = None
     scale: float = 1.0
     softcap: float | None = None
+    equal_lengths: bool = False
     held: Any = None
 
 
+@torch.no_grad()
 def describe(parts: Functional) -> LanguageModel:
-    """Find the base model and the head, and compare with the model's own logits."""
-    unfused = LanguageModel(parts)
-    found = _with_head(parts.skeleton)
-    if found is None:
-        return unfused
-    base, module, output = found
-    names = {id(tensor): name for name, tensor in reversed(list(parts.skeleton.named_parameters()))}
-    weight, bias = names.get(id(output.weight)), None if output.bias is None else names.get(id(output.bias))
-    if weight is None:
-        return unfused
-    described = LanguageModel(
-        parts,
-        base,
-        weight,
-        bias,
-        **_logit_transform(getattr(module, "config", None)),
-    )
-    return described if _reproduces_logits(described) else unfused
+    """Find the base model and the head, and compare with the model's own logits, padded and not."""
+    model = _taken_apart(parts)
+    weights = {**parts.frozen, **parts.params}
+    embedding = getattr(parts.skeleton, "get_input_embeddings", lambda: None)()
+    if not isinstance(embedding, nn.Embedding):
+        return LanguageModel(parts)
+    ids = torch.arange(_LENGTH, device=device_of(weights))[None] * 31 % embedding.num_embeddings
+    logits = own_logits(model, weights, {"input_ids": ids})
+    if model.prefix is not None and not _near(_logits_of_parts(model, weights, ids), logits):
+        model = LanguageModel(parts)
+    padded = own_logits(model, weights, {"input_ids": nn.functional.pad(ids, (0, _PADDING))})
+    return model._replace(equal_lengths=not _near(padded[:, :_LENGTH], logits))
 
 
 def hidden_states(model: LanguageModel, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
@@ -88,19 +86,6 @@ def own_logits(model: LanguageModel, weights: Mapping[str, Tensor], inputs: Inpu
     return logits
 
 
-@torch.no_grad()
-def sees_padding(model: LanguageModel) -> bool:
-    """Return whether tokens after a document's last change its logits, as they do where attention runs both ways."""
-    weights = {**model.parts.frozen, **model.parts.params}
-    embedding = getattr(model.parts.skeleton, "get_input_embeddings", lambda: None)()
-    if not isinstance(embedding, nn.Embedding):
-        return False
-    ids = torch.arange(_LENGTH + 3, device=device_of(weights)) * 31 % embedding.num_embeddings
-    ids = torch.where(torch.arange(len(ids), device=ids.device) < _LENGTH, ids, 0)[None]
-    alone, padded = (own_logits(model, weights, {"input_ids": each}) for each in (ids[:, :_LENGTH], ids))
-    return not _near(padded[:, :_LENGTH], alone)
-
-
 def without_adapter(parts: Functional) -> LanguageModel | None:
     """Return the model with its adapter off (peft's ``disable_adapter``); None where it has no such switch."""
     if not callable(getattr(parts.skeleton, "disable_adapter", None)):
@@ -112,6 +97,19 @@ def without_adapter(parts: Functional) -> LanguageModel | None:
     held = twin.disable_adapter()  # type: ignore[operator]
     held.__enter__()
     return describe(parts._replace(skeleton=twin))._replace(held=held)
+
+
+def _taken_apart(parts: Functional) -> LanguageModel:
+    """Find the base model and the head by name; no prefix where there is no linear head."""
+    found = _with_head(parts.skeleton)
+    if found is None:
+        return LanguageModel(parts)
+    base, module, output = found
+    names = {id(tensor): name for name, tensor in reversed(list(parts.skeleton.named_parameters()))}
+    weight, bias = names.get(id(output.weight)), None if output.bias is None else names.get(id(output.bias))
+    if weight is None:
+        return LanguageModel(parts)
+    return LanguageModel(parts, base, weight, bias, **_logit_transform(getattr(module, "config", None)))
 
 
 def _with_head(skeleton: nn.Module) -> tuple[str, nn.Module, nn.Linear] | None:
@@ -131,25 +129,21 @@ def _logit_transform(config: Any) -> dict[str, Any]:
     return {"scale": float(scale), "softcap": getattr(text, "final_logit_softcapping", None)}
 
 
-@torch.no_grad()
-def _reproduces_logits(model: LanguageModel) -> bool:
-    weights = {**model.parts.frozen, **model.parts.params}
-    device = weights[model.weight].device
-    ids = (torch.arange(_LENGTH, device=device) * 31 % weights[model.weight].shape[0])[None]
-    theirs = own_logits(model, weights, {"input_ids": ids})
+def _logits_of_parts(model: LanguageModel, weights: Mapping[str, Tensor], ids: Tensor) -> Tensor | None:
+    """Compute logits by base and head; None where they do not fit together (layers between the two)."""
     bias = None if model.bias is None else weights[model.bias]
     try:
         hidden = hidden_states(model, weights, {"input_ids": ids})
-        ours = torch.nn.functional.linear(hidden, weights[model.weight], bias) * model.scale
-    except (RuntimeError, KeyError, AttributeError):  # layers between base and head: not a plain head
-        return False
-    if model.softcap is not None:
-        ours = torch.tanh(ours / model.softcap) * model.softcap
-    return _near(ours, theirs)
+        logits = nn.functional.linear(hidden, weights[model.weight], bias) * model.scale
+    except (RuntimeError, KeyError, AttributeError):
+        return None
+    return logits if model.softcap is None else torch.tanh(logits / model.softcap) * model.softcap
 
 
-def _near(found: Tensor, expected: Tensor) -> bool:
+def _near(found: Tensor | None, expected: Tensor) -> bool:
     """Return whether logits agree within rounding."""
+    if found is None or found.shape != expected.shape:
+        return False
     tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 2e-2
     spread = float(expected.float().std()) + 1e-12
-    return found.shape == expected.shape and float((found - expected).abs().max()) <= tolerance * max(spread, 1e-3)
+    return float((found - expected).abs().max()) <= tolerance * max(spread, 1e-3)

@@ -26,7 +26,6 @@ from funcattrib.losses.base_and_head import (
     describe,
     hidden_states,
     own_logits,
-    sees_padding,
     without_adapter,
 )
 from funcattrib.models.functional import Functional, functionalize
@@ -140,7 +139,7 @@ def causal_lm_loss(
     if kind == "kl":
         against = _reference(parts, reference)
         head = head._replace(reference=(against.scale, against.softcap))
-    equal_lengths = sees_padding(described)
+    equal_lengths = described.equal_lengths or (against is not None and against.equal_lengths)
     if equal_lengths:
         log.info(
             "%s computes other logits where a document is padded: batches hold documents of one length",

@@ -80,29 +80,32 @@ def _set(switches: list[_Switch], attention: str | None, experts: str | None) ->
 
 @torch.no_grad()
 def _outputs(skeleton: nn.Module, model: PreTrainedModel, weights: Mapping[str, Tensor]) -> list[Tensor]:
-    """Return the first output for a document, and for two of which one is padded; nothing where the model fails."""
+    """Return the first output for two documents, of which one is padded; nothing where the model fails.
+
+    A causal model is given no mask, as its loss gives none.
+    """
     embedding = model.get_input_embeddings()
     if getattr(model, "main_input_name", "input_ids") != "input_ids" or not isinstance(embedding, nn.Embedding):
         return []
     device = next(iter(weights.values())).device
     ids = (torch.arange(sum(_LENGTHS), device=device) * 31 + 7) % embedding.num_embeddings
-    first, second = (part[None] for part in ids.split(_LENGTHS))
-    padded = torch.cat([first, torch.nn.functional.pad(second, (0, _LENGTHS[0] - _LENGTHS[1]))])
-    mask = (torch.arange(_LENGTHS[0], device=device)[None] < torch.tensor(_LENGTHS, device=device)[:, None]).long()
-    found = []
-    for inputs in ({"input_ids": first}, {"input_ids": padded, "attention_mask": mask}):
-        more = {"decoder_input_ids": inputs["input_ids"]} if model.config.is_encoder_decoder else {}
-        try:
-            with torch.random.fork_rng(devices=[]):
-                output = torch.func.functional_call(skeleton, dict(weights), (), {**inputs, **more}, strict=True)
-        except Exception:  # whatever code of others raises on these inputs
-            return []
-        tensor = output[0]
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            return []
-        by_token = tensor.ndim == 3 and tensor.shape[:2] == inputs["input_ids"].shape
-        found += [tensor[at][: _LENGTHS[at]] if by_token else tensor[at] for at in range(len(tensor))]
-    return found
+    documents = ids.split(_LENGTHS)
+    inputs = {"input_ids": torch.nn.utils.rnn.pad_sequence(documents, batch_first=True)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    if model.config.is_encoder_decoder or not model.can_generate():
+        inputs["attention_mask"] = torch.nn.utils.rnn.pad_sequence([torch.ones_like(d) for d in documents], True)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            output = torch.func.functional_call(skeleton, dict(weights), (), inputs, strict=True)
+            tensor = output if isinstance(output, Tensor) else output[0]
+    except Exception:  # whatever code of others raises on these inputs
+        return []
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        return []
+    if tensor.shape[:2] != inputs["input_ids"].shape:  # not by token
+        return [tensor]
+    return [tensor[at, :length] for at, length in enumerate(_LENGTHS)]
 
 
 def _difference(ours: list[Tensor], theirs: list[Tensor]) -> str | None:
