@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from funcattrib.errors import FuncattribError as FuncattribError
     from funcattrib.errors import StoreError as StoreError
     from funcattrib.losses.causal_lm import causal_lm_loss as causal_lm_loss
+    from funcattrib.losses.seq2seq import seq2seq_loss as seq2seq_loss
+    from funcattrib.losses.sequence_classification import sequence_classification_loss as sequence_classification_loss
     from funcattrib.models.attention import attention_configs as attention_configs
     from funcattrib.models.functional import functionalize as functionalize
     from funcattrib.models.loading import LoadOptions as LoadOptions
@@ -116,6 +118,8 @@ _EXPORTS = {
     "score_gradients": "runs.score",
     "select": "transforms",
     "self_influence": "transforms",
+    "seq2seq_loss": "losses.seq2seq",
+    "sequence_classification_loss": "losses.sequence_classification",
     "sketch": "transforms",
     "Source": "runs.settings",
     "Spec": "types",

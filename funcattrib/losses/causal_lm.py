@@ -28,7 +28,9 @@ from funcattrib.losses.base_and_head import (
     own_logits,
     without_adapter,
 )
+from funcattrib.losses.token_losses import sum_of_token_losses
 from funcattrib.models.functional import Functional, functionalize
+from funcattrib.models.task import require_task
 from funcattrib.types import Batch, Example, Params
 from funcattrib.weights.stored import dense
 
@@ -69,7 +71,7 @@ class CausalLoss:
         if model.prefix is None or (reference is not None and reference.prefix is None):
             logits = own_logits(model, weights, inputs)
             others = None if reference is None else _constant(own_logits, reference, inputs)
-            loss = _logits_loss(logits, target, token_weights, head, others)
+            loss = sum_of_token_losses(logits, target, token_weights, head, others)
         else:
             hidden = hidden_states(model, weights, inputs)
             bias = None if model.bias is None else weights[model.bias]
@@ -111,8 +113,8 @@ def causal_lm_loss(
         ``attention_mask``, ``token_weights`` (T,) and ``advantage`` (); and the parameters, name → tensor.
 
     Raises:
-        FuncattribError: an unknown reduction or kind; no parameter chosen; ``kl`` without a reference, or with one of
-            another vocabulary.
+        FuncattribError: another kind of model, such as an encoder; an unknown reduction or kind; no parameter chosen;
+            ``kl`` without a reference, or with one of another vocabulary.
 
     Reference: TRAK's margin, arXiv 2303.14186.
 
@@ -132,6 +134,7 @@ def causal_lm_loss(
         raise FuncattribError(f"label_smoothing={label_smoothing} requires kind='ce', found kind={kind!r}")
     if reference is not None and kind != "kl":
         raise FuncattribError(f"a reference model requires kind='kl', found kind={kind!r}")
+    require_task(model, "causal_lm")
     parts = functionalize(model, modules, exclude)
     described = describe(parts)
     head = Head(kind, label_smoothing, described.scale, described.softcap)
@@ -187,24 +190,3 @@ def _vocabulary(model: nn.Module) -> int | None:
     """Return the width of the logits, where the model has an output layer."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     return None if output is None else int(output.weight.shape[0])
-
-
-def _logits_loss(
-    logits: Tensor, target: Tensor, token_weights: Tensor | None, head: Head, reference: Tensor | None
-) -> Tensor:
-    """Compute the loss on logits (E, N, V), by the formulas of the fused head."""
-    z = logits if logits.dtype == torch.float64 else logits.float()
-    counted = target != IGNORED
-    y = target.clamp(min=0)[..., None]
-    z_y = z.gather(-1, y)[..., 0]
-    if reference is not None:
-        log_p, log_q = torch.log_softmax(z, -1), torch.log_softmax(reference.to(z.dtype), -1)
-        per_token = (log_p.exp() * (log_p - log_q)).sum(-1)
-    elif head.kind == "log_odds":
-        others = torch.logsumexp(z.scatter(-1, y, float("-inf")), -1)
-        per_token = others - z_y
-    else:
-        smoothing = head.smoothing
-        per_token = torch.logsumexp(z, -1) - (1 - smoothing) * z_y - (smoothing * z.mean(-1) if smoothing else 0.0)
-    factor = counted.to(z.dtype) if token_weights is None else counted * token_weights.to(z.dtype)
-    return torch.where(counted, per_token * factor, 0.0).sum(-1)

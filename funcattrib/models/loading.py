@@ -26,6 +26,7 @@ from funcattrib.models.limits import vocabulary
 from funcattrib.models.locate import locate, quietly, readable
 from funcattrib.models.sharded_loading import Shards, load_sharded
 from funcattrib.models.skeleton import is_quantised
+from funcattrib.models.task import require_causal_config
 from funcattrib.runtime.devices import pick_device
 from funcattrib.runtime.hub import why
 
@@ -107,7 +108,7 @@ def load_model(
     with readable(name, source):
         base = base_of(source, revision)
         if base is None:
-            AutoConfig.from_pretrained(source, **options)
+            require_causal_config(AutoConfig.from_pretrained(source, **options), name)
             if shards is not None:
                 model = load_sharded(source, _DTYPES.get(precision, "auto"), shards, options, _codes(precision))
             else:

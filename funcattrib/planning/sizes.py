@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from funcattrib.errors import FuncattribError
 from funcattrib.models.selection import choose
+from funcattrib.models.task import require_causal_config
 from funcattrib.transforms.leaf_shapes import is_stack, sides
 
 _ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
@@ -83,6 +84,7 @@ def sizes_of(
         >>> sizes.parameters, sizes.body, len(sizes.matrices), sizes.attention
         (14067712, 1179648, 24, 128)
     """
+    require_causal_config(config, config.name_or_path or type(config).__name__)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
