@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 
 from funcattrib.errors import FuncattribError
 from funcattrib.models.functional import Functional, device_of
+from funcattrib.models.limits import vocabulary
+from funcattrib.models.output_difference import same_outputs
 
 Inputs = Mapping[str, Tensor]
 
@@ -51,15 +53,15 @@ def describe(parts: Functional) -> LanguageModel:
     """Find the base model and the head, and compare with the model's own logits, padded and not."""
     model = _taken_apart(parts)
     weights = {**parts.frozen, **parts.params}
-    embedding = getattr(parts.skeleton, "get_input_embeddings", lambda: None)()
-    if not isinstance(embedding, nn.Embedding):
+    tokens = vocabulary(parts.skeleton)
+    if tokens is None:  # it may take something else than tokens
         return LanguageModel(parts)
-    ids = torch.arange(_LENGTH, device=device_of(weights))[None] * 31 % embedding.num_embeddings
+    ids = torch.arange(_LENGTH, device=device_of(weights))[None] * 31 % tokens
     logits = own_logits(model, weights, {"input_ids": ids})
-    if model.prefix is not None and not _near(_logits_of_parts(model, weights, ids), logits):
+    if model.prefix is not None and not same_outputs(_logits_of_parts(model, weights, ids), logits):
         model = LanguageModel(parts)
     padded = own_logits(model, weights, {"input_ids": nn.functional.pad(ids, (0, _PADDING))})
-    return model._replace(equal_lengths=not _near(padded[:, :_LENGTH], logits))
+    return model._replace(equal_lengths=not same_outputs(padded[:, :_LENGTH], logits))
 
 
 def hidden_states(model: LanguageModel, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
@@ -138,12 +140,3 @@ def _logits_of_parts(model: LanguageModel, weights: Mapping[str, Tensor], ids: T
     except (RuntimeError, KeyError, AttributeError):
         return None
     return logits if model.softcap is None else torch.tanh(logits / model.softcap) * model.softcap
-
-
-def _near(found: Tensor | None, expected: Tensor) -> bool:
-    """Return whether logits agree within rounding."""
-    if found is None or found.shape != expected.shape:
-        return False
-    tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 2e-2
-    spread = float(expected.float().std()) + 1e-12
-    return float((found - expected).abs().max()) <= tolerance * max(spread, 1e-3)

@@ -61,10 +61,3 @@ def two_documents(parts: Functional) -> tuple[Batch, list[Batch]]:
         {"input_ids": each[None], "attention_mask": torch.ones_like(each)[None]} for each in documents
     ]
     return {"input_ids": ids, "attention_mask": mask}, alone
-
-
-def near(found: Tensor, expected: Tensor) -> bool:
-    """Return whether logits agree within rounding."""
-    tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 2e-2
-    spread = max(float(expected.double().std(correction=0)), 1e-3 * float(expected.double().abs().max()), 1e-30)
-    return float((found.double() - expected.double()).abs().max()) <= tolerance * spread

@@ -20,10 +20,11 @@ from funcattrib.errors import FuncattribError
 from funcattrib.kernels.head_tokens import IGNORED
 from funcattrib.kernels.logit_loss import Head
 from funcattrib.losses.causal_lm import Reduction
-from funcattrib.losses.padding import LENGTHS, model_inputs, near, two_documents
+from funcattrib.losses.padding import LENGTHS, model_inputs, two_documents
 from funcattrib.losses.sequence_classification import Output
 from funcattrib.losses.token_losses import sum_of_token_losses
 from funcattrib.models.functional import Functional, functionalize
+from funcattrib.models.output_difference import same_outputs
 from funcattrib.models.task import require_task
 from funcattrib.types import Batch, Example, Params
 
@@ -148,4 +149,6 @@ def _sees_padding(loss: Seq2SeqLoss) -> bool:
             "give (loss, params) with a loss in Python that calls it"
         ) from error
     both = loss.logits(params, {**padded, "labels": labels})
-    return not all(near(found[: len(expected)], expected) for found, expected in zip(both, singles, strict=True))
+    return not all(
+        same_outputs(found[: len(expected)], expected) for found, expected in zip(both, singles, strict=True)
+    )

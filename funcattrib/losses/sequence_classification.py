@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from funcattrib.errors import FuncattribError
 from funcattrib.kernels.safe_norm import float32_at_least
-from funcattrib.losses.padding import model_inputs, near, set_padding_token, two_documents
+from funcattrib.losses.padding import model_inputs, set_padding_token, two_documents
 from funcattrib.models.functional import Functional, functionalize
+from funcattrib.models.output_difference import same_outputs
 from funcattrib.models.task import require_task
 from funcattrib.types import Batch, Example, Params
 
@@ -177,4 +178,4 @@ def _sees_padding(loss: SequenceClassificationLoss) -> bool:
             f"{type(loss.parts.skeleton).__name__} cannot be computed on tokens alone: {str(error)[:200]}\n"
             "give (loss, params) with a loss in Python that calls it"
         ) from error
-    return not near(call(padded), singles)
+    return not same_outputs(call(padded), singles)
