@@ -8,6 +8,7 @@ A transform sees what precedes it: its ``init`` receives the spec that the previ
 statistics are fitted on the gradients that reach it, everything before it frozen.
 """
 
+import reprlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 
 from funcattrib.chain.fitting import fit
 from funcattrib.chain.lowering import bind
-from funcattrib.chain.per_example import GradientSource, spec
+from funcattrib.chain.per_example import GradientSource, per_example_grad, spec
 from funcattrib.chain.stages import apply_all, init_all, ready
 from funcattrib.chain.transform import State, Transform
 from funcattrib.errors import ChainError
@@ -47,6 +48,11 @@ class Chain(NamedTuple):
 
     source: GradientSource | None
     stages: tuple[Transform, ...]
+
+    def __repr__(self) -> str:
+        source = self.source
+        first = [] if source is None else ["per_example_grad" if source is per_example_grad else source.name]
+        return f"Chain({' → '.join([*first, *map(_in_words, self.stages)])})"
 
     def init(self, spec: Spec) -> tuple[tuple[State, ...], Spec]:
         """Return states before fitting, and the spec of the result."""
@@ -158,6 +164,11 @@ def _in_order(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
         at = next((i for i, earlier in enumerate(ordered) if earlier.name in stage.precedes), len(ordered))
         ordered.insert(at, stage)
     return tuple(ordered)
+
+
+def _in_words(stage: Transform) -> str:
+    settings = {name: value for name, value in stage.describe().items() if name != "name"}
+    return f"{stage.name}({', '.join(f'{name}={reprlib.repr(value)}' for name, value in settings.items())})"
 
 
 def _resolve(stage: Any, number: int) -> Transform | Chain | GradientSource:

@@ -35,6 +35,8 @@ class Less:
     gradients: RowConfig = field(default_factory=lambda: RowConfig(loss_reduction="mean"))
     show: int = 3
     """Number of the selected examples that are shown."""
+    unique: bool = True
+    """Select the best alone of examples with the same text, whatever its case, white space and unicode form."""
 
     def __post_init__(self) -> None:
         """Check what a type cannot say."""
@@ -45,7 +47,8 @@ class Less:
 def run(config: Less) -> int | None:
     """Score and select, and show the best."""
     from funcattrib.cli.load import query_columns, source_of_checkpoints
-    from funcattrib.recipes.less import SELECTED, less
+    from funcattrib.recipes.less import less
+    from funcattrib.recipes.less_selected import SELECTED
     from funcattrib.report.scores import scores_table
 
     scores = less(
@@ -59,11 +62,12 @@ def run(config: Less) -> int | None:
         fraction=config.fraction,
         score=config.score,
         subtask_column=config.subtask_column,
+        unique=config.unique,
         source=source_of_checkpoints(config.checkpoints, config.data),
         gradients=config.gradients,
         overwrite=config.output.overwrite,
         config=settings(config, command="less"),
     )
-    print(scores_table(scores, config.show))
+    print(scores_table(scores, config.show, unique=config.unique))
     print(f"\nselected: {config.output.run / SELECTED}")
     return None

@@ -62,15 +62,16 @@ class _Flags(logging.Formatter):
 def print_store(store: "GradientStore") -> None:
     """Print one line on a store's contents, of gradients or of scores."""
     manifest = store.manifest
+    unit = "tokens" if manifest.by_token else "rows"
     if manifest.kind == "scores":
         kept = manifest.computed_with.get("top_k")
-        best = f"the best {kept} of {manifest.computed_with['scored']:,} rows" if kept else f"{len(store):,} rows"
+        best = f"the best {kept} of {manifest.computed_with['scored']:,} rows" if kept else f"{len(store):,} {unit}"
         print(f"{store.path}: scores of {best} for {len(manifest.extra['queries']):,} queries")
         return
     chain = " → ".join(stage["name"] for stage in manifest.chain) or "whole gradients"
     size = sum(shard.bytes for shard in store.shards)
     print(
-        f"{store.path}: {len(store):,} rows × {store.width:,} ({len(store.leaves)} leaves, {manifest.dtype}, "
+        f"{store.path}: {len(store):,} {unit} × {store.width:,} ({len(store.leaves)} leaves, {manifest.dtype}, "
         f"{size / 2**20:,.1f} MiB), {chain}"
     )
 

@@ -36,6 +36,8 @@ class Query:
     """Number of examples of each query that are found and shown, the best."""
     reverse: bool = False
     """Opponents (lowest scores) in place of proponents."""
+    unique: bool = False
+    """Show each text once, whatever its case, white space and unicode form."""
     unit_norm: bool = False
     """Cosine in place of inner product."""
     faiss: str | None = None
@@ -112,17 +114,18 @@ def run(config: Query) -> int | None:
         state=config.state,
     )
 
+    kept = manifest.data.get("keep_columns", ())
+
     def answer(text: str, completion: str | None = None) -> None:
         columns = Columns("text", "completion" if completion is not None else None)
         row = attributor.gradients([{"text": text, "completion": completion}], columns=columns)
         if not here.is_rank_zero:
             return
-        found = attributor.search(row, config.top_k, reverse=config.reverse)
-        hits = attributor.hits(found.values[0], found.rows[0])
+        hits = attributor.best(row, config.top_k, reverse=config.reverse, unique=config.unique)[0]
         asked = text if completion is None else f"{text}{completion}"
-        print(hits_table(hits, asked))
+        print(hits_table(hits, asked, kept=kept))
         if config.record is not None:
-            append_csv(config.record, asked, hits)
+            append_csv(config.record, asked, hits, reverse=config.reverse, unit_norm=config.unit_norm)
 
     if config.text is not None:
         answer(config.text, config.completion)

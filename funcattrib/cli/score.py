@@ -35,6 +35,8 @@ class Score:
     """One score an example and query, or its parts by module (or head) or by token, which add up to it."""
     top_k: int | None = None
     """Number of examples of each query that are kept, the best; by default the scores of all."""
+    unique: bool = False
+    """Show, and with --top-k keep, each text once, whatever its case, white space and unicode form."""
     gradients: GradientConfig = field(default_factory=GradientConfig)
     state: Path | None = None
     """A fitted state; by default that of the queries, or one fitted here."""
@@ -66,11 +68,12 @@ def run(config: Score) -> int | None:
         unit_norm=config.unit_norm,
         granularity=config.granularity,
         top_k=config.top_k,
+        unique=config.unique and config.top_k is not None,
         state=config.state,
         source=source_of(loaded, config.data),
         gradients=config.gradients,
         overwrite=config.output.overwrite,
         config=settings(config, command="score"),
     )
-    print(scores_table(scores, min(config.show, config.top_k or config.show)))
+    print(scores_table(scores, min(config.show, config.top_k or config.show), unique=config.unique))
     return None

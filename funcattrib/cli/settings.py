@@ -99,6 +99,8 @@ class DataConfig:
     """Column of rewards: a row's loss is multiplied by its reward less the mean of the rows with the same prompt."""
     advantage_column: str | None = None
     """Column of what each row's loss is multiplied by."""
+    keep_columns: tuple[str, ...] = ()
+    """Further columns (url, source, label, …) to keep beside each row and to show with results."""
     skip_missing_rewards: bool = False
     """Give rows without a reward a zero gradient, and leave them out of the means, instead of stopping."""
     truncation: bool = False

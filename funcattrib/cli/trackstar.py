@@ -34,6 +34,8 @@ class Trackstar:
     gradients: FittedConfig = field(default_factory=lambda: FittedConfig(loss="log_odds"))
     show: int = 3
     """Number of training examples that are shown for the first queries."""
+    unique: bool = False
+    """Show each text once, whatever its case, white space and unicode form."""
 
     def __post_init__(self) -> None:
         """Check what a type cannot say."""
@@ -69,5 +71,5 @@ def run(config: Trackstar) -> int | None:
         overwrite=config.output.overwrite,
         config=settings(config, command="trackstar"),
     )
-    print(scores_table(scores, config.show))
+    print(scores_table(scores, config.show, unique=config.unique))
     return None

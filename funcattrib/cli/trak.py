@@ -31,6 +31,8 @@ class Trak:
     gradients: RowConfig = field(default_factory=lambda: RowConfig(projection_dim=0, loss="log_odds", dtype="float32"))
     show: int = 3
     """Number of training examples that are shown for the first queries."""
+    unique: bool = False
+    """Show each text once, whatever its case, white space and unicode form."""
 
     def __post_init__(self) -> None:
         """Check what a type cannot say."""
@@ -59,5 +61,5 @@ def run(config: Trak) -> int | None:
         overwrite=config.output.overwrite,
         config=settings(config, command="trak"),
     )
-    print(scores_table(scores, config.show))
+    print(scores_table(scores, config.show, unique=config.unique))
     return None

@@ -24,6 +24,7 @@ class Columns:
         token_weights_column: what each token's loss is multiplied by, one number a row or a list of one a token.
         reward_column: numbers; the loss is multiplied by the reward less its prompt's mean.
         advantage_column: numbers that the loss is multiplied by.
+        keep_columns: further columns that are kept beside each row, to be shown with it: its source, its label.
         skip_missing_rewards: rows without one keep their place, with a zero gradient, instead of being an error.
 
     Raises:
@@ -41,6 +42,7 @@ class Columns:
     token_weights_column: str | None = None
     reward_column: str | None = None
     advantage_column: str | None = None
+    keep_columns: tuple[str, ...] = ()
     skip_missing_rewards: bool = False
 
     def __post_init__(self) -> None:

@@ -27,6 +27,7 @@ from funcattrib.data.columns import shown_name, storable
 from funcattrib.data.conversation import OPTIONS
 from funcattrib.data.read import files_of
 from funcattrib.data.utf8 import check_text
+from funcattrib.errors import DataError
 from funcattrib.types import Batch
 
 _TAKEN = ("id", "loss", "tokens", "advantage")  # columns that a store has of every document
@@ -60,6 +61,11 @@ class Documents(NamedTuple):
         columns = tuple(shown_name(name, _TAKEN) for name in self._text_columns_read())
         return columns or (() if self.tokenizer is None else ("text",))
 
+    @property
+    def kept_columns(self) -> list[str]:
+        """Return the columns of ``metadata`` that were asked for beside the text."""
+        return [shown_name(name, _TAKEN) for name in self._kept()]
+
     def metadata(self, rows: range) -> dict[str, Any]:
         """Return what a store keeps of each example to show it: its id and the columns that were read, or its tokens.
 
@@ -70,14 +76,18 @@ class Documents(NamedTuple):
         if not metadata and self.tokenizer is not None:
             metadata = {"text": [self.tokenizer.decode(self.rows[row]["input_ids"].tolist()) for row in rows]}
         ids = part["id"][:] if "id" in part.column_names else list(rows)
+        metadata |= {shown_name(name, _TAKEN): storable(part, name) for name in self._kept()}
         if (advantage := self._advantage()) is not None:
             metadata["advantage"] = [None if np.isnan(a) else float(a) for a in advantage[rows.start : rows.stop]]
         return {"id": [str(i) for i in ids], **metadata}
 
     def identity(self) -> dict[str, Any]:
         """Return columns, a fingerprint of the tokens, labels and numbers, and counts."""
+        columns = asdict(self.columns)
+        del columns["keep_columns"]  # where there are none, stores of earlier releases have no entry
         return {
-            **asdict(self.columns),
+            **columns,
+            **({"keep_columns": self.kept_columns} if self.kept_columns else {}),
             "prompt_column": self.columns.prompt,
             "fingerprint": self._fingerprint(),
             "documents": self.report.documents,
@@ -99,6 +109,11 @@ class Documents(NamedTuple):
         columns = self.columns
         names = [columns.prompt, columns.completion_column, columns.conversation_column]
         return [name for name in names if name and name in self.source.column_names and name != "input_ids"]
+
+    def _kept(self) -> list[str]:
+        """Return the data set's columns that are kept to be shown, without those that are there as text or id."""
+        read = {*self._text_columns_read(), "id"}
+        return [name for name in self.columns.keep_columns if name not in read]
 
     def _example(self, row: int) -> dict[str, Any]:
         example: dict[str, Any] = {**self.rows[row], **{name: values[row] for name, values in self.numbers.items()}}
@@ -139,6 +154,11 @@ def read_documents(
 ) -> Documents:
     """Tokenise a data set and lay it out for batching; a user's loss is also given their columns of numbers."""
     read = (columns.prompt, columns.completion_column, columns.conversation_column, "id", *OPTIONS)
+    missing = [name for name in columns.keep_columns if name not in source.column_names]
+    if missing:
+        raise DataError(
+            f"{name} has no column {missing[0]!r} to keep; its columns are {', '.join(source.column_names)}"
+        )
     check_text(source, filter(None, read), name, files_of(name))
     tokens, report = tokenize(
         source,

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from funcattrib.errors import FuncattribError
 from funcattrib.models.implementations import choose_implementations
 from funcattrib.models.selection import choose
-from funcattrib.models.skeleton import is_quantised, skeleton_of
+from funcattrib.models.skeleton import is_quantised, own_class, skeleton_of
 from funcattrib.types import Params
 from funcattrib.weights.quantised import quantised
 from funcattrib.weights.sharded import Gathers, Sharded, from_dtensor
@@ -43,6 +43,10 @@ class Functional(NamedTuple):
     skeleton: nn.Module
     params: dict[str, Tensor]
     frozen: dict[str, Tensor]
+
+    def __repr__(self) -> str:
+        counts = [f"{len(each):,} {what}" for each, what in ((self.params, "attributed"), (self.frozen, "frozen"))]
+        return f"Functional({own_class(self.skeleton).__name__}: {counts[0]} parameters, {counts[1]} tensors)"
 
     def call(self, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """Call the module's forward with ``params`` in the place of the module's."""

@@ -7,6 +7,7 @@ Positive means proponent: a step that unlearns the training example raises the q
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from funcattrib.query.faiss_index import search as search_index
 from funcattrib.query.stored_loss import check_given, check_named, stored_loss
 from funcattrib.query.topk import TopK, store_blocks, topk
 from funcattrib.query.traced_model import traced_model
+from funcattrib.query.unique import unique_topk
 from funcattrib.store import GradientStore, open_store
 from funcattrib.store.compatibility import (
     check_chain,
@@ -43,7 +45,7 @@ from funcattrib.store.compatibility import (
     check_same_model,
     check_same_state,
 )
-from funcattrib.store.metadata import example_text
+from funcattrib.store.row_text import row_text
 from funcattrib.training.capture import collecting
 from funcattrib.transforms.registry import rebuild
 from funcattrib.types import Batch, Grads, Loss, Params, PerExample
@@ -59,7 +61,9 @@ class Hit(NamedTuple):
         score: the inner product or cosine.
         row: in the store.
         example: its columns beside the row.
-        text: its columns of text one after the other, a conversation turn by turn.
+        text: its columns of text one after the other, a conversation turn by turn; of a token's row the token in its
+            sentence.
+        copies: rows after it that a search for unique texts left out because they have its text.
     """
 
     rank: int
@@ -67,6 +71,7 @@ class Hit(NamedTuple):
     row: int
     example: Mapping[str, Any]
     text: str = ""
+    copies: int = 0
 
 
 class Trace:
@@ -176,13 +181,20 @@ class Attributor:
         *,
         columns: Columns | None = None,
         reverse: bool = False,
+        unique: bool = False,
     ) -> list[list[Hit]]:
         """Find the k best training examples for each record: a text, or a row with the columns of ``columns``.
 
-        The query's gradient comes from the store's own loss and chain. ``columns`` are the store's by default.
+        The query's gradient comes from the store's own loss and chain. ``columns`` are the store's by default. With
+        ``unique`` each text is found once, whatever its case, white space and unicode form.
         """
-        found = self.search(self.gradients(records, columns=columns), k, reverse=reverse)
-        return [self.hits(values, rows) for values, rows in zip(found.values, found.rows, strict=True)]
+        return self.best(self.gradients(records, columns=columns), k, reverse=reverse, unique=unique)
+
+    def best(
+        self, grads: Grads | Float[Tensor, "K D"], k: int = 5, *, reverse: bool = False, unique: bool = False
+    ) -> list[list[Hit]]:
+        """Find the k best training examples for each query gradient; ``unique`` as in ``ask``."""
+        return self._best(grads, k, reverse, unique)[1]
 
     def gradients(
         self, records: Sequence[Mapping[str, Any] | str], *, columns: Columns | None = None
@@ -241,7 +253,7 @@ class Attributor:
         return self._compute
 
     @contextmanager
-    def trace(self, model: nn.Module, k: int = 5, *, reverse: bool = False) -> Iterator[Trace]:
+    def trace(self, model: nn.Module, k: int = 5, *, reverse: bool = False, unique: bool = False) -> Iterator[Trace]:
         """Search with the gradients of the user's own forward and backward pass inside the block.
 
         The model computes as ever (its own loss, its own gradients) and stays as it was. A loss averaged over the
@@ -257,18 +269,34 @@ class Attributor:
         result = Trace()
         with collecting(whole, params, chain, state, called=model) as collected:
             yield result
-        found = self.search(collected.grads(), k, reverse=reverse)
-        result.fill(found, [self.hits(v, r) for v, r in zip(found.values, found.rows, strict=True)])
+        result.fill(*self._best(collected.grads(), k, reverse, unique))
 
     def hits(self, values: Float[Tensor, " k"], rows: Tensor) -> list[Hit]:
         """Return scores and row numbers with the examples' metadata; places that an index did not fill are dropped."""
         found = []
         for rank, (value, row) in enumerate(zip(values.tolist(), rows.tolist(), strict=True), 1):
             if row >= 0:
-                example = self.store.examples[row]
-                text = example_text(example, self.store.manifest.text_columns)
-                found.append(Hit(rank, value, row, example, text))
+                found.append(Hit(rank, value, row, self.store.examples[row], self._text(row)))
         return found
+
+    def _best(
+        self, grads: Grads | Float[Tensor, "K D"], k: int, reverse: bool, unique: bool
+    ) -> tuple[TopK, list[list[Hit]]]:
+        if not unique:
+            plain = self.search(grads, k, reverse=reverse)
+            return plain, [self.hits(values, rows) for values, rows in zip(*plain, strict=True)]
+        rows = self._rows(grads) if isinstance(grads, Mapping) else grads
+        found = unique_topk(partial(self.search, rows, reverse=reverse), self._text, k, len(self.store))
+        hits = [self.hits(values, chosen) for values, chosen in zip(found.values, found.rows, strict=True)]
+        counted = [
+            [hit._replace(copies=int(count)) for hit, count in zip(each, counts, strict=False)]
+            for each, counts in zip(hits, found.copies, strict=True)
+        ]
+        return TopK(found.values, found.rows), counted
+
+    def _text(self, row: int) -> str:
+        manifest = self.store.manifest
+        return row_text(self.store.examples, row, manifest.text_columns, by_token=manifest.by_token)
 
     def _gradients_of_examples(self, records: Sequence[Mapping[str, Any] | str]) -> Float[Tensor, "K D"]:
         """Compute the rows of examples for a user's loss, which are numbers as they are."""

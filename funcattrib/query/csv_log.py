@@ -5,18 +5,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from funcattrib.data.columns import shown_name
 from funcattrib.errors import FuncattribError
 
-_FIRST = ["query", "rank", "score", "row"]
+_FIRST = ["query", "rank", "score", "row", "reverse", "unit_norm"]
 
 
-def append_csv(path: Path, query: str, hits: Sequence[Any]) -> None:
-    """Append one row a hit: query, rank, score, row, and the example's columns; a new file gets a header.
+def append_csv(path: Path, query: str, hits: Sequence[Any], *, reverse: bool = False, unit_norm: bool = False) -> None:
+    """Append one row a hit: query, rank, score, row, how it was searched, and the example's columns; a new file gets a
+    header.
+
+    Args:
+        reverse: the hits are the lowest scores, not the highest.
+        unit_norm: the scores are cosines, not inner products.
 
     Raises:
         FuncattribError: the file cannot be written, or begins with another header.
     """
-    columns = [*_FIRST, *(hits[0].example if hits else [])]
+    columns = [*_FIRST, *(shown_name(name, _FIRST) for name in (hits[0].example if hits else []))]
     try:
         fresh = not path.exists() or path.stat().st_size == 0
         if not fresh:
@@ -30,6 +36,6 @@ def append_csv(path: Path, query: str, hits: Sequence[Any]) -> None:
             if fresh:
                 writer.writerow(columns)
             for hit in hits:
-                writer.writerow([query, hit.rank, hit.score, hit.row, *hit.example.values()])
+                writer.writerow([query, hit.rank, hit.score, hit.row, reverse, unit_norm, *hit.example.values()])
     except OSError as error:
         raise FuncattribError(f"{path} cannot be written: {error.strerror}; record to another file") from error

@@ -12,9 +12,8 @@ mean of its queries' cosines, as in the authors' code; the paper writes the cosi
 Reference: LESS, arXiv 2402.04333.
 """
 
-import math
+import logging
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,10 +32,11 @@ from funcattrib.checkpoints.training_run import learning_rates as rates_of
 from funcattrib.data import Columns
 from funcattrib.data.records import Records, open_records
 from funcattrib.errors import FuncattribError
+from funcattrib.recipes.less_selected import SELECTED, save_selected
+from funcattrib.recipes.query_halves import Members, agreement, half_columns
 from funcattrib.runs.collect import collect_gradients
 from funcattrib.runs.config import RowConfig, refuse
 from funcattrib.runs.default_chain import projection_of
-from funcattrib.runs.error_hints import explained
 from funcattrib.runs.prepare import load_named, prepare, read_inputs, shard_rows
 from funcattrib.runs.query_rows import as_leaves, query_rows
 from funcattrib.runs.run_folder import run_folder
@@ -44,23 +44,21 @@ from funcattrib.runs.score import ending_in, opened_scores
 from funcattrib.runs.settings import RowSettings, Source, as_gradient_config, resolve
 from funcattrib.runs.token_budget import with_budget
 from funcattrib.runs.workload import fill, template
-from funcattrib.runtime.hub import quiet
 from funcattrib.runtime.world import world
 from funcattrib.scores import Scores, check_gradients, open_scores, scores_manifest
 from funcattrib.store import require_shared
 from funcattrib.store.create import PARTS, check_free
 from funcattrib.transforms import AdamState, adam_update, inner_products
 
+log = logging.getLogger(__name__)
+
 ScoreKind = Literal["nearest", "mean"]
 
 DEFAULTS = RowConfig(loss_reduction="mean")
 """The settings of a run where nothing else is asked for."""
 
-SELECTED = "selected"
-"""Sub-folder of the scores with the data set of the best examples."""
-
-Members = Mapping[str, Sequence[int]]
-"""Name of a column of scores → the queries that it is the mean of."""
+_LEAST_SPREAD = 1.5
+"""The spread of scores, in units of their noise, below which a line is logged; 1 is noise alone."""
 
 
 def less(
@@ -73,6 +71,7 @@ def less(
     fraction: float = 0.05,
     score: ScoreKind = "nearest",
     subtask_column: str | None = None,
+    unique: bool = True,
     query_columns: Columns | None = None,
     query_split: str | None = None,
     source: Source | None = None,
@@ -87,11 +86,13 @@ def less(
         checkpoints: folders with a model and its ``optimizer.pt`` (Adam, AdamW), as transformers' Trainer leaves them.
         data, query_data: as in ``collect_gradients``; ``query_columns`` and ``query_split`` are of the queries.
         path: folder for the scores, one column; each checkpoint's lie in its sub-folder ``gradients``, and the selected
-            documents, best first, in ``selected``, which ``datasets.load_from_disk`` loads.
+            documents, best first, in ``selected``, which ``datasets.load_from_disk`` loads: their columns, and
+            ``score``, ``rank`` (from 1) and ``source_row``, their place in ``data``.
         learning_rates: η_i; by default what each checkpoint's ``trainer_state.json`` logged (``learning_rates``).
         fraction: of the documents that is selected.
         score: the nearest query (or subtask), or the mean over all queries.
         subtask_column: column of the queries; those with the same value are one subtask.
+        unique: of documents with the same text, whatever its case, white space and unicode form, select the best alone.
         source, gradients, overwrite, config, settings: as in ``collect_gradients``. The loss is the mean over an
             example's tokens unless asked otherwise, as in training: Γ weighs it against the momentum.
 
@@ -128,6 +129,7 @@ def less(
     weights = rates_of(folders, learning_rates)
     records = open_records(data, source.split, subset=source.subset)
     columns = _columns(open_records(query_data, query_split), score, subtask_column)
+    every = {**columns, **half_columns(columns)}
     parts: list[Scores] = []
     shapes: Shapes | None = None
     for number, folder in enumerate(folders):
@@ -137,11 +139,13 @@ def less(
         check_same(shapes, shapes_of(model), folder)
         sides = ((data, here), (query_data, here.for_queries(query_columns, query_split)))
         states, part = adam_state(folder, model), path / PARTS / str(number)
-        parts.append(_score_one(model, states, sides, columns, gradients, part, overwrite))
+        parts.append(_score_one(model, states, sides, every, gradients, part, overwrite))
         del model
-    _add_up(path, parts, weights, score, overwrite, config)
+    _add_up(path, parts, weights, score, list(columns), overwrite, config)
     scores = opened_scores(path, quiet=source.quiet)
-    world().on_rank_zero(lambda: _save_selected(records, scores, fraction, path / SELECTED))
+    world().on_rank_zero(lambda: save_selected(records, scores, fraction, path / SELECTED, unique, source.quiet))
+    if not source.quiet and world().is_rank_zero:
+        _say_where_noise(parts, weights, columns)
     return scores
 
 
@@ -198,12 +202,13 @@ def _add_up(
     parts: Sequence[Scores],
     weights: Sequence[float],
     score: str,
+    columns: Sequence[str],
     overwrite: bool,
     config: Mapping[str, Any] | None,
 ) -> None:
-    """Sum η_i times the checkpoints' scores, and take the largest of their columns."""
+    """Sum η_i times the checkpoints' scores, and take the largest of the columns that are named, their first."""
     manifests = [part.manifest for part in parts]
-    column = {"id": f"{score} of {parts[0].shape[1]} queries" if score == "nearest" else parts[0].queries[0]["id"]}
+    column = {"id": f"{score} of {len(columns)} queries" if score == "nearest" else columns[0]}
     manifest = scores_manifest(
         manifests[-1],
         method={
@@ -220,7 +225,7 @@ def _add_up(
         for shard in writer.claims():
             span = writer.shard_range(shard)
             rows = sum(
-                weight * torch.from_numpy(np.array(part[span.start : span.stop]))
+                weight * torch.from_numpy(np.array(part[span.start : span.stop, : len(columns)]))
                 for weight, part in zip(weights, parts, strict=True)
             )
             examples = parts[-1].examples.select(span)
@@ -228,16 +233,17 @@ def _add_up(
             writer.put(shard, torch.as_tensor(rows).amax(1, keepdim=True), kept)
 
 
-def _save_selected(records: datasets.Dataset, scores: Scores, fraction: float, folder: Path) -> None:
-    """Save the best documents as a data set, best first; it takes the place of an earlier one when it is whole."""
-    count = max(1, math.floor(fraction * len(records) + 1e-9))
-    rows = [int(row) for row in scores.topk(count).rows[0] if row >= 0]
-    partial = folder.with_name(f".{folder.name}")
-    with explained(), quiet():
-        shutil.rmtree(partial, ignore_errors=True)
-        records.select(rows).save_to_disk(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+def _say_where_noise(parts: Sequence[Scores], weights: Sequence[float], columns: Members) -> None:
+    """Warn where two halves of the queries agree on little."""
+    total = sum(weight * np.asarray(part, dtype=float) for weight, part in zip(weights, parts, strict=True))
+    found = agreement(np.asarray(total), columns)
+    if found is not None and found.spread < _LEAST_SPREAD * found.noise:
+        log.warning(
+            "the queries hardly separate the documents: the scores by two halves of the queries differ by %.2g, and "
+            "their mean spreads by %.2g\ngive more queries of the task, or compare `score='mean'` with "
+            "`score='nearest'`",
+            *(found.noise, found.spread),
+        )
 
 
 def _columns(queries: datasets.Dataset, score: str, subtask_column: str | None) -> Members:

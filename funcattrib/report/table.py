@@ -35,13 +35,15 @@ _MOST_READ = 100_000  # characters of one text that are searched
 class Line(NamedTuple):
     """One line of the table.
 
-    rank: from 1; score: in the units of the search; example: what the reader knows it by; text: of any length.
+    rank: from 1; score: in the units of the search; example: what the reader knows it by; text: of any length; further:
+    shown before the text.
     """
 
     rank: int
     score: float
     example: str | int
     text: str
+    further: str = ""
 
 
 def render(
@@ -96,11 +98,13 @@ def render(
     table.add_column("example", justify="right", no_wrap=True)
     table.add_column("text", overflow="fold", min_width=_LEAST_TEXT)
     for hit, score, example, text in zip(hits, scores, examples, texts, strict=True):
-        columns = room * lines
-        excerpt = Text(window(text, weights, columns) or "(empty)")
+        further = _shorten(_clean(hit.further), room * lines // 2)
+        further += " " if further else ""
+        columns = room * lines - cell_len(further)
+        excerpt = Text(further + (window(text, weights, columns) or "(empty)"))
         while len(excerpt.wrap(console, room)) > lines:  # lines break at spaces, so some room stays empty at their ends
             columns -= 4
-            excerpt = Text(window(text, weights, columns))
+            excerpt = Text(further + window(text, weights, columns))
         for match in _TERM.finditer(excerpt.plain):
             if match.group().casefold() in weights:
                 excerpt.stylize("bold", *match.span())
@@ -177,7 +181,24 @@ def _clean(text: str) -> str:
     return " ".join(_UNPRINTABLE.sub(" ", _SURROGATE.sub("\ufffd", text)).split())
 
 
-def hits_table(hits: Sequence[Hit], query: str, *, width: int | None = None) -> str:
-    """Format rank, score, example id and text, each text cut around what it shares with ``query``."""
-    lines = [Line(hit.rank, hit.score, str(hit.example.get("id", hit.row)), hit.text) for hit in hits]
-    return render(lines, query=query, width=width)
+def hits_table(hits: Sequence[Hit], query: str, *, width: int | None = None, kept: Sequence[str] = ()) -> str:
+    """Format rank, score, example id and text, each text cut around what it shares with ``query``.
+
+    A last line says how many examples are left out because they have the text of one that is shown.
+
+    Args:
+        kept: further columns of the examples to show before the text.
+    """
+    lines = [
+        Line(hit.rank, hit.score, str(hit.example.get("id", hit.row)), hit.text, _further(hit, kept)) for hit in hits
+    ]
+    shown = render(lines, query=query, width=width)
+    copies = sum(hit.copies for hit in hits)
+    note = f"left out: {copies:,} example{'' if copies == 1 else 's'} with a text that is shown"
+    return f"{shown}\n{note}" if copies else shown
+
+
+def _further(hit: Hit, names: Sequence[str]) -> str:
+    """Return the columns beside the text as a prefix of it: ``[url=…, label=3]``."""
+    found = {name: hit.example[name] for name in names if name in hit.example}
+    return f"[{', '.join(f'{name}={value}' for name, value in found.items())}]" if found else ""

@@ -4,39 +4,34 @@ documents → batches by length → chain → ⟨·, queries⟩, read in the bac
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Unpack
-
-import torch
 
 from funcattrib.chain.chain import Chain, compose
 from funcattrib.chain.transform import State, Transform
 from funcattrib.data import Columns
 from funcattrib.data.records import Records
+from funcattrib.runs.best_rows import fill_best
 from funcattrib.runs.collect import collect_gradients, fit_chain
 from funcattrib.runs.config import GradientConfig, refuse
 from funcattrib.runs.default_chain import chain_of
-from funcattrib.runs.fold import Fold, Totals, fold_parts
 from funcattrib.runs.prepare import Model, Prepared, load_named, prepare, read_inputs, shard_rows, state_of, with_state
 from funcattrib.runs.query_rows import as_leaves, query_rows
 from funcattrib.runs.run_folder import run_folder
 from funcattrib.runs.settings import GradientSettings, Source, resolve
+from funcattrib.runs.text_groups import text_groups
 from funcattrib.runs.token_budget import with_budget
 from funcattrib.runs.token_rows import MOST_ROWS, as_tokens, by_token, fill_tokens
-from funcattrib.runs.workload import Work, fill, rows_of
-from funcattrib.runtime.progress import Progress
+from funcattrib.runs.workload import Work, fill
 from funcattrib.runtime.world import world
 from funcattrib.scores import Scores, check_gradients, open_scores, scores_manifest
-from funcattrib.scores.top_k import Best, best_of, keep_best, nothing, save_best
 from funcattrib.store import GradientStore, StoreWriter, open_store, require_shared
 from funcattrib.store.compatibility import check_kind, loss_differences
 from funcattrib.store.create import PARTS, check_free
 from funcattrib.store.nonfinite import named_rows, nonfinite_rows
 from funcattrib.transforms import inner_products, max_score, self_influence
-from funcattrib.types import Batch, PerExample
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +52,7 @@ def score_gradients(
     unit_norm: bool = False,
     granularity: Granularity = "example",
     top_k: int | None = None,
+    unique: bool = False,
     chain: Chain | None = None,
     state: str | Path | None = None,
     source: Source | None = None,
@@ -80,6 +76,7 @@ def score_gradients(
         granularity: ``module`` keeps the part of every parameter (or head), ``token`` has a row for every token: their
             sum is the score.
         top_k: keep the best rows of each query alone, and nothing else.
+        unique: of rows with the same text, whatever its case, white space and unicode form, ``top_k`` keeps the best.
         state: a folder with a fitted state; by default that of the queries, or one fitted on ``data``.
 
     Raises:
@@ -96,6 +93,7 @@ def score_gradients(
     path = Path(path)
     paths = [query_stores] if isinstance(query_stores, str | Path) else list(query_stores)
     _check_queries(score, paths, query_data, unit_norm, granularity, top_k)
+    refuse((unique and top_k is None, "`unique` requires `top_k`; of scores of all rows, topk takes `unique`"))
     source, gradients = resolve(source, gradients or GradientConfig(), settings)
     model, source = load_named(model, source)  # once, for the documents and for the queries
     check_free(path, "scores", overwrite=overwrite)
@@ -153,6 +151,7 @@ def score_gradients(
     manifest = prepared.manifest
     if top_k is not None:
         kept = {"top_k": top_k, "shard": manifest.rows_per_shard, "scored": manifest.rows}
+        kept |= {"unique": True} if unique else {}
         manifest = replace(manifest, rows=0, computed_with={**manifest.computed_with, **kept})
     with run_folder(path, manifest, prepared.work.world, overwrite=overwrite, config=config) as writer:
         if not writer.manifest.complete:
@@ -183,42 +182,14 @@ def _compute(
     if top_k is None:
         (fill_tokens if granularity == "token" else fill)(work, writer, state, "score")
     else:
-        _fill_best(work, writer, state, top_k)
+        unique = bool(writer.manifest.computed_with.get("unique"))
+        fill_best(work, writer, state, top_k, text_groups(work.corpus) if unique else None)
 
 
 def ending_in(work: Work, fitted: State, last: Sequence[Transform]) -> tuple[Work, State]:
     """Append stages that score the chain's result to the work, and their states to the chain's."""
     arriving = work.chain.init(work.chain.started().spec(work.params))[1]
     return work._replace(chain=compose(work.chain, *last)), (*fitted, *compose(*last).init(arriving)[0])
-
-
-def _fill_best(work: Work, writer: StoreWriter, state: Any, top_k: int) -> None:
-    """Make one pass that keeps the best alone; what it has so far is saved now and then."""
-    compute = work.bind(state)
-    start = {**nothing(len(writer.manifest.extra["queries"]))._asdict(), "lost": torch.zeros(1, dtype=torch.int64)}
-    folded = Fold(start, partial(_take_best, work, compute, top_k), partial(_merge_best, top_k))
-    found = fold_parts(work, writer, int(writer.manifest.computed_with["shard"]), folded, "score")
-    if int(found["lost"]) and not work.quiet and work.world.is_rank_zero:
-        log.warning("%d rows have scores that are NaN or infinite and are left out", int(found["lost"]))
-
-    def metadata(row: int) -> dict[str, Any]:
-        return {name: values[0] for name, values in work.corpus.metadata(range(row, row + 1)).items()}
-
-    if writer.role.holds_lock:
-        save_best(writer.path, Best(found["values"], found["rows"]), metadata)
-
-
-def _take_best(
-    work: Work, compute: Callable[[Batch], PerExample], count: int, best: Totals, part: range, bar: Progress
-) -> Totals:
-    matrix, _ = rows_of(work, compute, part, bar.update)
-    kept = keep_best(Best(best["values"], best["rows"]), matrix, part.start, count)
-    return {**kept._asdict(), "lost": best["lost"] + (~matrix.isfinite()).any(1).sum()}
-
-
-def _merge_best(count: int, parts: Sequence[Totals]) -> Totals:
-    kept = best_of([Best(part["values"], part["rows"]) for part in parts], count)
-    return {**kept._asdict(), "lost": torch.stack([part["lost"] for part in parts]).sum(0)}
 
 
 def _last_stages(

@@ -89,9 +89,10 @@ def _rows_of(work: Work, compute: Callable[[Batch], PerExample], documents: rang
 
 
 def _metadata(work: Work, documents: range, losses: np.ndarray) -> dict[str, Any]:
-    """Return of every token its document's id, number and loss, its position, and its text."""
+    """Return of every token its document's id, number, loss and kept columns, its position, and its text."""
     lengths = work.corpus.lengths[list(documents)]
-    ids = work.corpus.metadata(documents)["id"]
+    of_documents = work.corpus.metadata(documents)
+    ids = of_documents["id"]
     positions = [at for length in lengths for at in range(length)]
     metadata: dict[str, Any] = {
         "id": [f"{name}:{at}" for name, length in zip(ids, lengths, strict=True) for at in range(length)],
@@ -99,6 +100,11 @@ def _metadata(work: Work, documents: range, losses: np.ndarray) -> dict[str, Any
         "position": np.asarray(positions),
         "loss": np.repeat(losses, lengths),
     }
+    kept = work.corpus.kept_columns if isinstance(work.corpus, Documents) else ()
+    for name in kept:
+        metadata[name] = [
+            value for value, length in zip(of_documents[name], lengths, strict=True) for _ in range(length)
+        ]
     if isinstance(work.corpus, Documents) and (tokenizer := _tokenizer(work)) is not None:
         rows = work.corpus.rows
         metadata["text"] = [tokenizer.decode([int(token)]) for i in documents for token in rows[i]["input_ids"]]

@@ -6,25 +6,32 @@ query were kept, they are the store's state and ``best.parquet``. Positive means
 training example raises the query's loss.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet
 from torch import Tensor
 
 from funcattrib.data.columns import shown_name
 from funcattrib.errors import FuncattribError, StoreError
 from funcattrib.query.topk import TopK
+from funcattrib.query.unique import UniqueTopK, unique_topk
 from funcattrib.scores import top_k as kept_best
 from funcattrib.scores.top_k import keep_best, nothing
 from funcattrib.store import GradientStore, Manifest, lay_out, open_store
 from funcattrib.store.compatibility import check_kind, check_queries
+from funcattrib.store.metadata import example_text
+from funcattrib.store.row_text import row_text
 
 if TYPE_CHECKING:
+    import pandas
     from datasets import Dataset
 
 _BLOCK = 8192
@@ -57,6 +64,11 @@ class Scores:
         return rows, len(self.queries)
 
     @property
+    def unit(self) -> str:
+        """Return what a row is: an ``example``, or a ``token`` of one."""
+        return "token" if self.manifest.by_token else "example"
+
+    @property
     def examples(self) -> "Dataset":
         """Return the metadata of each row's example, memory-mapped."""
         self._whole()
@@ -64,6 +76,13 @@ class Scores:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def __repr__(self) -> str:
+        kept = f", the best {self.kept} of each" if self.kept is not None else ""
+        parts = f", by {len(self.modules)} modules" if self.modules else ""
+        name = str(self.manifest.computed_with.get("method", {}).get("name", "scores"))
+        rows, queries = self.shape
+        return f"Scores({str(self.path)!r}, {name}: {rows:,} {self.unit}s × {queries:,} queries{kept}{parts})"
 
     def __getitem__(self, key: Any) -> np.ndarray:
         self._whole()
@@ -89,11 +108,27 @@ class Scores:
             return dict(self._store.examples[row])
         return kept_best.load_example(self.path, row)
 
-    def topk(self, k: int = 10, *, reverse: bool = False) -> TopK:
+    def text(self, row: int) -> str:
+        """Return the text of one row's example; of a token's row, the token in brackets inside its sentence."""
+        if self.kept is not None:
+            return example_text(self.example(row), self.manifest.text_columns)
+        return row_text(self._store.examples, row, self.manifest.text_columns, by_token=self.manifest.by_token)
+
+    def unique_topk(self, k: int = 10, *, reverse: bool = False) -> UniqueTopK:
+        """Return the same as ``topk`` with each text once, whatever its case, white space and unicode form; ``copies``
+        counts the rows that were left out after each.
+        """
+        most = len(self) if self.kept is None else self.kept
+        return unique_topk(partial(self.topk, reverse=reverse), self.text, k, most)
+
+    def topk(self, k: int = 10, *, reverse: bool = False, unique: bool = False) -> TopK:
         """Return the k highest (``reverse``: lowest) scoring rows of each query, values and rows (queries, k).
 
-        Rows whose score is NaN or infinite are left out; a place that stays empty has NaN and row -1.
+        Rows whose score is NaN or infinite are left out, with ``unique`` those whose text is that of a better one too;
+        a place that stays empty has NaN and row -1.
         """
+        if unique:
+            return TopK(*self.unique_topk(k, reverse=reverse)[:2])
         if k < 1:
             raise FuncattribError(f"expected k of at least 1, found {k}")
         if self.kept is not None:
@@ -124,13 +159,41 @@ class Scores:
         """
         if Path(path).suffix.lower() not in ("", ".parquet", ".pq"):
             raise FuncattribError(f"{path} is no name of a Parquet file\nend it in .parquet")
+        self._write(pyarrow.parquet.write_table, path)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the same table as ``to_parquet`` as a csv file with a header; a column of lists is written as JSON.
+
+        Raises:
+            FuncattribError: a path that cannot be written.
+        """
+
+        def write(table: pa.Table, path: str | Path) -> None:
+            pyarrow.csv.write_csv(_flat(table), path)
+
+        self._write(write, path)
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """Return the same table as ``to_parquet``: a row an example, its metadata, and ``score_K`` for every query K.
+
+        Where only the best rows were kept, a row for each of them: query, rank, row, score and the example's metadata.
+        """
+        return self._table().to_pandas()
+
+    def _write(self, write: Callable[[pa.Table, str | Path], None], path: str | Path) -> None:
+        table = self._table()
+        try:
+            write(table, path)
+        except OSError as error:
+            raise FuncattribError(f"{path} cannot be written: {error}; choose another file") from error
+
+    def _table(self) -> pa.Table:
+        if self.kept is not None:
+            return pyarrow.parquet.read_table(self.path / kept_best.BEST_FILE)
         matrix = np.asarray(self)
         scored = {f"score_{number}": matrix[:, number] for number in range(matrix.shape[1])}
         columns = {shown_name(name, scored): self.examples[name][:] for name in self.examples.column_names} | scored
-        try:
-            pyarrow.parquet.write_table(pa.table(columns), path)
-        except OSError as error:
-            raise FuncattribError(f"{path} cannot be written: {error}; choose another file") from error
+        return pa.table(columns)
 
     def _whole(self) -> None:
         if self.kept is not None:
@@ -208,6 +271,15 @@ def scores_manifest(
         nonfinite=0,
         state=None,
     )
+
+
+def _flat(table: pa.Table) -> pa.Table:
+    """Return the table with its nested columns as JSON, as csv has no others."""
+    for number, field in enumerate(table.schema):
+        if pa.types.is_nested(field.type):
+            values = [None if value is None else json.dumps(value) for value in table[field.name].to_pylist()]
+            table = table.set_column(number, field.name, pa.array(values, pa.string()))
+    return table
 
 
 def _text_columns(of: Sequence[Manifest]) -> list[str] | None:

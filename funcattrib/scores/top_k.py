@@ -42,8 +42,10 @@ def nothing(queries: int) -> Best:
     return Best(torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64))
 
 
-def keep_best(best: Best, scores: Float[Tensor, "B K"], start: int, count: int) -> Best:
-    """Merge a block of rows from ``start`` on into ``best``.
+def keep_best(
+    best: Best, scores: Float[Tensor, "B K"], start: int, count: int, groups: Int[Tensor, " rows"] | None = None
+) -> Best:
+    """Merge a block of rows from ``start`` on into ``best``; of a group of rows (its number, by row) the best alone.
 
     Scores that are NaN or infinite are left out: their gradient says nothing. Of equal scores the lower row is first.
 
@@ -54,11 +56,11 @@ def keep_best(best: Best, scores: Float[Tensor, "B K"], start: int, count: int) 
     columns = scores.T.to(torch.float32)
     values = columns.where(columns.isfinite(), -torch.inf)
     rows = torch.arange(start, start + len(scores)).where(values > -torch.inf, -1)
-    return best_of([best, Best(values, rows)], count)
+    return best_of([best, Best(values, rows)], count, groups)
 
 
-def best_of(parts: Sequence[Best], count: int) -> Best:
-    """Select the best ``count`` of several parts, of other rows each.
+def best_of(parts: Sequence[Best], count: int, groups: Int[Tensor, " rows"] | None = None) -> Best:
+    """Select the best ``count`` of several parts, of other rows each; of a group of rows the best alone.
 
     Example:
         >>> one = Best(torch.tensor([[3.0, 1.0]]), torch.tensor([[7, 8]]))
@@ -68,7 +70,21 @@ def best_of(parts: Sequence[Best], count: int) -> Best:
     values, rows = (torch.cat(each, 1) for each in zip(*parts, strict=True))
     by_row = rows.argsort(dim=1, stable=True)  # of equal scores the lower row is first
     kept, order = values.gather(1, by_row).sort(dim=1, descending=True, stable=True)
-    return Best(kept[:, :count].contiguous(), rows.gather(1, by_row).gather(1, order[:, :count]))
+    ordered = rows.gather(1, by_row).gather(1, order)
+    if groups is not None:
+        kept, ordered = _first_of_each(kept, ordered, groups)
+    return Best(kept[:, :count].contiguous(), ordered[:, :count].contiguous())
+
+
+def _first_of_each(values: Tensor, rows: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty the places of rows whose group has a better one, and move these to the end; both are (K, n), best first."""
+    numbers = torch.where(rows >= 0, groups[rows.clamp(min=0)], -1 - torch.arange(rows.shape[1]))
+    by_group, place = numbers.sort(dim=1, stable=True)
+    repeated = torch.zeros_like(rows, dtype=torch.bool)
+    repeated.scatter_(1, place[:, 1:], by_group[:, 1:] == by_group[:, :-1])
+    values, rows = values.masked_fill(repeated, -torch.inf), rows.masked_fill(repeated, -1)
+    order = (rows < 0).long().sort(dim=1, stable=True).indices
+    return values.gather(1, order), rows.gather(1, order)
 
 
 def save_best(folder: Path, best: Best, metadata_of: Callable[[int], Mapping[str, Any]]) -> None:

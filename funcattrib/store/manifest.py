@@ -118,6 +118,11 @@ class Manifest:
         return self.leaves[-1].stop
 
     @property
+    def by_token(self) -> bool:
+        """Return whether a row is a token's, not an example's."""
+        return self.computed_with.get("granularity") == "token"
+
+    @property
     def shard_count(self) -> int:
         """Return the shards of the complete store."""
         return math.ceil(self.rows / self.rows_per_shard)

@@ -87,3 +87,11 @@ def test_settings_are_described_as_they_are_given() -> None:
     own = fa.Transform("own", settings={"b": 1, "a": torch.pi})
     assert list(own.describe().items()) == [("name", "own"), ("b", 1), ("a", torch.pi)]
     assert fa.Transform("bare").describe() == {"name": "bare"}
+
+
+def test_a_chain_and_a_model_taken_apart_in_words() -> None:
+    chain = fa.compose(fa.per_example_grad, fa.project(4), fa.unit_norm)
+    assert repr(chain) == "Chain(per_example_grad → project(k=4, kind='rademacher', seed=0) → unit_norm())"
+    assert repr(fa.compose()) == "Chain()"
+    parts = fa.functionalize(cases.causal("gpt_neox"))
+    assert repr(parts) == "Functional(GPTNeoXForCausalLM: 8 attributed parameters, 22 frozen tensors)"

@@ -13,6 +13,7 @@ import funcattrib as fa
 from funcattrib.checkpoints.training_run import learning_rates
 from funcattrib.recipes import less as recipe
 from funcattrib.recipes.less import less
+from funcattrib.recipes.query_halves import agreement
 from tests.support import tiny
 from tests.support.saved_runs import records, save_run
 
@@ -89,8 +90,13 @@ def test_scores_are_those_of_the_formula(how, run, tmp_path) -> None:
     selected = datasets.load_from_disk(tmp_path / "selected")
     assert selected["id"][:] == [f"1-{i}" for i in order]
     assert selected["input_ids"][0] == TRAIN[order[0]]["input_ids"]
+    assert (selected["rank"][:], selected["source_row"][:]) == ([1, 2, 3], order.tolist())
+    np.testing.assert_allclose(selected["score"][:], np.asarray(scores)[order, 0])
     assert fa.open_scores(tmp_path).topk(3).rows[0].tolist() == order.tolist()
-    assert fa.open_scores(tmp_path / "gradients" / "1").shape == (10, {"nearest": 4, "mean": 1, "subtasks": 3}[how])
+    assert fa.open_scores(tmp_path / "gradients" / "1").shape == (
+        10,
+        {"nearest": 4, "mean": 1 + 2, "subtasks": 3 + 2}[how],
+    )
 
 
 def test_whole_gradients_and_another_fraction_of_the_same_scores(run, tmp_path) -> None:
@@ -100,6 +106,37 @@ def test_whole_gradients_and_another_fraction_of_the_same_scores(run, tmp_path) 
     assert len(datasets.load_from_disk(tmp_path / "selected")) == 5
     less(run, TRAIN, QUERY, path=tmp_path, projection_dim=0, fraction=0.01, **COMMON)
     assert datasets.load_from_disk(tmp_path / "selected")["id"][:] == [f"1-{np.argmax(np.asarray(whole)[:, 0])}"]
+
+
+def test_a_text_is_selected_once_and_columns_stay(run, tmp_path) -> None:
+    data = [*TRAIN[:4], *({**record, "id": f"copy of {record['id']}"} for record in TRAIN[:4])]
+    data = [{**record, "rank": "theirs"} for record in data]
+    tokenizer = tiny.make_tokenizer()
+    settings = {**COMMON, "projection_dim": 2, "fraction": 0.5, "tokenizer": tokenizer}
+    less(run, data, QUERY, path=tmp_path, **settings)
+    selected = datasets.load_from_disk(tmp_path / "selected")
+    assert sorted(selected["source_row"][:]) == [0, 1, 2, 3]
+    assert selected["rank"][:] == [1, 2, 3, 4]
+    assert selected["data.rank"][:] == ["theirs"] * 4
+    less(run, data, QUERY, path=tmp_path, unique=False, **settings)
+    rows = datasets.load_from_disk(tmp_path / "selected")["source_row"][:]
+    assert [row % 4 for row in rows[::2]] == [row % 4 for row in rows[1::2]]
+
+
+def test_queries_that_say_nothing_are_named(run, tmp_path, caplog) -> None:
+    draw = np.random.default_rng(0)
+    data = [{"input_ids": draw.integers(1, 60, 8).tolist()} for _ in range(24)]
+    settings = {**COMMON, "projection_dim": 2, "quiet": False}
+    scores = less(run, data, QUERY, path=tmp_path / "mean", score="mean", **settings)
+    parts = [np.asarray(fa.open_scores(tmp_path / "mean/gradients" / str(number))) for number in range(2)]
+    total = sum(rate * part for rate, part in zip(RATES, parts, strict=True))
+    np.testing.assert_allclose(np.asarray(scores)[:, 0], total[:, 1:].mean(1), rtol=1e-4)
+    found = agreement(total, {"mean": range(len(QUERY))})
+    assert found.spread < 1.5 * found.noise, found
+    assert "the queries hardly separate the documents" in caplog.text
+    caplog.clear()
+    less(run, data, [*data[:1] * 4], path=tmp_path / "one", score="mean", **settings)
+    assert "hardly separate" not in caplog.text
 
 
 def test_an_interrupted_run_continues_with_its_checkpoint(run, tmp_path, monkeypatch) -> None:
@@ -202,7 +239,7 @@ def test_the_command_on_a_trainers_checkpoints(funcattrib, tmp_path) -> None:
     assert ran.code == 0, ran.err
     assert f"selected: {tmp_path / 'out' / 'selected'}" in ran.out
     selected = datasets.load_from_disk(tmp_path / "out" / "selected")
-    assert selected.column_names == ["text", "n"]
+    assert selected.column_names == ["text", "n", "score", "rank", "source_row"]
     assert len(selected) == 2
     rates = fa.open_scores(tmp_path / "out").manifest.computed_with["method"]["learning_rates"]
     assert rates[0] > rates[1] > 0

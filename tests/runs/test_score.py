@@ -3,14 +3,16 @@
 import logging
 
 import numpy as np
+import pandas
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 import funcattrib as fa
+from funcattrib.cli.output import print_store
 from funcattrib.data import Columns
 from funcattrib.report.scores import scores_table
-from funcattrib.runs import score as recipe
+from funcattrib.runs import best_rows
 from funcattrib.runs.collect import collect_gradients
 from funcattrib.runs.reduce import reduce_gradients
 from funcattrib.runs.score import score_gradients
@@ -190,7 +192,7 @@ def test_an_interrupted_pass_is_continued(top_k, tmp_path, monkeypatch) -> None:
     dense(tmp_path, CHAINS["projected"], False)
     model, computed = cases.causal("llama"), []
     whole = score_gradients(model, TRAIN, path=tmp_path / "whole", **settings)
-    module = recipe if top_k else __import__("funcattrib.runs.workload", fromlist=["rows_of"])
+    module = best_rows if top_k else __import__("funcattrib.runs.workload", fromlist=["rows_of"])
     rows_of = module.rows_of
 
     def twice(work, compute, rows, count):
@@ -342,3 +344,43 @@ def test_kept_rows_that_are_damaged_are_refused(tmp_path) -> None:
         else:
             assert torch.equal(again.rows, found.rows)
             assert torch.equal(again.values, found.values)
+
+
+def test_scores_as_tables_and_in_words(tmp_path) -> None:
+    texts = tiny.texts(4)
+    data = [{"text": text} for text in texts]
+    settings = {**COMMON, "tokenizer": tiny.make_tokenizer(), "projection_dim": 2, "query_data": data[:2]}
+    scores = score_gradients(cases.causal("gpt_neox"), data, path=tmp_path / "out", **settings)
+    assert repr(scores) == f"Scores('{tmp_path}/out', score: 4 examples × 2 queries)"
+    frame = scores.to_pandas()
+    assert frame["score_1"].to_list() == scores[:, 1].tolist()
+    assert frame["text"].to_list() == texts
+    scores.to_csv(tmp_path / "scores.csv")
+    read = pandas.read_csv(tmp_path / "scores.csv", dtype={"id": str})
+    assert read["text"].to_list() == texts
+    np.testing.assert_allclose(read["score_0"], scores[:, 0], rtol=1e-6)
+    with pytest.raises(fa.FuncattribError, match="cannot be written"):
+        scores.to_csv(tmp_path / "no" / "scores.csv")
+    best = score_gradients(cases.causal("gpt_neox"), data, path=tmp_path / "best", top_k=1, **settings)
+    assert best.to_pandas()["row"].to_list() == scores.topk(1).rows[:, 0].tolist()
+    assert "the best 1 of each" in repr(best)
+
+
+def test_a_token_is_shown_in_its_sentence(tmp_path, capsys) -> None:
+    texts = ["w1 w2 w3 w4 w5", "w6 w7 w8"]
+    data = [{"text": text, "source": f"s{row}"} for row, text in enumerate(texts)]
+    settings = {**COMMON, "tokenizer": tiny.make_tokenizer(), "projection_dim": 2, "granularity": "token"}
+    settings["columns"] = Columns(keep_columns=("source",))
+    scores = score_gradients(
+        cases.causal("gpt_neox"), data, path=tmp_path, query_data=data[:1], query_columns=Columns(), **settings
+    )
+    assert scores.text(1) == "w1 [w2] w3 w4 w5"
+    assert scores.text(5) == "[w6] w7 w8"
+    assert scores.examples["source"][:] == ["s0"] * 5 + ["s1"] * 3
+    first = scores_table(scores, 1, width=120).split("\n")[0]
+    assert first == f"{tmp_path}: scores of 8 tokens for 1 query"
+    assert "8 tokens × 1 queries" in repr(scores)
+    print_store(fa.open_store(tmp_path))
+    assert "scores of 8 tokens for 1 queries" in capsys.readouterr().out
+    best = int(scores.topk(1).rows[0, 0])
+    assert scores.text(best) in scores_table(scores, 1, width=120)
