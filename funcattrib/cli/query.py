@@ -1,5 +1,6 @@
 """``funcattrib query``: training examples whose gradients align with a text's."""
 
+import logging
 import sys
 from dataclasses import dataclass, field
 from io import TextIOWrapper
@@ -10,6 +11,8 @@ from funcattrib.cli.flags import setting_names, with_flags
 from funcattrib.cli.output import reports_on_stderr
 from funcattrib.cli.settings import ShardConfig
 from funcattrib.errors import FuncattribError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,11 @@ def run(config: Query) -> int | None:
     here = world()
     manifest = read_manifest(config.index)
     check_kind(manifest, config.index, "gradients")  # before a model is loaded
+    if here.is_rank_zero and manifest.loss["kind"] == "ce":
+        log.info(
+            "this store's loss is cross-entropy: `funcattrib trackstar`, or a store built with `--loss log_odds` and "
+            "--unit-norm here, finds more of what is known by heart"
+        )
     check_named(manifest)
     made_with = manifest.model
     device = pick_device(config.device)

@@ -113,6 +113,7 @@ def test_the_command_shows_and_records(funcattrib, run: Path, tmp_path: Path) ->
     assert ran.code == 0, ran.err
     assert "left out: 3 examples with a text that is shown" in ran.out
     assert "[url=https://x.org/0, label=0]" in ran.out
+    assert ran.err.count("`funcattrib trackstar`, or a store built with `--loss log_odds`") == 1
     assert funcattrib(*words, "--reverse").code == 0
     rows = list(csv.DictReader(record.open(encoding="utf-8")))
     assert [(row["reverse"], row["unit_norm"]) for row in rows] == [("False", "True")] * 5 + [("True", "False")] * 5
