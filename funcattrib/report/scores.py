@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from funcattrib.query.attributor import Hit
+from funcattrib.query.hits import Hit
 from funcattrib.report.table import hits_table
 from funcattrib.scores import Scores
 from funcattrib.store.metadata import example_text

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from io import StringIO
 from typing import NamedTuple
 
-from funcattrib.query.attributor import Hit
+from funcattrib.query.hits import Hit
 
 # A script without spaces (kana, Chinese characters, Hangul, Thai) is compared by its single characters.
 _DENSE = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
