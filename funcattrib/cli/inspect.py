@@ -1,7 +1,9 @@
 """``funcattrib inspect``: the contents of a store."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -31,7 +33,7 @@ def run(config: Inspect) -> int | None:
     model, data = manifest.model, manifest.data
     print(f"model: {model['id']} ({model['architecture']}, fingerprint {model['fingerprint'][:12]})")
     print(f"data: {data['id']}, {data['documents']:,} documents, {data['tokens']:,} tokens")
-    print(f"loss: {manifest.loss['kind']}, {manifest.loss['reduction']} over tokens")
+    print(f"loss: {_loss_in_words(manifest.loss)}")
     method = manifest.computed_with.get("method", manifest.computed_with)
     for name in ("name", "score", "unit_norm", "reduced", "unit_normalize", "granularity"):
         if name in method:
@@ -57,3 +59,8 @@ def run(config: Inspect) -> int | None:
     if not problems:
         print("every file is as it was written")
     return 1 if problems else None
+
+
+def _loss_in_words(loss: Mapping[str, Any]) -> str:
+    over = "of a label" if loss.get("task") == "sequence_classification" else f"{loss['reduction']} over tokens"
+    return f"{loss['kind']}, {over}{' of targets' if loss.get('task') == 'seq2seq' else ''}"

@@ -93,4 +93,5 @@ def query_columns(data: DataConfig, queries: QueryColumns) -> Columns:
         queries.query_prompt_column or data.prompt_column,
         queries.query_completion_column or data.completion_column,
         data.conversation_column,
+        label_column=data.label_column,
     )

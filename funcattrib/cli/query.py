@@ -1,11 +1,12 @@
 """``funcattrib query``: training examples whose gradients align with a text's."""
 
+import json
 import logging
 import sys
 from dataclasses import dataclass, field
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from funcattrib.cli.flags import setting_names, with_flags
 from funcattrib.cli.output import reports_on_stderr
@@ -35,6 +36,8 @@ class Query:
     """The query."""
     completion: str | None = None
     """Continuation of --text whose tokens alone count in the query's loss."""
+    label: str | None = None
+    """Label of --text where the store's model classifies: a class by number or name, or a list of numbers."""
     top_k: int = 5
     """Number of examples of each query that are found and shown, the best."""
     reverse: bool = False
@@ -68,8 +71,9 @@ class Query:
         for flag, given in (("--nprobe", self.nprobe is not None), ("--mmap-index", self.mmap_index)):
             if given and self.faiss is None:
                 raise FuncattribError(f"{flag} requires --faiss")
-        if self.completion is not None and self.text is None:
-            raise FuncattribError("--completion requires --text")
+        for flag, value in (("--completion", self.completion), ("--label", self.label)):
+            if value is not None and self.text is None:
+                raise FuncattribError(f"{flag} requires --text")
 
 
 @reports_on_stderr
@@ -91,12 +95,13 @@ def run(config: Query) -> int | None:
     here = world()
     manifest = read_manifest(config.index)
     check_kind(manifest, config.index, "gradients")  # before a model is loaded
-    if here.is_rank_zero and manifest.loss["kind"] == "ce":
+    if here.is_rank_zero and manifest.loss["kind"] == "ce" and "task" not in manifest.loss:
         log.info(
             "this store's loss is cross-entropy: `funcattrib trackstar`, or a store built with `--loss log_odds` and "
             "--unit-norm here, finds more of what is known by heart"
         )
     check_named(manifest)
+    _check_asked(config, manifest.loss.get("task"))
     made_with = manifest.model
     device = pick_device(config.device)
     loaded = load_model(
@@ -126,7 +131,10 @@ def run(config: Query) -> int | None:
 
     def answer(text: str, completion: str | None = None) -> None:
         columns = Columns("text", "completion" if completion is not None else None)
-        row = attributor.gradients([{"text": text, "completion": completion}], columns=columns)
+        record: dict[str, Any] = {"text": text, "completion": completion}
+        if config.label is not None:
+            record["label"] = _label(config.label)
+        row = attributor.gradients([record], columns=columns)
         if not here.is_rank_zero:
             return
         hits = attributor.best(row, config.top_k, reverse=config.reverse, unique=config.unique)[0]
@@ -146,6 +154,27 @@ def run(config: Query) -> int | None:
         except FuncattribError as error:  # the next text may do better
             print(f"funcattrib query: {with_flags(str(error), setting_names(Query))}", file=sys.stderr)
     return None
+
+
+def _check_asked(config: Query, task: str | None) -> None:
+    """Check that the query has what the store's loss reads, before a model is loaded."""
+    if config.label is not None and task != "sequence_classification":
+        raise FuncattribError("--label requires a store of a sequence classification model; leave it out")
+    for wanted, flag, given in (
+        ("sequence_classification", "--label", config.label),
+        ("seq2seq", "--completion", config.completion),
+    ):
+        if task == wanted and given is None:
+            model = "classifies" if flag == "--label" else "is an encoder-decoder"
+            raise FuncattribError(f"the model of this store {model}: a query requires --text with {flag}")
+
+
+def _label(text: str) -> Any:
+    """Return the label as a number or a list of numbers, where it is one; else as the name that it is."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _next_text() -> str | None:

@@ -90,7 +90,7 @@ class DataConfig:
     prompt_column: str | None = None
     """Column of text; its tokens count unless there is a completion. By default text, or the tokens of input_ids."""
     completion_column: str | None = None
-    """Column that continues the prompt; its tokens alone count in the loss."""
+    """Column that continues the prompt; its tokens alone count in the loss. Of an encoder-decoder, the target."""
     conversation_column: str | None = None
     """Column of messages (role, content); the assistant's turns alone count in the loss."""
     token_weights_column: str | None = None
@@ -101,6 +101,8 @@ class DataConfig:
     """Column of what each row's loss is multiplied by."""
     keep_columns: tuple[str, ...] = ()
     """Further columns (url, source, label, …) to keep beside each row and to show with results."""
+    label_column: str | None = None
+    """Column of labels, of a sequence classification model; by default label."""
     skip_missing_rewards: bool = False
     """Give rows without a reward a zero gradient, and leave them out of the means, instead of stopping."""
     truncation: bool = False

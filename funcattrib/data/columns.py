@@ -17,7 +17,8 @@ class Columns:
     Args:
         prompt_column: text; the loss counts every token, or none where there is a completion. By default ``text``, or
             the tokens of a data set that has ``input_ids``.
-        completion_column: text that continues the prompt; the loss counts it alone. Both may be lists of messages.
+        completion_column: text that continues the prompt; the loss counts it alone. Both may be lists of messages. Of
+            an encoder-decoder, the target.
         conversation_column: lists of messages (``role``, ``content``, and for a turn that does not count
             ``"weight": 0``); the loss counts the assistant's. The template is given the columns ``tools`` and
             ``chat_template_kwargs``.
@@ -26,6 +27,8 @@ class Columns:
         advantage_column: numbers that the loss is multiplied by.
         keep_columns: further columns that are kept beside each row, to be shown with it: its source, its label.
         skip_missing_rewards: rows without one keep their place, with a zero gradient, instead of being an error.
+        label_column: of a sequence classification model, what each text is to be given: a class by number or name, a
+            list of 0 and 1 for several, or numbers. By default ``label`` (or ``labels``).
 
     Raises:
         DataError: both a conversation and a completion, or both rewards and advantages; ``skip_missing_rewards``
@@ -44,6 +47,7 @@ class Columns:
     advantage_column: str | None = None
     keep_columns: tuple[str, ...] = ()
     skip_missing_rewards: bool = False
+    label_column: str | None = None
 
     def __post_init__(self) -> None:
         """Check what a type cannot say."""

@@ -30,7 +30,7 @@ from funcattrib.data.utf8 import check_text
 from funcattrib.errors import DataError
 from funcattrib.types import Batch
 
-_TAKEN = ("id", "loss", "tokens", "advantage")  # columns that a store has of every document
+TAKEN = ("id", "loss", "tokens", "advantage")  # columns that a store has of every document
 
 
 class Documents(NamedTuple):
@@ -58,13 +58,13 @@ class Documents(NamedTuple):
     @property
     def text_columns(self) -> tuple[str, ...]:
         """Return the columns of ``metadata`` that hold text."""
-        columns = tuple(shown_name(name, _TAKEN) for name in self._text_columns_read())
+        columns = tuple(shown_name(name, TAKEN) for name in self._text_columns_read())
         return columns or (() if self.tokenizer is None else ("text",))
 
     @property
     def kept_columns(self) -> list[str]:
         """Return the columns of ``metadata`` that were asked for beside the text."""
-        return [shown_name(name, _TAKEN) for name in self._kept()]
+        return [shown_name(name, TAKEN) for name in self._kept()]
 
     def metadata(self, rows: range) -> dict[str, Any]:
         """Return what a store keeps of each example to show it: its id and the columns that were read, or its tokens.
@@ -72,11 +72,11 @@ class Documents(NamedTuple):
         A column called as one that the store has of every document is kept as ``data.NAME``.
         """
         part = self.source.select(rows)
-        metadata = {shown_name(name, _TAKEN): storable(part, name) for name in self._text_columns_read()}
+        metadata = {shown_name(name, TAKEN): storable(part, name) for name in self._text_columns_read()}
         if not metadata and self.tokenizer is not None:
             metadata = {"text": [self.tokenizer.decode(self.rows[row]["input_ids"].tolist()) for row in rows]}
         ids = part["id"][:] if "id" in part.column_names else list(rows)
-        metadata |= {shown_name(name, _TAKEN): storable(part, name) for name in self._kept()}
+        metadata |= {shown_name(name, TAKEN): storable(part, name) for name in self._kept()}
         if (advantage := self._advantage()) is not None:
             metadata["advantage"] = [None if np.isnan(a) else float(a) for a in advantage[rows.start : rows.stop]]
         return {"id": [str(i) for i in ids], **metadata}
@@ -85,6 +85,8 @@ class Documents(NamedTuple):
         """Return columns, a fingerprint of the tokens, labels and numbers, and counts."""
         columns = asdict(self.columns)
         del columns["keep_columns"]  # where there are none, stores of earlier releases have no entry
+        if self.columns.label_column is None:
+            del columns["label_column"]
         return {
             **columns,
             **({"keep_columns": self.kept_columns} if self.kept_columns else {}),

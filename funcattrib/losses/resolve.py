@@ -1,4 +1,4 @@
-"""The loss of a run: a kind of ``causal_lm_loss`` by its name, or a user's function.
+"""The loss of a run: ``ce``, ``log_odds`` or ``kl`` of what the model was made for, or a user's function.
 
 A user's function is recognised by its required arguments:
 
@@ -18,15 +18,18 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from torch import Tensor, nn
 
 from funcattrib.errors import FuncattribError
 from funcattrib.kernels.logit_loss import LossKind
 from funcattrib.losses.causal_lm import Reduction, causal_lm_loss
+from funcattrib.losses.seq2seq import seq2seq_loss
+from funcattrib.losses.sequence_classification import Output, sequence_classification_loss
 from funcattrib.models.functional import parameters_of
 from funcattrib.models.selection import choose
+from funcattrib.models.task import Task, task_of
 from funcattrib.types import Example, Loss, Params
 
 KINDS = get_args(LossKind)
@@ -46,13 +49,24 @@ def loss_of(
     """Return the loss that ``loss`` names, and the parameters to attribute.
 
     Args:
-        loss: ``ce``, ``kl``, ``log_odds``, or a function of the user's own: itself, or as ``package.module:function``.
+        loss: ``ce``, ``kl``, ``log_odds``, of tokens, a label or a target as the model is, or a function of the user's
+            own: itself, or as ``package.module:function``.
         reduction, label_smoothing, reference, modules, exclude: as in ``causal_lm_loss``; the first three are refused
             where they mean nothing to the loss.
 
     Raises:
         FuncattribError: no such loss, or one that takes neither a model nor parameters and an example.
     """
+    if loss in KINDS and (task := task_of(model)) != "causal_lm":
+        if loss == "kl" or reference is not None:
+            raise FuncattribError(
+                f"the loss kl requires a causal language model, found {type(model).__name__}; use ce or log_odds"
+            )
+        output = cast("Output", loss)
+        chosen: dict[str, Any] = {"modules": modules, "exclude": exclude}
+        if task == "sequence_classification":  # of one label, sum and mean are the same
+            return sequence_classification_loss(model, kind=output, label_smoothing=label_smoothing, **chosen)
+        return seq2seq_loss(model, kind=output, reduction=reduction, label_smoothing=label_smoothing, **chosen)
     if loss in KINDS:
         return causal_lm_loss(
             model,
@@ -74,6 +88,16 @@ def loss_of(
             )
     function = find_loss(loss) if isinstance(loss, str) else loss
     return _own_loss(model, function, loss_name(loss), modules, exclude)
+
+
+def task_of_loss(model: nn.Module, loss: str | Own) -> Task:
+    """Return the task whose loss and documents ``loss`` means for a model; a user's loss reads what a causal language
+    model does.
+
+    Raises:
+        FuncattribError: a model of a kind that the library has no loss for.
+    """
+    return task_of(model) if loss in KINDS else "causal_lm"
 
 
 def loss_name(loss: str | Own) -> str:

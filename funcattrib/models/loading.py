@@ -12,6 +12,8 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
@@ -26,7 +28,7 @@ from funcattrib.models.limits import vocabulary
 from funcattrib.models.locate import locate, quietly, readable
 from funcattrib.models.sharded_loading import Shards, load_sharded
 from funcattrib.models.skeleton import is_quantised
-from funcattrib.models.task import require_causal_config
+from funcattrib.models.task import Task, task_of_config
 from funcattrib.runtime.devices import pick_device
 from funcattrib.runtime.hub import why
 
@@ -39,6 +41,12 @@ _CODES: dict[str, dict[str, Any]] = {
 }
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "int8", "int4": "int4"}
 """The name of a dtype in a manifest, and the precision that loads a model in it."""
+AUTO_CLASSES: dict[Task, Any] = {
+    "causal_lm": AutoModelForCausalLM,
+    "sequence_classification": AutoModelForSequenceClassification,
+    "seq2seq": AutoModelForSeq2SeqLM,
+}
+"""The class that makes a model of a task."""
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "spiece*", "tekken*")
 
 
@@ -87,7 +95,8 @@ def load_model(
     trust_remote_code: bool = False,
     shards: Shards | None = None,
 ) -> Loaded:
-    """Load a causal language model in eval mode, from safetensors, and its tokenizer.
+    """Load a causal language model, a sequence classification model or an encoder-decoder, whichever its configuration
+    says, in eval mode, from safetensors, and its tokenizer.
 
     Args:
         name: a hub id or a folder; of a PEFT adapter, its base is loaded too.
@@ -96,7 +105,7 @@ def load_model(
         shards: the ranks that hold the model together: each reads its own rows.
 
     Raises:
-        FuncattribError: no such model, an unreachable hub, a checkpoint that is no causal language model or lacks
+        FuncattribError: no such model, an unreachable hub, a checkpoint of a kind that has no loss or that lacks
             weights, an unknown device.
     """
     if precision not in {**_DTYPES, **_CODES}:
@@ -108,11 +117,13 @@ def load_model(
     with readable(name, source):
         base = base_of(source, revision)
         if base is None:
-            require_causal_config(AutoConfig.from_pretrained(source, **options), name)
+            task = task_of_config(AutoConfig.from_pretrained(source, **options), name)
+            auto = AUTO_CLASSES[task]
             if shards is not None:
-                model = load_sharded(source, _DTYPES.get(precision, "auto"), shards, options, _codes(precision))
+                dtype = _DTYPES.get(precision, "auto")
+                model = load_sharded(source, dtype, shards, options, _codes(precision), auto=auto)
             else:
-                model = _whole(name, source, precision, target, options)
+                model = _whole(name, source, precision, target, options, auto)
     if base is not None:
         same = LoadOptions(precision, device, trust_remote_code, shards)
         loaded = load_model(base.name, revision=base.revision, **same._asdict())
@@ -121,7 +132,7 @@ def load_model(
         words = _own_tokenizer(name, tokenizer, options) or loaded.tokenizer
         both = None if stamps is None or loaded.stamps is None else (*loaded.stamps, *stamps)
         return Loaded(model.eval(), words, _called(name, source), revision, stamps=both)
-    causal = is_causal(model)
+    causal = task != "causal_lm" or is_causal(model)
     if shards is not None:
         shards.gathers.settle()
     if not causal:
@@ -133,20 +144,18 @@ def load_model(
 
 
 def _whole(
-    name: str, source: Path | str, precision: str, target: torch.device, options: Mapping[str, Any]
+    name: str, source: Path | str, precision: str, target: torch.device, options: Mapping[str, Any], auto: Any
 ) -> nn.Module:
     """Load the model on one device."""
     settings: dict[str, Any] = {"dtype": _DTYPES.get(precision, "auto"), **options}
     if (quantisation := _codes(precision)) is not None:
         settings |= {"quantization_config": quantisation, "device_map": {"": target}}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source, use_safetensors=True, output_loading_info=True, **settings
-    )
+    loaded: Any = auto.from_pretrained(source, use_safetensors=True, output_loading_info=True, **settings)
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise FuncattribError(
             f"{name} lacks {len(missing)} weights of {type(model).__name__}, among them {missing[0]}\n"
-            "give a checkpoint saved with its language-model head"
+            "give a checkpoint saved with its head"
         )
     codes = any(map(is_quantised, model.modules()))  # bitsandbytes has put them where they belong
     placed: nn.Module = model.eval() if codes else model.to(target).eval()

@@ -73,12 +73,15 @@ def load_sharded(
     shards: Shards,
     options: Mapping[str, Any],
     quantisation: BitsAndBytesConfig | None = None,
+    *,
+    auto: Any = AutoModelForCausalLM,
 ) -> nn.Module:
     """Load the model of a folder or hub id, in eval mode, its parameters in shards.
 
     Args:
         dtype: of the weights; ``auto`` takes what the configuration or else the files say, as codes in the files do.
         options: of ``from_pretrained``: revision, trust_remote_code.
+        auto: transformers' class of the model's task.
         quantisation: of the linear layers, as transformers has it; codes in the files are taken as they are.
 
     Raises:
@@ -94,7 +97,7 @@ def load_sharded(
         assert isinstance(dtype, torch.dtype)
         with no_init_weights(), _parameters_without_values():
             trust = options.get("trust_remote_code", False)
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+            model = auto.from_config(config, dtype=dtype, trust_remote_code=trust)
         settings = quantisation if saved is None else saved
         layers = {} if settings is None else quantised_layers(model, settings, saved is not None, dtype)
         model.tie_weights()

@@ -20,11 +20,14 @@ from funcattrib.chain import state_tree
 from funcattrib.chain.chain import Chain
 from funcattrib.chain.per_example import per_example_grad
 from funcattrib.data import Columns, Rows, collate, number_columns, plan, tokenize
+from funcattrib.data.corpus import Corpus
 from funcattrib.data.documents import padding_id
 from funcattrib.data.numeric_examples import Examples
 from funcattrib.data.records import open_records
+from funcattrib.data.source_target import Pairs
 from funcattrib.errors import FuncattribError
 from funcattrib.kernels.safe_norm import as_rows
+from funcattrib.losses.documents import read_for
 from funcattrib.losses.resolve import KINDS
 from funcattrib.models.functional import device_of
 from funcattrib.models.identity import change_marks, model_identity
@@ -173,6 +176,11 @@ class Attributor:
         columns = columns or self._columns(records)
         rows = [{columns.prompt: r} if isinstance(r, str) else dict(r) for r in records]
         source = open_records(rows)
+        if task := self.store.manifest.loss.get("task"):
+            length = context_length(model, tokenizer)
+            return self._gradients_of(
+                read_for(task, model, source, tokenizer, columns, max_length=length, truncation=True, name="the query")
+            )
         tokens, _ = tokenize(
             source,
             tokenizer,
@@ -199,6 +207,17 @@ class Attributor:
             raise FuncattribError(
                 "the query's gradient is zero: its text has fewer than two tokens that count; give a longer text"
             )
+        return out
+
+    def _gradients_of(self, corpus: Corpus) -> Float[Tensor, "K D"]:
+        """Compute transformed gradients of a corpus, one row an example."""
+        loss = self._bound().loss
+        alone = isinstance(corpus, Pairs) and getattr(loss, "equal_lengths", False)
+        equal_lengths = getattr(loss, "equal_lengths", False)
+        batches = plan(corpus.lengths, 1 if alone else _BUDGET, equal_lengths=equal_lengths)
+        found = torch.cat([self.gradients_of(corpus.batch(chosen)) for chosen in batches])
+        out = torch.empty_like(found)
+        out[[row for chosen in batches for row in chosen]] = found
         return out
 
     def gradients_of(self, batch: Batch) -> Float[Tensor, "B D"]:
@@ -284,7 +303,7 @@ class Attributor:
         if any(isinstance(record, str) for record in records):
             return Columns()
         data = self.store.manifest.data
-        names = ("prompt_column", "completion_column", "conversation_column")
+        names = ("prompt_column", "completion_column", "conversation_column", "label_column")
         named = {name: data[name] for name in names if name in data}
         return Columns(**{name: value for name, value in named.items() if (name, value) != ("prompt_column", "text")})
 

@@ -27,6 +27,7 @@ from funcattrib.data import IGNORED, Columns
 from funcattrib.data.corpus import Corpus
 from funcattrib.data.documents import Documents
 from funcattrib.data.records import Records
+from funcattrib.data.source_target import Pairs
 from funcattrib.errors import FuncattribError
 from funcattrib.runs.collect import collect_both
 from funcattrib.runs.config import RowConfig, refuse
@@ -206,9 +207,12 @@ def _weights(corpus: Corpus) -> Tensor:
     """Return the factors that make −f of every document its tokens' mean, (rows,) float64.
 
     1 / Σ_t a_t over labelled tokens, a_t the weight that the loss gives them; 0 where there is none. 1 for a
-    user's loss: it is that of one label.
+    label, and for a user's loss: it is that of one label.
     """
     count = len(corpus.lengths)
+    if isinstance(corpus, Pairs):
+        counted = torch.tensor([int((row["labels"] != IGNORED).sum()) for row in corpus.targets.rows]).double()
+        return torch.where(counted != 0, 1 / counted, 0.0)
     if not isinstance(corpus, Documents):
         return torch.ones(count, dtype=torch.float64)
     sums = []

@@ -16,15 +16,16 @@ from funcattrib.chain.per_example import per_example_grad
 from funcattrib.chain.transform import State
 from funcattrib.data import Columns
 from funcattrib.data.corpus import Corpus
-from funcattrib.data.documents import read_documents
 from funcattrib.data.numeric_examples import Examples
 from funcattrib.data.records import Records, open_examples, open_records
+from funcattrib.data.source_target import Pairs
 from funcattrib.errors import FuncattribError
-from funcattrib.losses.resolve import KINDS, find_loss, loss_of
+from funcattrib.losses.documents import read_for
+from funcattrib.losses.resolve import KINDS, find_loss, loss_of, task_of_loss
 from funcattrib.models.base_model import base_identity
 from funcattrib.models.functional import device_of, parameters_of, sharing
 from funcattrib.models.identity import model_identity, parameters_identity
-from funcattrib.models.limits import context_length, vocabulary
+from funcattrib.models.limits import context_length
 from funcattrib.models.loading import PRECISIONS, Loaded, load_model, load_tokenizer
 from funcattrib.runs.config import GradientConfig
 from funcattrib.runs.default_chain import chain_of
@@ -41,7 +42,8 @@ from funcattrib.weights.lockstep import Lockstep
 log = logging.getLogger(__name__)
 
 Model: TypeAlias = nn.Module | str | tuple[Loss, Params]
-"""A causal language model, its hub id or folder, or a user's loss with the parameters to attribute.
+"""A causal language model, a sequence classification model or an encoder-decoder, its hub id or folder, or a user's
+loss with the parameters to attribute.
 
 Parameters are name → tensor, or what the chain's source takes (a JAX pytree)."""
 
@@ -95,6 +97,8 @@ def prepare(
     leaves = lay_out({name: leaf.shape for name, leaf in spec.items()})
     rows_per_shard = gradients.rows_per_shard or shard_rows(leaves[-1].stop)
     budget = 0 if gradients.token_batch_size == "auto" else gradients.token_batch_size
+    if isinstance(corpus, Pairs) and getattr(loss, "equal_lengths", False):
+        budget = 1  # every pair is a batch
     manifest = Manifest(
         model=identity,
         data={
@@ -111,6 +115,7 @@ def prepare(
             "modules": list(gradients.modules),
             "exclude": list(gradients.exclude),
             **_code_of_loss(model, source, gradients),
+            **_task(model, source, gradients),
         },
         computed_with={"token_batch_size": budget, **_fitted_on(chain, first, gradients)},
         chain=chain.identity(),
@@ -127,6 +132,14 @@ def prepare(
     work = Work(loss, params, chain, corpus, budget, source.quiet, pieces, world(), step)
     prepared = Prepared(work, manifest, None)
     return prepared if state is None else with_state(prepared, open_store(state))
+
+
+def _task(model: nn.Module | tuple[Loss, Params], source: Source, gradients: GradientConfig) -> dict[str, Any]:
+    """Return the manifest's entry for what the loss is of, where that is not the tokens of a causal language model."""
+    if isinstance(model, tuple):
+        return {}
+    task = task_of_loss(model, source.loss_function or gradients.loss)
+    return {} if task == "causal_lm" else {"task": task}
 
 
 def _code_of_loss(model: nn.Module | tuple[Loss, Params], source: Source, gradients: GradientConfig) -> dict[str, Any]:
@@ -231,13 +244,14 @@ def read_inputs(
         return Inputs(name, Examples(open_examples(data, source.split, subset=source.subset)))
     tokenizer, columns = source.tokenizer, source.columns or Columns()
     assert not isinstance(tokenizer, str), "load_named has loaded it"
-    documents = read_documents(
+    documents = read_for(
+        task_of_loss(model, source.loss_function or gradients.loss),
+        model,
         open_records(data, source.split, subset=source.subset, text_column=columns.prompt),
         tokenizer,
         columns,
         max_length=context_length(model, tokenizer, asked=source.max_length),
         truncation=source.truncation,
-        vocab_size=vocabulary(model),
         own_loss=source.loss_function is not None or gradients.loss not in KINDS,
         name=name if isinstance(data, str | Path) else "the data",
     )

@@ -18,6 +18,8 @@ from funcattrib.chain.per_example import per_example_grad
 from funcattrib.chain.per_token import per_token_grad
 from funcattrib.chain.transform import State
 from funcattrib.data.documents import Documents
+from funcattrib.data.labelled import Labelled
+from funcattrib.data.source_target import Pairs
 from funcattrib.errors import FuncattribError
 from funcattrib.runs.workload import Work, flat, progress
 from funcattrib.runtime.memory import trim
@@ -37,6 +39,8 @@ def by_token(manifest: Manifest, work: Work, rows_per_shard: int) -> Manifest:
     """
     if (source := work.chain.started()) not in (per_example_grad, per_token_grad):
         raise FuncattribError(f"granularity 'token' requires a chain of per_example_grad, found {source.name}")
+    if isinstance(work.corpus, Labelled | Pairs):
+        raise FuncattribError("granularity 'token' requires a causal language model, whose loss is a sum over tokens")
     others = nonlinear(work.chain.stages, source.spec(work.params))
     if name := next((name for name in others if name not in ("precondition", "max_score")), None):
         raise FuncattribError(f"granularity 'token' requires linear stages, and {name} is not linear; leave it out")
