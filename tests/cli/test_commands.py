@@ -467,7 +467,7 @@ def test_a_store_of_a_narrow_model_is_queried_in_its_precision(
 def test_check(funcattrib, model_folder: Path) -> None:
     ran = funcattrib("check", "--model", model_folder)
     assert ran.code == 0
-    assert ran.out.splitlines()[-1] == "Rows do not depend on their batch."
+    assert ran.out.splitlines()[-1] == "Rows are the model's own gradients, and do not depend on their batch."
     assert ran.err == ""
     mistake(funcattrib("check", "--model", model_folder, "--lengths", "5", "65"), "found 5, 65\n", "check")
 

@@ -124,11 +124,12 @@ def test_a_complete_store_is_left_alone(tmp_path: Path) -> None:
 def test_another_run_is_refused_naming_what_differs(tmp_path: Path) -> None:
     write(tmp_path / "run")
     before = contents(tmp_path / "run")
-    other = manifest(model={"id": "other", "revision": "abc"}, seed=1, chain=[{"name": "project", "dim": 8}])
+    model = {"id": "other", "revision": "abc", "architecture": "GPT2", "dtype": "float32", "fingerprint": "f" * 64}
+    other = manifest(model=model, seed=1, chain=[{"name": "project", "dim": 8}])
     with pytest.raises(StoreError) as caught:
         create_store(tmp_path / "run", other)
     message = str(caught.value)
-    assert 'model.id: expected "other", found "tiny"' in message
+    assert "model: expected other (float32, fff" in message
     assert "seed: expected 1, found 0" in message
     assert "chain: expected project(dim=8), found project(dim=8, shape=[3, 4]) → unit_norm()" in message
     assert "use `overwrite` to replace it, or another RUN" in message
