@@ -148,7 +148,8 @@ def refuse_columns(columns: Columns, model: str, *, completion: bool) -> None:
 def _read(source: datasets.Dataset, column: str, labels: Labels) -> np.ndarray:
     if column not in source.column_names:
         raise DataError(
-            f"the data has no column '{column}' of labels; its columns are {', '.join(source.column_names)}\n"
+            f"a sequence classification model requires labels, and the data has no column '{column}'; its columns are "
+            f"{', '.join(source.column_names)}\n"
             "name the right one with `columns=Columns(label_column=…)`"
         )
     values = source.select_columns([column]).with_format("arrow")[:].column(column)

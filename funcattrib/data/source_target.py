@@ -92,7 +92,10 @@ def read_pairs(
     limits: dict[str, Any] = {"max_length": max_length, "truncation": truncation, "vocab_size": vocab_size}
     ready = columns.ready(source)
     if ready and "labels" not in source.column_names:
-        raise DataError(f"the data has tokens in 'input_ids' and no 'labels'; its columns are {_named(source)}")
+        raise DataError(
+            f"an encoder-decoder requires a target, and beside 'input_ids' the data has no 'labels'; its columns are "
+            f"{_named(source)}\ngive the target's tokens there, or texts with `columns=Columns(completion_column=…)`"
+        )
     if not ready and columns.completion_column is None:
         raise DataError(
             f"an encoder-decoder requires a target; the data's columns are {_named(source)}\n"

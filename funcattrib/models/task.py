@@ -100,7 +100,7 @@ def require_causal_config(config: PretrainedConfig, name: str) -> None:
     """
     task = task_of_config(config, name)
     if task != "causal_lm":
-        raise FuncattribError(f"expected {_NAMES['causal_lm']}, found {name}, {_NAMES[task]}\ngive another `model`")
+        raise FuncattribError(f"expected a causal language model, found {name}, {_NAMES[task]}\ngive another `model`")
 
 
 def _supported(name: str, kind: _Kind) -> Task:

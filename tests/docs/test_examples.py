@@ -28,6 +28,7 @@ FIGURES = {
     "quickstart": ("documents found that state the asked fact", 0.8),
     "torchrun_sharded": ("precision at 24", 0.8),
     "trainer_collection": ("documents found of the question's kind", 0.8),
+    "vision": ("mislabelled images among the 100 first", 0.5),
 }
 
 

@@ -76,7 +76,7 @@ def test_a_classifier_from_python(words, tmp_path: Path) -> None:
     found = asked.gradients(rows[2:5])
     torch.testing.assert_close(found, expected[2:5], rtol=1e-4, atol=1e-5)
     assert asked.ask(rows[2:3], k=1)[0][0].text == TEXTS[int((expected @ expected[2]).argmax())]
-    with pytest.raises(fa.DataError, match="no column 'label' of labels"):
+    with pytest.raises(fa.DataError, match="requires labels, and the data has no column 'label'"):
         asked.ask(["w1 w2"])
 
 
@@ -162,11 +162,16 @@ def test_what_does_not_go_together(words, tmp_path: Path) -> None:
     labelled, texts = [{"text": "w1", "label": 1}], [{"text": "w1 w2"}]
     for model, rows, more, message in (
         (t5, texts, {}, "an encoder-decoder requires a target; the data's columns are text\nname the column"),
-        (bert, texts, {}, "no column 'label' of labels; its columns are text"),
+        (bert, texts, {}, "requires labels, and the data has no column 'label'; its columns are text"),
         (bert, labelled, {"loss": "kl"}, "the loss kl requires a causal language model, found BertForSequenceClass"),
         (bert, labelled, {"granularity": "token"}, "granularity 'token' requires a causal language model"),
         (bert, labelled, {"columns": Columns(reward_column="label")}, r"`reward_column` \('label'\) requires a causal"),
-        (t5, [{"input_ids": [3, 4]}], {}, "tokens in 'input_ids' and no 'labels'"),
+        (
+            t5,
+            [{"input_ids": [3, 4]}],
+            {},
+            "an encoder-decoder requires a target, and beside 'input_ids' the data has no 'labels'",
+        ),
     ):
         with pytest.raises(fa.FuncattribError, match=message):
             fa.collect_gradients(model, rows, **settings, **more)

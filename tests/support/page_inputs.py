@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments, default_data_collator
 
 import funcattrib as fa
-from tests.support import cases, saved_runs, store_run, tiny
+from tests.support import cases, other_tasks, saved_runs, store_run, tiny
 
 
 def lay_out(folder: Path) -> None:
@@ -93,9 +93,21 @@ def models() -> dict[str, Any]:
     return {"sharded": copy.deepcopy(cases.causal("gpt_neox")), "batches": batches(), "batch": batches()[0]}
 
 
+def losses() -> dict[str, Any]:
+    """Models of other tasks, and their data."""
+    for name, model in (("my-bert-classifier", other_tasks.classifier("bert")), ("my-t5", other_tasks.pair("t5"))):
+        model.save_pretrained(name)
+        tiny.make_tokenizer().save_pretrained(name)
+    texts = tiny.texts(6)
+    tiny.write_jsonl(Path("reviews.jsonl"), [{"review": text, "stars": at % 3} for at, text in enumerate(texts)])
+    tiny.write_jsonl(Path("pairs.jsonl"), [{"de": text, "en": text[:20]} for text in texts])
+    return {}
+
+
 NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": readme,
     "docs/index.md": readme,
+    "docs/losses.md": losses,
     "docs/models.md": models,
     "docs/multi-process.md": parts,
     "docs/store.md": store,
