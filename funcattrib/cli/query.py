@@ -98,7 +98,7 @@ def run(config: Query) -> int | None:
     if here.is_rank_zero and manifest.loss["kind"] == "ce" and "task" not in manifest.loss:
         log.info(
             "this store's loss is cross-entropy: `funcattrib trackstar`, or a store built with `--loss log_odds` and "
-            "--unit-norm here, finds more of what is known by heart"
+            "asked with `--unit-norm`, finds more of the sentences that the model has memorised"
         )
     check_named(manifest)
     _check_asked(config, manifest.loss.get("task"))

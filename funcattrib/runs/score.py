@@ -83,7 +83,7 @@ def score_gradients(
         FuncattribError: bad input of any kind; queries of another model, chain or state, or that are not finite.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> loss = lambda params, example: (params["w"] * example["x"]).sum() ** 2
         >>> model, data = (loss, {"w": torch.ones(2)}), [{"x": [1.0, 0.0]}, {"x": [1.0, 2.0]}]
         >>> with tempfile.TemporaryDirectory() as out:
