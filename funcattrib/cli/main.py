@@ -114,6 +114,9 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
         SystemExit: After `--help` of a command (code 0) and for flags that do not parse (code 2).
     """
     words = sys.argv[1:] if argv is None else argv
+    if (wrong := next((word for word in words if not _is_text(word)), None)) is not None:
+        print(f"funcattrib: the argument {wrong!a} is no text that a file name may have", file=sys.stderr)
+        return 2
     try:
         code = _dispatch(*words, commands=commands)
         sys.stdout.flush()  # here, where a closed pipe is still caught
@@ -122,6 +125,14 @@ def main(argv: Sequence[str] | None = None, commands: Mapping[str, Command] = CO
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return code
+
+
+def _is_text(word: str) -> bool:
+    """Return whether the operating system could have handed over this word: not half a character, nor a zero byte."""
+    try:
+        return b"\0" not in os.fsencode(word)
+    except UnicodeEncodeError:
+        return False
 
 
 def _dispatch(name: str = "", *args: str, commands: Mapping[str, Command]) -> int:

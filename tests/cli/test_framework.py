@@ -90,6 +90,13 @@ def toy(funcattrib):
     return toy
 
 
+def test_an_argument_that_is_no_text_is_refused(funcattrib) -> None:
+    for word in ("\ud800", "a\x00b"):
+        ran = funcattrib("inspect", word)
+        assert ran.code == 2
+        assert "is no text that a file name may have" in ran.err
+
+
 def test_groups_are_flat_and_hyphens_and_underscores_alike(toy):
     assert toy("R", "--model", "m", "--token_batch_size", 7, "--projection-dim=4", "--modules", "a*", "b").code == 0
     assert seen[0] == Toy(Path("R"), Model("m"), Gradient(("a*", "b"), 4), token_batch_size=7)

@@ -67,7 +67,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from funcattrib.cli.main import main
-from funcattrib.runs import fold, reduce, score, workload
+from funcattrib.runs import best_rows, fold, reduce, workload
 fold._SAVE_EVERY = 0.0
 lives, rows_of, seen = Path(sys.argv[1]), workload.rows_of, []
 def killed(*args):
@@ -77,7 +77,7 @@ def killed(*args):
             life.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
     return rows_of(*args)
-workload.rows_of = reduce.rows_of = score.rows_of = killed
+workload.rows_of = reduce.rows_of = best_rows.rows_of = killed
 sys.exit(main(sys.argv[2:]))
 """
 
@@ -233,7 +233,7 @@ def test_a_pass_with_one_result_goes_on_from_what_a_killed_rank_had(
     seen: list[int] = []
     rows_of = workload.rows_of
     monkeypatch.setattr(
-        f"funcattrib.runs.{name}.rows_of",
+        f"funcattrib.runs.{'best_rows' if name == 'score' else name}.rows_of",
         lambda work, compute, span, count: (seen.append(span[0] // 4), rows_of(work, compute, span, count))[1],
     )
     assert funcattrib(name, tmp_path / "run", *rest).code == 0
