@@ -19,9 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from funcattrib.chain import state_tree
 from funcattrib.chain.chain import Chain
 from funcattrib.chain.per_example import per_example_grad
-from funcattrib.data import Columns, Rows, collate, number_columns, plan, tokenize
+from funcattrib.data import Columns, plan
 from funcattrib.data.corpus import Corpus
-from funcattrib.data.documents import padding_id
 from funcattrib.data.numeric_examples import Examples
 from funcattrib.data.records import open_records
 from funcattrib.data.source_target import Pairs
@@ -31,7 +30,7 @@ from funcattrib.losses.documents import read_for
 from funcattrib.losses.resolve import KINDS
 from funcattrib.models.functional import device_of
 from funcattrib.models.identity import change_marks, model_identity
-from funcattrib.models.limits import context_length, vocabulary
+from funcattrib.models.limits import context_length
 from funcattrib.models.loading import PRECISIONS, Loaded, load_model
 from funcattrib.models.selection import choose
 from funcattrib.query.faiss_index import FaissConfig, FaissIndex, build_or_load
@@ -175,39 +174,24 @@ class Attributor:
         model, tokenizer = self._loaded()
         columns = columns or self._columns(records)
         rows = [{columns.prompt: r} if isinstance(r, str) else dict(r) for r in records]
-        source = open_records(rows)
-        if task := self.store.manifest.loss.get("task"):
-            length = context_length(model, tokenizer)
-            return self._gradients_of(
-                read_for(task, model, source, tokenizer, columns, max_length=length, truncation=True, name="the query")
-            )
-        tokens, _ = tokenize(
-            source,
+        loss = self.store.manifest.loss
+        corpus = read_for(
+            loss.get("task", "causal_lm"),
+            model,
+            open_records(rows),
             tokenizer,
             columns,
             max_length=context_length(model, tokenizer),
             truncation=True,
-            vocab_size=vocabulary(model),
+            own_loss=loss["kind"] not in KINDS,
+            name="the query",
         )
-        documents = Rows(tokens)
-        custom = self.store.manifest.loss["kind"] not in KINDS
-        numbers = number_columns(source) if custom else {}
-        pad = padding_id(tokenizer, vocabulary(model))
-        out: Tensor | None = None
-        equal_lengths = getattr(self._bound().loss, "equal_lengths", False)
-        for chosen in plan(documents.lengths, _BUDGET, equal_lengths=equal_lengths):
-            examples = [{**documents[i], **{name: values[i] for name, values in numbers.items()}} for i in chosen]
-            batch = collate(examples, pad_id=pad)
-            flat = self.gradients_of(batch)
-            out = flat.new_empty(len(rows), flat.shape[1]) if out is None else out
-            out[chosen] = flat
-        if out is None:
-            raise FuncattribError("no query was given; give at least one")
-        if not out.any():
+        found = self._gradients_of(corpus)
+        if not found.any():
             raise FuncattribError(
                 "the query's gradient is zero: its text has fewer than two tokens that count; give a longer text"
             )
-        return out
+        return found
 
     def _gradients_of(self, corpus: Corpus) -> Float[Tensor, "K D"]:
         """Compute transformed gradients of a corpus, one row an example."""
