@@ -1,7 +1,7 @@
 """Names for what is passed around: parameters, examples, losses, gradients and their specs."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -35,6 +35,29 @@ class Leaf(NamedTuple):
 
 Spec = dict[str, Leaf]
 """Name of a leaf → its shape and dtype, in the parameters' order: the gradients that a stage receives."""
+
+
+def not_scalar(value: Any) -> str | None:
+    """Return what a loss returned in place of a scalar tensor of floating point; None where it is one.
+
+    Example:
+        >>> not_scalar(torch.zeros(2)), not_scalar(torch.tensor(1.0))
+        ('shape (2,), torch.float32', None)
+    """
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"shape {tuple(value.shape)}, {value.dtype}" if value.ndim or not value.is_floating_point() else None
+
+
+@runtime_checkable
+class BatchedLoss(Protocol):
+    """A loss that computes several examples in one forward pass too, (E,)."""
+
+    def __call__(self, params: Params, example: Example, /) -> Tensor:
+        """Compute one example's loss."""
+
+    def batched(self, params: Params, batch: Batch, /) -> Tensor:
+        """Compute the loss of every example, (E,)."""
 
 
 class PerExample(NamedTuple):

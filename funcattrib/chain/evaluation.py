@@ -21,12 +21,12 @@ from funcattrib.errors import FuncattribError
 from funcattrib.kernels.safe_norm import as_rows
 from funcattrib.lift import Readouts, lift, unpack, zero_probes
 from funcattrib.runtime.memory import is_short
-from funcattrib.types import Batch, Example, Loss, Params, PerExample
+from funcattrib.types import Batch, BatchedLoss, Example, Loss, Params, PerExample, not_scalar
 from funcattrib.weights.stored import dense
 
 log = logging.getLogger(__name__)
 
-Way = Callable[[Loss, Params, Readouts | None, Batch], PerExample]
+Way = Callable[[Any, Params, Readouts | None, Batch], PerExample]
 
 _COMPARED = 4
 """Examples of the first batch that are compared, evenly spaced."""
@@ -56,10 +56,10 @@ def find_way(loss: Loss, params: Params, lowered: Readouts | None, batch: Batch)
         if is_short(error) or is_random(error):
             raise
         refusal = error
-    size = _size(batch)
-    some = sorted({at * (size - 1) // (_COMPARED - 1) for at in range(_COMPARED)})
-    singles = one_by_one(loss, params, lowered, {name: value[some] for name, value in batch.items()})
-    if lowered is not None and hasattr(loss, "batched"):
+    if lowered is not None and isinstance(loss, BatchedLoss):
+        size = _size(batch)
+        some = sorted({at * (size - 1) // (_COMPARED - 1) for at in range(_COMPARED)})
+        singles = one_by_one(loss, params, lowered, {name: value[some] for name, value in batch.items()})
         try:
             result = batched(loss, params, lowered, batch)
         except Exception as error:
@@ -94,7 +94,7 @@ def by_vmap(loss: Loss, params: Params, lowered: Readouts | None, batch: Batch) 
     return _read(lowered, losses, probes, lambda grad: grad[:, 0])
 
 
-def batched(loss: Loss, params: Params, lowered: Readouts | None, batch: Batch) -> PerExample:
+def batched(loss: BatchedLoss, params: Params, lowered: Readouts | None, batch: Batch) -> PerExample:
     """Compute ``loss.batched`` with one probe an example, in one ordinary backward pass."""
     assert lowered is not None, "whole gradients have no probes"
     tokens = next((value.shape[1] for value in batch.values() if value.ndim == 2), None)
@@ -102,7 +102,7 @@ def batched(loss: Loss, params: Params, lowered: Readouts | None, batch: Batch) 
         name: probe.requires_grad_() for name, probe in zero_probes(params, lowered, examples=_size(batch)).items()
     }
     with torch.enable_grad():
-        losses = loss.batched(lift(params, lowered, probes, tokens), batch)  # type: ignore[attr-defined]
+        losses = loss.batched(lift(params, lowered, probes, tokens), batch)
     return _read(lowered, losses, probes, lambda grad: grad)
 
 
@@ -134,9 +134,8 @@ def _single(loss: Loss, params: Params, lowered: Readouts | None, example: Examp
 
 def _scalar(loss: Loss, params: Params, example: Example) -> Tensor:
     """Compute the loss of one example, which must be one number: of several, gradients would be those of their sum."""
-    value: Any = loss(params, example)
-    if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
-        found = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+    value = loss(params, example)
+    if (found := not_scalar(value)) is not None:
         raise FuncattribError(
             f"expected a loss that returns a scalar tensor of floating point for one example, found {found}\n"
             "add up or average over what it returns"

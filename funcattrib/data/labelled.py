@@ -15,7 +15,7 @@ from funcattrib.data.batching import collate
 from funcattrib.data.columns import Columns, shown_name, storable
 from funcattrib.data.documents import TAKEN, Documents, read_documents
 from funcattrib.data.number_columns import read_numbers
-from funcattrib.data.pretokenized import COLUMNS
+from funcattrib.data.pretokenized import ids_alone
 from funcattrib.data.report import count_of, some_rows
 from funcattrib.errors import DataError
 from funcattrib.types import Batch
@@ -119,10 +119,9 @@ def read_labelled(
     )
     found = _read(source, column, labels)
     shown = storable(source, column)
-    others = [each for each in COLUMNS if each in source.column_names and each not in ("input_ids", "attention_mask")]
     kept = (each for each in columns.keep_columns if each != column)  # which is kept as it is
     documents = read_documents(
-        source.remove_columns(others) if columns.ready(source) else source,
+        ids_alone(source) if columns.ready(source) else source,
         tokenizer,
         replace(columns, label_column=column, keep_columns=tuple(kept)),
         max_length=max_length,

@@ -25,6 +25,12 @@ MASKS = ("completion_mask", "assistant_masks", "loss_mask")
 COLUMNS = ("input_ids", "labels", "attention_mask", "token_weights", *MASKS)
 
 
+def ids_alone(dataset: datasets.Dataset) -> datasets.Dataset:
+    """Return a data set of tokens without what else belongs to a causal language model: labels, weights, masks."""
+    others = [name for name in COLUMNS if name in dataset.column_names and name not in ("input_ids", "attention_mask")]
+    return dataset.remove_columns(others)
+
+
 def check_columns(dataset: datasets.Dataset) -> None:
     """Refuse token columns that are not lists of numbers in every row, before any row is read."""
     for name in COLUMNS:

@@ -16,7 +16,7 @@ from funcattrib.data.batching import IGNORED, collate
 from funcattrib.data.columns import Columns
 from funcattrib.data.documents import Documents, read_documents
 from funcattrib.data.labelled import refuse_columns, visible
-from funcattrib.data.pretokenized import COLUMNS
+from funcattrib.data.pretokenized import ids_alone
 from funcattrib.data.report import TokenizeReport, count_of
 from funcattrib.data.rows import Rows
 from funcattrib.data.spill import ragged
@@ -101,9 +101,9 @@ def read_pairs(
             f"an encoder-decoder requires a target; the data's columns are {_named(source)}\n"
             "name the column of targets with `columns=Columns(completion_column=…)`"
         )
-    others = [each for each in COLUMNS if each in source.column_names and each not in ("input_ids", "attention_mask")]
-    left = source.remove_columns(others) if ready else source
-    sources = read_documents(left, tokenizer, replace(columns, completion_column=None), name=name, **limits)
+    sources = read_documents(
+        ids_alone(source) if ready else source, tokenizer, replace(columns, completion_column=None), name=name, **limits
+    )
     right = _ready_targets(source) if ready else source
     with _target_mode(tokenizer):
         targets = read_documents(right, tokenizer, Columns(columns.completion_column), name=name, **limits)
@@ -126,12 +126,9 @@ def _ready_targets(source: datasets.Dataset) -> datasets.Dataset:
 @contextmanager
 def _target_mode(tokenizer: PreTrainedTokenizerBase | None) -> Iterator[None]:
     """Tokenise in the target's language, where the tokenizer has one."""
-    switch = getattr(tokenizer, "_switch_to_target_mode", None)
-    if switch is None:
-        yield
-        return
+    switch, back = (getattr(tokenizer, f"_switch_to_{mode}_mode", lambda: None) for mode in ("target", "input"))
     switch()
     try:
         yield
     finally:
-        tokenizer._switch_to_input_mode()  # type: ignore[union-attr]
+        back()

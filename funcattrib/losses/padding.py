@@ -3,6 +3,8 @@
 Some heads find a document's last token, and some models its positions, by the padding token and not by the mask.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -61,3 +63,18 @@ def two_documents(parts: Functional) -> tuple[Batch, list[Batch]]:
         {"input_ids": each[None], "attention_mask": torch.ones_like(each)[None]} for each in documents
     ]
     return {"input_ids": ids, "attention_mask": mask}, alone
+
+
+def each_alone(parts: Functional, compute: Callable[[Batch], Tensor], documents: Sequence[Batch]) -> list[Tensor]:
+    """Compute documents one by one.
+
+    Raises:
+        FuncattribError: the model does not run on tokens alone.
+    """
+    try:
+        return [compute(each) for each in documents]
+    except Exception as error:  # whatever code of others raises on these inputs
+        raise FuncattribError(
+            f"{type(parts.skeleton).__name__} cannot be computed on tokens alone: {str(error)[:200]}\n"
+            "give (loss, params) with a loss in Python that calls it"
+        ) from error

@@ -11,7 +11,6 @@ it chooses. The example is what tokenising gives, ``input_ids`` and ``labels``, 
 number a row.
 """
 
-import fnmatch
 import importlib
 import inspect
 import os
@@ -28,9 +27,9 @@ from funcattrib.losses.causal_lm import Reduction, causal_lm_loss
 from funcattrib.losses.seq2seq import seq2seq_loss
 from funcattrib.losses.sequence_classification import Output, sequence_classification_loss
 from funcattrib.models.functional import parameters_of
-from funcattrib.models.selection import choose
+from funcattrib.models.selection import choose, chosen_among
 from funcattrib.models.task import Task, task_of
-from funcattrib.types import Example, Loss, Params
+from funcattrib.types import Example, Loss, Params, not_scalar
 
 KINDS = get_args(LossKind)
 Own = Callable[..., Any]
@@ -188,14 +187,8 @@ def _chosen(
     loss: Loss, params: dict[str, Tensor], modules: list[str] | None, exclude: list[str], name: str
 ) -> tuple[Loss, dict[str, Tensor]]:
     """Select a factory's parameters that match the globs; the others stay as they are."""
-    include = ["*"] if modules is None or modules == ["all"] else modules
-
-    def wanted(parameter: str) -> bool:
-        taken = any(fnmatch.fnmatchcase(parameter, glob) for glob in include)
-        return taken and not any(fnmatch.fnmatchcase(parameter, glob) for glob in exclude)
-
     params = {parameter: tensor.detach() for parameter, tensor in params.items()}
-    chosen = {parameter: tensor for parameter, tensor in params.items() if wanted(parameter)}
+    chosen = {parameter: params[parameter] for parameter in chosen_among(params, modules or ["all"], exclude)}
     if not chosen:
         raise FuncattribError(
             f"`modules` selects none of the {len(params)} parameters of {name}, such as {next(iter(params), 'none')}"
@@ -220,8 +213,7 @@ def _checked(name: str, loss: Loss, params: Params, example: Example) -> Tensor:
             f"the loss {name} reads {key!r}, and the example has {', '.join(example)}\n"
             "give data with such a column of numbers (a text alone, as in a query, has none)"
         ) from error
-    if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
-        found = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+    if (found := not_scalar(value)) is not None:
         raise FuncattribError(
             f"expected {name} to return a scalar tensor of floating point for one example, found {found}\n"
             "add up or average over the example's tokens"

@@ -11,6 +11,7 @@ example without a labelled token has loss 0 and gradient 0.
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -20,7 +21,7 @@ from funcattrib.errors import FuncattribError
 from funcattrib.kernels.head_tokens import IGNORED
 from funcattrib.kernels.logit_loss import Head
 from funcattrib.losses.causal_lm import Reduction
-from funcattrib.losses.padding import LENGTHS, model_inputs, two_documents
+from funcattrib.losses.padding import LENGTHS, each_alone, model_inputs, two_documents
 from funcattrib.losses.sequence_classification import Output
 from funcattrib.losses.token_losses import sum_of_token_losses
 from funcattrib.models.functional import Functional, functionalize
@@ -137,18 +138,10 @@ def _sees_padding(loss: Seq2SeqLoss) -> bool:
     lengths = LENGTHS[::-1]  # the longer target belongs to the shorter source
     targets = [each["input_ids"][0, :1].expand(length) for each, length in zip(alone, lengths, strict=True)]
     labels = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED)
-    params = loss.parts.params
-    try:
-        singles = [
-            loss.logits(params, {**each, "labels": target[None]})[0]
-            for each, target in zip(alone, targets, strict=True)
-        ]
-    except Exception as error:  # whatever code of others raises on these inputs
-        raise FuncattribError(
-            f"{type(loss.parts.skeleton).__name__} cannot be computed on tokens alone: {str(error)[:200]}\n"
-            "give (loss, params) with a loss in Python that calls it"
-        ) from error
-    both = loss.logits(params, {**padded, "labels": labels})
+    call = partial(loss.logits, loss.parts.params)
+    pairs = [{**each, "labels": target[None]} for each, target in zip(alone, targets, strict=True)]
+    singles = [each[0] for each in each_alone(loss.parts, call, pairs)]
+    both = call({**padded, "labels": labels})
     return not all(
         same_outputs(found[: len(expected)], expected) for found, expected in zip(both, singles, strict=True)
     )

@@ -10,8 +10,9 @@ with s_c = 2 y_c − 1, as transformers computes them of one example; in nats, o
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from funcattrib.errors import FuncattribError
 from funcattrib.kernels.safe_norm import float32_at_least
-from funcattrib.losses.padding import model_inputs, set_padding_token, two_documents
+from funcattrib.losses.padding import each_alone, model_inputs, set_padding_token, two_documents
 from funcattrib.models.functional import Functional, functionalize
 from funcattrib.models.output_difference import same_outputs
 from funcattrib.models.task import require_task
@@ -170,12 +171,6 @@ def _sees_padding(loss: SequenceClassificationLoss) -> bool:
         FuncattribError: the model does not run on tokens alone.
     """
     padded, alone = two_documents(loss.parts)
-    call: Callable[[Batch], Tensor] = lambda batch: loss.logits(loss.parts.params, batch)  # noqa: E731
-    try:
-        singles = torch.cat([call(each) for each in alone])
-    except Exception as error:  # whatever code of others raises on these inputs
-        raise FuncattribError(
-            f"{type(loss.parts.skeleton).__name__} cannot be computed on tokens alone: {str(error)[:200]}\n"
-            "give (loss, params) with a loss in Python that calls it"
-        ) from error
+    call = partial(loss.logits, loss.parts.params)
+    singles = torch.cat(each_alone(loss.parts, call, alone))
     return not same_outputs(call(padded), singles)

@@ -4,8 +4,7 @@ A store of the whole model's gradients can be searched with those of its base: t
 and a name in the base is a name in the model without its prefix (``gpt_neox.``).
 """
 
-from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -67,18 +66,3 @@ def named_as_in(base: nn.Module, prefix: str) -> nn.Module:
         inner = inner.get_submodule(name)
     inner.add_module(last, base)
     return whole
-
-
-def chosen_among(names: Iterable[str], modules: Iterable[str], exclude: Iterable[str]) -> list[str]:
-    """Return the names that globs choose, ``all`` every one of them; without globs none.
-
-    Example:
-        >>> chosen_among(["lm_head.weight"], ["all"], []), chosen_among(["lm_head.weight"], [], [])
-        (['lm_head.weight'], [])
-    """
-    globs = ["*" if glob == "all" else glob for glob in modules]
-    return [
-        name
-        for name in names
-        if any(fnmatchcase(name, glob) for glob in globs) and not any(fnmatchcase(name, glob) for glob in exclude)
-    ]

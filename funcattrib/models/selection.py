@@ -24,8 +24,8 @@ def choose(model: nn.Module, modules: Iterable[str] | None = None, exclude: Iter
     default = set() if include is not None else _block_matrices(model)
     chosen: set[str] = set()
     for name, tensor in aliases:
-        wanted = name in default if include is None else any(fnmatch.fnmatchcase(name, glob) for glob in include)
-        if wanted and not any(fnmatch.fnmatchcase(name, glob) for glob in exclude):
+        wanted = name in default if include is None else _matches(name, include)
+        if wanted and not _matches(name, exclude):
             chosen.add(first[id(tensor)])
     if not chosen:
         what = "weight matrices in the model's blocks" if include is None else f"parameters matching {list(include)}"
@@ -34,6 +34,21 @@ def choose(model: nn.Module, modules: Iterable[str] | None = None, exclude: Iter
             f"name some with `modules`, e.g. {aliases[0][0]!r}, or take `modules='all'`"
         )
     return chosen
+
+
+def chosen_among(names: Iterable[str], modules: Iterable[str], exclude: Iterable[str]) -> list[str]:
+    """Return the names that globs choose, ``all`` every one of them; without globs none.
+
+    Example:
+        >>> chosen_among(["lm_head.weight"], ["all"], []), chosen_among(["lm_head.weight"], [], [])
+        (['lm_head.weight'], [])
+    """
+    include, exclude = ["*" if glob == "all" else glob for glob in modules], list(exclude)
+    return [name for name in names if _matches(name, include) and not _matches(name, exclude)]
+
+
+def _matches(name: str, globs: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
 
 def no_match(glob: str, names: list[str]) -> str:

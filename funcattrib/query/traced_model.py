@@ -3,8 +3,9 @@
 from torch import nn
 
 from funcattrib.errors import FuncattribError
-from funcattrib.models.base_model import base_fingerprint, chosen_among, named_as_in
+from funcattrib.models.base_model import base_fingerprint, named_as_in
 from funcattrib.models.identity import model_identity
+from funcattrib.models.selection import chosen_among
 from funcattrib.store import Manifest
 from funcattrib.store.compatibility import check_base, check_same_model
 
